@@ -1,0 +1,50 @@
+"""Registries of mmhybrid: children of mmengine's root registries.
+
+A class registered here can be written in two ways in a config::
+
+    type='MambaVision'            after custom_imports=dict(imports=['mmhybrid'], ...)
+    type='mmhybrid.MambaVision'   without it; mmengine imports this file by itself
+
+The first way is what people type, and mmdet's and mmseg's own registries can only find it in the
+root that all of them share: registries look upward to their parents, never sideways.
+"""
+from __future__ import annotations
+
+from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import Registry
+
+__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry']
+
+
+class SharedRegistry(Registry):
+    """A child registry whose entries are visible in the root registry too.
+
+    Used like any mmengine registry: ``@MODELS.register_module()``.  Running the same module twice
+    (``importlib.reload``, an import repeated after a failed one) replaces the entry instead of
+    raising; a different class under a taken name still raises ``KeyError``.
+    """
+
+    def _register_module(self, module, module_name=None, force=False):
+        names = [module_name] if isinstance(module_name, str) else module_name
+        for name in names or [module.__name__]:
+            for registry in (self, self.parent):
+                taken = registry.module_dict.get(name)
+                again = taken is not None and _address(taken) == _address(module)
+                Registry._register_module(registry, module, name, force=force or again)
+
+
+def _address(module) -> tuple[str, str]:
+    return module.__module__, module.__qualname__
+
+
+def _child(root: Registry, location: str) -> SharedRegistry:
+    return SharedRegistry(root.name, parent=root, scope='mmhybrid', locations=[location])
+
+
+MODELS = _child(ROOT_MODELS, 'mmhybrid.models')
+HOOKS = _child(ROOT_HOOKS, 'mmhybrid.engine')
+OPTIM_WRAPPERS = _child(ROOT_OPTIM_WRAPPERS, 'mmhybrid.engine')
+OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
