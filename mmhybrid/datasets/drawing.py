@@ -64,7 +64,7 @@ def blob(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return left | right
 
 
-# Patterns: u, v -> bool, True where the second colour goes -----------------------------------------
+# Patterns: u, v -> bool, True where the second colour goes ------------------------------------
 def _odd(cells: np.ndarray) -> np.ndarray:
     return np.floor(cells).astype(np.int64) % 2 == 1
 
@@ -147,7 +147,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Placed:
-    """One object on the canvas: window corner, alpha (h, w) in 0..16, pattern share (h, w) in 0..16."""
+    """One object: window corner on the canvas, alpha and pattern share, both (h, w) in 0..16."""
 
     kind: int
     top: int

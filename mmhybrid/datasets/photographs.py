@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# No scene is in both lists (motorcycle_right.png, the other half of the stereo pair, is in neither).
+# No scene is in both lists (the other half of the stereo pair, motorcycle_right.png, in neither).
 # coins.png and the eye and sky images stay out: they are full of unlabelled discs.
 PHOTOGRAPHS = {
     "train": ("astronaut.png", "brick.png", "coffee.png", "grass.png", "ihc.png",
