@@ -1,0 +1,115 @@
+"""Maps to sequences, sequences to maps, and the scan over all directions of a map."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..selective_scan import selective_scan
+from .orders import ScanPlan, scan_plan
+
+__all__ = ['cross_merge', 'cross_restore', 'cross_scan', 'cross_selective_scan']
+
+
+def cross_scan(x: Tensor, directions: Sequence[str]) -> list[Tensor]:
+    """Read a map in the given directions.
+
+    Args:
+        x: (B, D, H, W), any dtype.
+        directions: K names such as ``('h', 'h_flip', 'v', 'v_flip')``.
+
+    Returns:
+        K sequences (B, D, L'_k).  Those of flipped directions are flipped copies; use
+        :func:`scan_plan` where the reader can walk in reverse, which needs none.
+    """
+    plan = scan_plan(directions, *x.shape[-2:], x.device)
+    taken = [order.take(x.flatten(2)) for order in plan.orders]
+    return [taken[i].flip(-1) if reverse else taken[i]
+            for i, reverse in zip(plan.order_ids, plan.reverse, strict=True)]
+
+
+def cross_restore(ys: Sequence[Tensor], directions: Sequence[str], height: int, width: int, *,
+                  restore: str = 'exact') -> list[Tensor]:
+    """Put K sequences (B, D, L'_k), as :func:`cross_scan` gives them, back on the map.
+
+    Returns:
+        K maps (B, D, H, W).  For ``restore`` see :func:`scan_plan`.
+    """
+    plan = scan_plan(directions, height, width, ys[0].device, restore=restore)
+    return [plan.order_of(k).restore(y.flip(-1) if plan.reverse[k] else y)
+            .unflatten(-1, (height, width)) for k, y in enumerate(ys)]
+
+
+def cross_merge(ys: Sequence[Tensor], directions: Sequence[str], height: int, width: int, *,
+                restore: str = 'exact') -> Tensor:
+    """Sum of the restored maps, (B, D, H, W); the inverse of :func:`cross_scan` times K."""
+    return torch.stack(cross_restore(ys, directions, height, width, restore=restore)).sum(0)
+
+
+def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                         dt_bias: Tensor, plan: ScanPlan, *, merge: bool = True,
+                         backend: str = 'auto') -> Tensor | list[Tensor]:
+    """Selective scan of one map in K directions, results back in row-major order.
+
+    Everything that goes in is row-major and exists once: the step, input and output projections
+    act token by token, so they commute with any order.  Directions are given by the plan alone
+    (an order table and a flag), therefore a kernel can read and write through the table and no
+    copy per direction has to exist; this implementation reorders the tokens before the scan.
+
+    Symbols: B batch, K directions, D channels, L tokens, N states, R rank of the step.
+
+    Args:
+        u: (B, D, L).
+        proj: (B, K, R + 2N, L); per direction R rows of the step, N of B, N of C.  A zero token
+            of an overhanging window has zero rows.
+        dt_weight: (K, D, R), expands the step to D channels.
+        A: (K * D, N), negative.
+        D: (K * D,), the skip.
+        dt_bias: (K * D,), added before the softplus.
+        plan: from :func:`scan_plan`.
+        merge: sum over the directions, or a list of K results.
+        backend: see :func:`mmhybrid.ops.selective_scan`.
+
+    Returns:
+        (B, D, L), or a list of K of these; dtype of ``u``.
+
+    Source: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.1.
+    """
+    K, channels, rank = dt_weight.shape
+    if len(plan.directions) != K or u.shape[-1] != plan.num_tokens:
+        raise ValueError(
+            f'weights for {K} directions and a map of {u.shape[-1]} tokens came with a plan for '
+            f'{len(plan.directions)} directions and {plan.num_tokens} tokens; build the plan with '
+            'scan_plan(directions, height, width) of this map')
+    A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
+    N = A.shape[-1]
+    sequences: dict[tuple[int, ...], Tensor] = {}
+    ys: list[Tensor | None] = [None] * K
+    for reverse, _, ks in plan.groups():
+        ids = tuple(plan.order_ids[k] for k in ks)
+        if ids not in sequences:  # both walking senses read the same sequences
+            sequences[ids] = torch.cat([plan.orders[i].take(u) for i in ids], dim=1)
+        rows = torch.stack([plan.order_of(k).take(proj[:, k]) for k in ks], dim=1)
+        step, b, c = rows.split([rank, N, N], dim=2)
+        delta = (_pick(dt_weight, ks) @ step).flatten(1, 2)
+        y = selective_scan(
+            sequences[ids], delta, _pick(A, ks).flatten(0, 1), b, c, _pick(D, ks).flatten(),
+            delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True, reverse=reverse,
+            backend=backend)
+        for k, y_k in zip(ks, y.chunk(len(ks), dim=1), strict=True):
+            ys[k] = y_k
+    if not merge:
+        return [plan.order_of(k).restore(y) for k, y in enumerate(ys)]
+    # Both senses of one order are summed before the way back, which is then walked once.
+    merged = [plan.orders[i].restore(sum(y for k, y in enumerate(ys) if plan.order_ids[k] == i))
+              for i in range(len(plan.orders))]
+    return sum(merged[1:], merged[0])
+
+
+def _pick(t: Tensor, ks: list[int]) -> Tensor:
+    """Rows ``ks`` of dimension 0; a view where they are evenly spaced."""
+    if len(ks) == t.shape[0]:
+        return t
+    steps = {b - a for a, b in zip(ks, ks[1:], strict=False)}
+    return t[ks[0]:ks[-1] + 1:steps.pop() if steps else 1] if len(steps) < 2 else t[ks]

@@ -1,0 +1,196 @@
+"""Order tables, the way there and back, and the scan over all directions."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmhybrid.ops.cross_scan import (
+    DIRECTIONS,
+    cross_merge,
+    cross_restore,
+    cross_scan,
+    cross_selective_scan,
+    scan_plan,
+)
+from mmhybrid.ops.cross_scan.orders import _CACHE, _MAX_CACHED_ORDERS
+from mmhybrid.ops.cross_scan.reference import order_reference, restore_reference
+from mmhybrid.ops.selective_scan.reference import selective_scan_reference
+
+DATA = Path(__file__).parents[1] / 'data'
+SIZES = [(1, 1), (1, 5), (5, 1), (5, 7), (6, 10), (7, 7), (9, 13), (14, 14)]
+NAMES = (*DIRECTIONS, 'w3', 'w5_flip', 'w10')
+
+
+def walk(plan, k):
+    order = plan.order_of(k).order.tolist()
+    return order[::-1] if plan.reverse[k] else order
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_orders_follow_the_definition(size):
+    plan = scan_plan(NAMES, *size)
+    for k, name in enumerate(NAMES):
+        assert walk(plan, k) == order_reference(name, *size), name
+        order = plan.order_of(k)
+        assert order.order.dtype == order.place.dtype == torch.int32
+        assert order.length == order.order.numel() and order.exact
+        place = [order.length - 1 - p for p in order.place.tolist()] if plan.reverse[k] \
+            else order.place.tolist()
+        assert place == restore_reference(name, *size), name
+
+
+@pytest.mark.parametrize('size', ['5x7', '6x10', '14x14'])
+def test_released_tables_of_localmamba(size):
+    golden = np.load(DATA / 'localmamba' / 'scan_index.npz')
+    height, width = map(int, size.split('x'))
+    for restore, kind in (('exact', 'correct'), ('released', 'official')):
+        plan = scan_plan(DIRECTIONS, height, width, restore=restore)
+        for k, name in enumerate(DIRECTIONS):
+            order = plan.order_of(k)
+            assert walk(plan, k) == golden[f'{size}/{name}/scan'].tolist(), name
+            # Positions count along the walk, which for a flip is the order from its end.
+            place = order.length - 1 - order.place if plan.reverse[k] else order.place
+            assert place.tolist() == golden[f'{size}/{name}/restore_{kind}'].tolist(), name
+
+
+@pytest.mark.parametrize('size', ['5x7', '6x10', '14x14'])
+def test_released_tables_of_vmamba(size):
+    golden = np.load(DATA / 'vmamba' / 'ss2d_only.npz')[f'cross_scan_index/{size}']
+    plan = scan_plan(('h', 'v', 'h_flip', 'v_flip'), *map(int, size.split('x')))
+    assert [walk(plan, k) for k in range(4)] == golden.tolist()
+
+
+def test_flips_share_the_order_of_the_plain_direction():
+    plan = scan_plan(DIRECTIONS, 6, 10)
+    assert plan.order_ids == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert plan.reverse == (False, True) * 4
+    x = torch.randn(2, 3, 60)
+    assert plan.orders[0].take(x) is x  # `h` is the map itself: no copy
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_merge_undoes_scan(size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    sequences = cross_scan(x, NAMES)
+    for name, sequence in zip(NAMES, sequences, strict=True):
+        index = torch.tensor(order_reference(name, *size))
+        expected = x.flatten(2)[..., index.clamp_min(0)] * (index >= 0)
+        assert torch.equal(sequence, expected), name
+    for back in cross_restore(sequences, NAMES, *size):
+        assert torch.equal(back, x)
+    assert torch.equal(cross_merge(sequences[:4], NAMES[:4], *size), x * 4)
+
+
+@pytest.mark.parametrize('restore', ['exact', 'released'])
+def test_gradient_of_scan_and_merge(restore):
+    names = ('h', 'v_flip', 'w2', 'w2_flip')
+    x = torch.randn(1, 2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn_like(s) for s in cross_scan(x.detach(), names)]
+
+    def run(x):
+        sequences = [s * w for s, w in zip(cross_scan(x, names), weights, strict=True)]
+        return cross_merge(sequences, names, 3, 5, restore=restore)
+
+    assert torch.autograd.gradcheck(run, x)
+    assert torch.autograd.gradgradcheck(run, x)
+
+
+def literal_scan(u, proj, dt_weight, A, D, dt_bias, directions, size, restore):
+    """One direction after the other, zero tokens appended by hand, flips made by flipping."""
+    K, channels, rank = dt_weight.shape
+    N = A.shape[-1]
+    results = []
+    for k, name in enumerate(directions):
+        index = torch.tensor(order_reference(name, *size))
+        read = lambda t, index=index: t[..., index.clamp_min(0)] * (index >= 0)  # noqa: E731
+        step, b, c = read(proj[:, k]).split([rank, N, N], dim=1)
+        rows = slice(k * channels, (k + 1) * channels)
+        y, _ = selective_scan_reference(
+            read(u), dt_weight[k] @ step, A[rows], b[:, None], c[:, None], D[rows], None,
+            dt_bias[rows], True, False)
+        plain = name.removesuffix('_flip')
+        y = y.flip(-1) if plain != name else y
+        place = torch.tensor(restore_reference(plain, *size))
+        if plain == 'v' and restore == 'released':
+            j = torch.arange(size[0] * size[1])
+            place = (j % size[0]) * size[1] + j // size[0]
+        results.append(y[..., place])
+    return results
+
+
+@pytest.mark.parametrize('restore', ['exact', 'released'])
+@pytest.mark.parametrize('directions', [
+    ('h', 'v', 'h_flip', 'v_flip'), ('h', 'h_flip'), ('h_flip', 'v', 'w2', 'w7_flip'), ('v_flip',),
+    DIRECTIONS], ids=lambda d: f'{len(d)}-{d[-1]}')
+def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore):
+    size, B, channels, N, R = (4, 5), 2, 3, 2, 2
+    K, L = len(directions), size[0] * size[1]
+    torch.manual_seed(K)
+    inputs = dict(
+        u=torch.randn(B, channels, L), proj=torch.randn(B, K, R + 2 * N, L),
+        dt_weight=torch.randn(K, channels, R), A=-torch.rand(K * channels, N) - 0.1,
+        D=torch.randn(K * channels), dt_bias=torch.randn(K * channels))
+    inputs = {name: x.double().requires_grad_() for name, x in inputs.items()}
+    plan = scan_plan(directions, *size, restore=restore)
+    expected = literal_scan(*inputs.values(), directions, size, restore)
+    for k, y in enumerate(cross_selective_scan(*inputs.values(), plan, merge=False)):
+        torch.testing.assert_close(y, expected[k], msg=lambda m, k=k: f'{directions[k]}: {m}')
+    merged = cross_selective_scan(*inputs.values(), plan)
+    torch.testing.assert_close(merged, sum(expected))
+    weight = torch.randn_like(merged)
+    got = torch.autograd.grad((merged * weight).sum(), inputs.values())
+    want = torch.autograd.grad((sum(expected) * weight).sum(), inputs.values())
+    for name, g, w in zip(inputs, got, want, strict=True):
+        torch.testing.assert_close(g, w, msg=lambda m, name=name: f'gradient of {name}: {m}')
+
+
+def test_class_token_keeps_its_index_in_every_walk():
+    height = width = 6
+    token = 18
+    plan = scan_plan(DIRECTIONS, height, width, class_token=token)
+    assert plan.num_tokens == 37
+    for k, name in enumerate(DIRECTIONS):
+        read = walk(plan, k)
+        assert read.index(token) == token, name
+        others = [t if t < token else t - 1 for t in read if t not in (token, -1)]
+        assert others == [t for t in order_reference(name, height, width) if t >= 0], name
+        x = torch.randn(2, 37)
+        order = plan.order_of(k)
+        assert torch.equal(order.restore(order.take(x)), x)
+
+
+def test_tables_are_cached_and_the_cache_is_bounded():
+    first = scan_plan(('v', 'w7'), 9, 9).orders
+    again = scan_plan(('w7', 'v_flip'), 9, 9).orders
+    assert first[0] is again[1] and first[1] is again[0]
+    for height in range(2, _MAX_CACHED_ORDERS + 12):
+        scan_plan(('v',), height, 3)
+    assert len(_CACHE) <= _MAX_CACHED_ORDERS
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    _CACHE.clear()
+    with torch.inference_mode():
+        cross_scan(torch.randn(1, 1, 3, 4), ('v', 'w2'))
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    sum(s.sum() for s in cross_scan(x, ('v', 'w2'))).backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize(('call', 'message'), [
+    (lambda: scan_plan(('h', 'diagonal'), 4, 4), "unknown scan direction 'diagonal'.*w7"),
+    (lambda: scan_plan(('w0',), 4, 4), "unknown scan direction 'w0'"),
+    (lambda: scan_plan((), 4, 4), 'at least one direction'),
+    (lambda: scan_plan(('h',), 4, 4, restore='broken'), "'exact' or 'released', got 'broken'"),
+])
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_plan_of_another_size_is_refused():
+    plan = scan_plan(('h', 'v'), 3, 3)
+    with pytest.raises(ValueError, match='12 tokens came with a plan for 2 directions and 9'):
+        cross_selective_scan(torch.zeros(1, 2, 12), torch.zeros(1, 2, 3, 12), torch.ones(2, 2, 1),
+                             -torch.ones(4, 1), torch.ones(4), torch.ones(4), plan)
