@@ -11,12 +11,14 @@ root that all of them share: registries look upward to their parents, never side
 from __future__ import annotations
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry']
+__all__ = ['HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS',
+           'SharedRegistry']
 
 
 class SharedRegistry(Registry):
@@ -46,5 +48,9 @@ def _child(root: Registry, location: str) -> SharedRegistry:
 
 MODELS = _child(ROOT_MODELS, 'mmhybrid.models')
 HOOKS = _child(ROOT_HOOKS, 'mmhybrid.engine')
-OPTIM_WRAPPERS = _child(ROOT_OPTIM_WRAPPERS, 'mmhybrid.engine')
+# Not shared: our AmpOptimWrapper must not take the name of mmengine's.
+OPTIM_WRAPPERS = Registry(
+    ROOT_OPTIM_WRAPPERS.name, parent=ROOT_OPTIM_WRAPPERS, scope='mmhybrid',
+    locations=['mmhybrid.engine'])
+METRICS = _child(ROOT_METRICS, 'mmhybrid.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
