@@ -1,0 +1,77 @@
+"""Convolutional parts of hierarchical backbones: stem, residual block, downsampling."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .drop_path import drop_path_or_identity
+
+__all__ = ['ConvBlock', 'ConvStem', 'Downsample']
+
+
+class ConvStem(nn.Module):
+    """Two strided 3x3 convolutions, each with BatchNorm (eps 1e-4) and ReLU.
+
+    A side of n pixels becomes ceil(ceil(n / 2) / 2).
+
+    Args:
+        in_channels: channels of the image.
+        width: channels between the convolutions.
+        out_channels: channels of the result.
+    """
+
+    def __init__(self, in_channels: int, width: int, out_channels: int):
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width, eps=1e-4),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, out_channels, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels, eps=1e-4),
+            nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, in_channels, H, W) to map (B, out_channels, ~H/4, ~W/4)."""
+        return self.conv_down(x)
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two 3x3 convolutions with BatchNorm and a tanh GELU in between.
+
+    Args:
+        dim: C, channels in and out.
+        drop_path: stochastic depth rate of this block.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.drop_path = drop_path_or_identity(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C, H, W) in and out."""
+        y = F.gelu(self.norm1(self.conv1(x)), approximate='tanh')
+        return x + self.drop_path(self.norm2(self.conv2(y)))
+
+
+class Downsample(nn.Module):
+    """One strided 3x3 convolution without bias or norm.
+
+    A side of n pixels becomes ceil(n / 2).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.reduction = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, in_channels, H, W) to (B, out_channels, ~H/2, ~W/2)."""
+        return self.reduction(x)

@@ -1,0 +1,32 @@
+"""Linear layers over the channels of a map."""
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ['Linear2d', 'map_linear']
+
+
+class Linear2d(nn.Linear):
+    """A linear layer over the channel axis of a (B, C, H, W) map.
+
+    A 1x1 convolution that keeps the two-dimensional weight of ``nn.Linear``, so that files serve
+    both layouts.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, in_features, H, W) to (B, out_features, H, W)."""
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+def map_linear(in_features: int, out_features: int, bias: bool = True, *,
+               channel_first: bool = False) -> nn.Linear:
+    """Give a linear layer for (B, C, H, W) or (B, H, W, C) maps, initialised as token layers are.
+
+    Weights are truncated normal (std 0.02), biases zero.
+    """
+    layer = (Linear2d if channel_first else nn.Linear)(in_features, out_features, bias=bias)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer

@@ -1,0 +1,104 @@
+"""Token mixers made of a selective scan.
+
+Legend: B batch (windows), L tokens, C channels, E = C / 2, N state size, R rank of the step.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmhybrid.ops import selective_scan
+
+from .linear import token_linear
+
+__all__ = ['MambaVisionMixer']
+
+
+class MambaVisionMixer(nn.Module):
+    """Half scan, half convolution, joined by a linear layer.
+
+    The channels are split in two: one half goes through a short convolution and a selective scan,
+    the other through a short convolution only; both are concatenated and projected.  From
+    Hatamizadeh and Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision Backbone" (2024),
+    section 3.2.
+
+    Args:
+        dim: C, token width; even.
+        state_dim: N, states per scanned channel.
+        conv_size: kernel of the short convolutions; odd, zero padded, not causal.
+        dt_rank: R; None for ceil(C / 16).
+        backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+
+    Raises:
+        ValueError: if ``dim`` is odd.
+    """
+
+    def __init__(self, dim: int, state_dim: int = 8, conv_size: int = 3,
+                 dt_rank: int | None = None, backend: str = 'auto'):
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f'got {dim} channels, expected an even number because one half of '
+                             'them is scanned; change the width of the model')
+        half = dim // 2
+        self.state_dim = state_dim
+        self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.backend = backend
+
+        self.A_log = nn.Parameter(torch.empty(half, state_dim))
+        self.D = nn.Parameter(torch.empty(half))
+        self.in_proj = token_linear(dim, dim, bias=False)
+        self.x_proj = token_linear(half, self.dt_rank + 2 * state_dim, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, half)
+        self.out_proj = token_linear(dim, dim, bias=False)
+        self.conv1d_x = nn.Conv1d(half, half, conv_size, groups=half, bias=False)
+        self.conv1d_z = nn.Conv1d(half, half, conv_size, groups=half, bias=False)
+        # read by optimizer constructors that spare the dynamics of the state from decay
+        self.A_log._no_weight_decay = True
+        self.D._no_weight_decay = True
+        self.reset_scan_parameters()
+
+    @torch.no_grad()
+    def reset_scan_parameters(self, step_min: float = 1e-3, step_max: float = 1e-1,
+                              step_floor: float = 1e-4) -> None:
+        """Initialise the scan as Mamba does, on the step that is really taken.
+
+        The bias b of ``dt_proj`` enters the step twice, so it is softplus(2 b), not softplus(b),
+        that is drawn log-uniformly from [step_min, step_max] (Gu and Dao, "Mamba" (2023),
+        section 3.6, for the distribution).  A = -(1, ..., N) for each channel and D = 1.
+        """
+        states = torch.arange(1, self.state_dim + 1, dtype=torch.float32,
+                              device=self.A_log.device)
+        self.A_log.copy_(states.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
+        bound = self.dt_rank ** -0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        step = torch.empty_like(self.dt_proj.bias, dtype=torch.float32)
+        step.uniform_(math.log(step_min), math.log(step_max)).exp_().clamp_(min=step_floor)
+        # inverse of softplus, written so that it is exact for small steps
+        self.dt_proj.bias.copy_((step + torch.log(-torch.expm1(-step))) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, L, C) in and out."""
+        E, R, N = self.D.shape[0], self.dt_rank, self.state_dim
+        # Both halves in one convolution: channels are independent in it.
+        weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
+        xz_BCL = self.in_proj(x).transpose(1, 2)
+        xz_BCL = F.silu(F.conv1d(xz_BCL, weight, padding=weight.shape[-1] // 2, groups=2 * E))
+        u_BEL, z_BEL = xz_BCL.split(E, dim=1)
+
+        dt, B, C = torch.matmul(self.x_proj.weight, u_BEL).split([R, N, N], dim=1)
+        y_BEL = selective_scan(
+            u_BEL,
+            torch.matmul(self.dt_proj.weight, dt),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            D=self.D.float(),
+            # Published weights need the bias twice: once from the projection, once here.
+            delta_bias=2 * self.dt_proj.bias.float(),
+            delta_softplus=True,
+            backend=self.backend)
+        return self.out_proj(torch.cat([y_BEL, z_BEL], dim=1).transpose(1, 2))

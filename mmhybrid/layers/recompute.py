@@ -1,0 +1,33 @@
+"""Gradient checkpointing that leaves no trace."""
+from __future__ import annotations
+
+import contextlib
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ['recomputed']
+
+
+def recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """Run ``module(x)``, keeping only x for the backward pass, which runs the module again.
+
+    The second run draws the same random numbers and does not count in the running statistics of
+    BatchNorm, so the result is that of ``module(x)`` in every respect but memory and time.
+    """
+    return checkpoint(module, x, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)))
+
+
+@contextlib.contextmanager
+def _statistics_kept(module: nn.Module):
+    norms = [m for m in module.modules()
+             if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False  # batch statistics are used, running ones not updated
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

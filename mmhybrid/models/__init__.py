@@ -1,0 +1,2 @@
+"""Models; importing this package registers them."""
+from .backbones import *  # noqa: F403

@@ -1,0 +1,4 @@
+"""Backbones; importing this package registers them."""
+from .mambavision import MambaVision
+
+__all__ = ['MambaVision']

@@ -1,0 +1,420 @@
+"""MambaVision: a hierarchical backbone of convolutions, selective scans and windowed attention.
+
+Written from a description of behaviour of the published networks, so that their weights load; from
+Hatamizadeh and Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision Backbone" (2024).
+
+Legend: B images, C channels, H W sides of a map, L tokens of a window.  Maps are (B, C, H, W)
+between stages, tokens are (B * windows, L, C) inside stages 3 and 4.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmhybrid.layers import (
+    Attention,
+    ConvBlock,
+    ConvStem,
+    Downsample,
+    LayerNorm2d,
+    MambaVisionMixer,
+    Mlp,
+    drop_path_or_identity,
+    recomputed,
+    window_partition,
+    window_unpartition,
+)
+from mmhybrid.registry import MODELS
+
+from ..arguments import check_names, strict_arguments, suggestion
+from ..initialization import initialize_from_checkpoint
+
+__all__ = ['ARCHITECTURES', 'ConvStage', 'HybridBlock', 'HybridStage', 'MambaVision']
+
+# Windows are those of the classification networks; dense recipes give larger ones.  Only the last
+# two windows and head counts are used: stages 1 and 2 are convolutional.
+ARCHITECTURES = {
+    'tiny': dict(dim=80, stem_width=32, depths=(1, 3, 8, 4), num_heads=(2, 4, 8, 16),
+                 window_size=(8, 8, 14, 7)),
+    'tiny2': dict(dim=80, stem_width=32, depths=(1, 3, 11, 4), num_heads=(2, 4, 8, 16),
+                  window_size=(8, 8, 14, 7)),
+    'small': dict(dim=96, stem_width=64, depths=(3, 3, 7, 5), num_heads=(2, 4, 8, 16),
+                  window_size=(8, 8, 14, 7)),
+    'base': dict(dim=128, stem_width=64, depths=(3, 3, 10, 5), num_heads=(2, 4, 8, 16),
+                 window_size=(8, 8, 14, 7), layer_scale=1e-5),
+    'large': dict(dim=196, stem_width=64, depths=(3, 3, 10, 5), num_heads=(4, 8, 16, 32),
+                  window_size=(8, 8, 14, 7), layer_scale=1e-5),
+    'large2': dict(dim=196, stem_width=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32),
+                   window_size=(8, 8, 14, 7), layer_scale=1e-5),
+    'large3': dict(dim=256, stem_width=64, depths=(3, 3, 20, 10), num_heads=(4, 8, 16, 32),
+                   window_size=(8, 8, 16, 8), layer_scale=1e-5),
+}
+_REQUIRED = ('dim', 'stem_width', 'depths', 'num_heads', 'window_size')
+_OPTIONAL = dict(mlp_ratio=4, layer_scale=None)
+_STAGES = 4
+
+
+class HybridBlock(nn.Module):
+    """Pre-norm residual block: token mixer, then MLP.
+
+    Args:
+        dim: C, token width.
+        mixer: module that maps (B, L, C) to the same shape.
+        mlp_ratio: hidden width of the MLP over C.
+        drop_path: stochastic depth rate of both branches.
+        layer_scale: initial value of the per-channel factors on both branches; None for no factors.
+    """
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4, drop_path: float = 0.,
+                 layer_scale: float | None = None):
+        super().__init__()
+        if layer_scale is None:
+            self.gamma_1 = self.gamma_2 = None
+        else:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path_or_identity(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, L, C) in and out; drop path acts per entry of the first axis."""
+        y = self.mixer(self.norm1(x))
+        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+
+
+class ConvStage(nn.Module):
+    """Convolutional blocks on a map (stages 1 and 2).
+
+    Args:
+        dim: C.
+        drop_paths: one stochastic depth rate per block.
+        downsample: whether the stage owns the convolution that leads to the next stage.
+        with_cp: whether to recompute blocks in the backward pass.
+    """
+
+    def __init__(self, dim: int, drop_paths: Sequence[float], downsample: bool = True,
+                 with_cp: bool = False):
+        super().__init__()
+        self.with_cp = with_cp
+        self.blocks = nn.ModuleList(ConvBlock(dim, rate) for rate in drop_paths)
+        self.downsample = Downsample(dim, 2 * dim) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
+        return _run(self.blocks, x, self.with_cp)
+
+
+class HybridStage(nn.Module):
+    """Blocks on windows of tokens: scans in the first half, attention in the second.
+
+    The map is cut once; windows exchange nothing until the stage ends.  With an odd number of
+    blocks there is one scan block more.
+
+    Args:
+        dim: C.
+        num_heads: heads of the attention blocks.
+        window: side of a window in pixels of this stage's map.
+        drop_paths: one stochastic depth rate per block.
+        mlp_ratio: hidden width of the MLPs over C.
+        layer_scale: see :class:`HybridBlock`.
+        downsample: whether the stage owns the convolution that leads to the next stage.
+        with_cp: whether to recompute blocks in the backward pass.
+        scan_backend: see :func:`mmhybrid.ops.selective_scan`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, drop_paths: Sequence[float],
+                 mlp_ratio: float = 4, layer_scale: float | None = None, downsample: bool = True,
+                 with_cp: bool = False, scan_backend: str = 'auto'):
+        super().__init__()
+        self.window = window
+        self.with_cp = with_cp
+        scans = len(drop_paths) - len(drop_paths) // 2
+        self.blocks = nn.ModuleList(
+            HybridBlock(
+                dim,
+                MambaVisionMixer(dim, backend=scan_backend) if j < scans
+                else Attention(dim, num_heads),
+                mlp_ratio, rate, layer_scale)
+            for j, rate in enumerate(drop_paths))
+        self.downsample = Downsample(dim, 2 * dim) if downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
+        tokens = _run(self.blocks, window_partition(x, self.window), self.with_cp)
+        return window_unpartition(tokens, self.window, tuple(x.shape[-2:]))
+
+
+def _run(blocks: nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
+    for block in blocks:
+        x = recomputed(block, x) if with_cp and x.requires_grad else block(x)
+    return x
+
+
+@MODELS.register_module()
+@strict_arguments
+class MambaVision(BaseModule):
+    """MambaVision backbone for dense prediction.
+
+    Takes images (B, in_channels, H, W) of any size and returns a tuple of maps, one per requested
+    stage, with ``out_channels`` channels at ``out_strides`` pixels.  Parameter names are those of
+    the published weights.
+
+    Args:
+        arch: one of tiny, tiny2, small, base, large, large2, large3, or a dictionary with the keys
+            dim, stem_width, depths, num_heads, window_size and optionally mlp_ratio (4) and
+            layer_scale (None).  Lists have one entry per stage.
+        window_size: four window sides in pixels of the stages' maps, the first two unused; None for
+            those of ``arch``.  Maps are padded with zeros to multiples of the window, and padding
+            takes part as ordinary tokens, so the sides change the result.
+        out_indices: stages whose maps are returned, ascending, 0 to 3.  Stages after the last
+            requested one are built, so that weights fit, but neither run nor trained.
+        drop_path_rate: stochastic depth rate of the last block, growing linearly from 0 at the
+            first.  0.2 is what the published dense models were trained with.  In stages 3 and 4
+            each window is dropped by itself.
+        layer_scale: initial value of the per-channel factors of stages 3 and 4, None for no
+            factors, or 'arch' for the choice of ``arch``.
+        in_channels: channels of the images.
+        frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; frozen parts stay
+            in eval mode and need no gradient.  Output norms are never frozen.
+        norm_eval: whether BatchNorm layers use and keep their running statistics in training.
+        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        out_norm: norm of each output: 'ln2d' (or True) for LayerNorm over channels, 'bn' for
+            BatchNorm, None (or False) for none.
+        scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
+            :func:`mmhybrid.models.checkpoints.load_backbone`.
+
+    Attributes:
+        out_channels (tuple[int]): channels of each returned map.
+        out_strides (tuple[int]): pixels of the image per pixel of each returned map.
+
+    Raises:
+        TypeError: for an unknown argument or a value of the wrong type.
+        ValueError: for a value out of range.
+
+    Example:
+        >>> maps = MambaVision('tiny', window_size=(8, 8, 64, 32))(torch.rand(1, 3, 511, 511))
+        >>> [tuple(m.shape) for m in maps]
+        [(1, 80, 128, 128), (1, 160, 64, 64), (1, 320, 32, 32), (1, 640, 16, 16)]
+    """
+
+    # Only one of the classification, dense and un-normed forms has these.
+    _may_differ = r'(outnorm\d|norm|head)\.'
+
+    def __init__(self,
+                 arch: str | dict = 'tiny',
+                 *,
+                 window_size: Sequence[int] | None = None,
+                 out_indices: Sequence[int] = (0, 1, 2, 3),
+                 drop_path_rate: float = 0.2,
+                 layer_scale: float | str | None = 'arch',
+                 in_channels: int = 3,
+                 frozen_stages: int = -1,
+                 norm_eval: bool = False,
+                 with_cp: bool = False,
+                 out_norm: str | bool | None = 'ln2d',
+                 scan_backend: str = 'auto',
+                 init_cfg: dict | list[dict] | None = None):
+        super().__init__(init_cfg=init_cfg)
+        arch = _checked_architecture(arch)
+        if window_size is None:
+            window_size = arch['window_size']
+        _check_integers('window_size', window_size, 1, length=_STAGES)
+        _check_integers('out_indices', out_indices, 0, _STAGES - 1)
+        if not out_indices or list(out_indices) != sorted(set(out_indices)):
+            raise ValueError(f'got out_indices={out_indices}, expected at least one stage and '
+                             'ascending order without repeats, such as (0, 1, 2, 3)')
+        _check_number('drop_path_rate', drop_path_rate)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'got drop_path_rate={drop_path_rate}, expected 0 <= rate < 1')
+        if layer_scale == 'arch':
+            layer_scale = arch['layer_scale']
+        _check_layer_scale(layer_scale)
+        _check_integers('in_channels', [in_channels], 1)
+        _check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
+        for name, value in (('norm_eval', norm_eval), ('with_cp', with_cp)):
+            if not isinstance(value, bool):
+                raise TypeError(f'got {name}={value!r}, expected True or False')
+
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        dims = [arch['dim'] * 2 ** i for i in range(_STAGES)]
+        depths = arch['depths']
+        self._depths = tuple(depths)
+        self.out_channels = tuple(dims[i] for i in self.out_indices)
+        self.out_strides = tuple(4 * 2 ** i for i in self.out_indices)
+
+        self.patch_embed = ConvStem(in_channels, arch['stem_width'], arch['dim'])
+        self.levels = nn.ModuleList()
+        total, first = sum(depths), 0
+        for i, dim in enumerate(dims):
+            rates = [drop_path_rate * j / max(total - 1, 1)
+                     for j in range(first, first + depths[i])]
+            first += depths[i]
+            shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp)
+            if i < 2:
+                self.levels.append(ConvStage(dim, rates, **shared))
+            else:
+                self.levels.append(HybridStage(
+                    dim, arch['num_heads'][i], window_size[i], rates, arch['mlp_ratio'],
+                    layer_scale, scan_backend=scan_backend, **shared))
+        for i in self.out_indices:
+            self.add_module(f'outnorm{i}', _output_norm(out_norm, dims[i]))
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the maps of the requested stages.
+
+        Args:
+            x: (B, in_channels, H, W).
+
+        Returns:
+            Contiguous maps (B, C_i, H_i, W_i); each stride halves the sides, rounding up.
+        """
+        x = self.patch_embed(x)
+        maps = []
+        for i, stage in enumerate(self.levels):
+            x = stage(x)
+            if i in self.out_indices:
+                # the norm is not on the way to the next stage
+                maps.append(getattr(self, f'outnorm{i}')(x).contiguous())
+            if i == self.out_indices[-1]:
+                break
+            x = stage.downsample(x)
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> MambaVision:
+        """Switch the mode; frozen stages and, with ``norm_eval``, BatchNorm stay in eval mode."""
+        super().train(mode)
+        self._freeze()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``; without one the weights stay as built."""
+        initialize_from_checkpoint(self, super().init_weights, may_differ=self._may_differ,
+                                   describe=_describe_weights)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, for layer-wise learning rates.
+
+        Args:
+            param_name: name as in ``named_parameters`` of the whole model.
+            prefix: part of the name in front of the backbone's own, e.g. ``'backbone.'``.
+
+        Returns:
+            (depth, number of depths): 0 for the stem, one more for each block, a downsampling
+            convolution counts with the block before it, and what follows the last stage (output
+            norms, names that are not the backbone's) has the largest depth.
+        """
+        count = sum(self._depths) + 2
+        if not param_name.startswith(prefix):
+            return count - 1, count
+        parts = param_name[len(prefix):].split('.')
+        if parts[0] == 'patch_embed':
+            return 0, count
+        if parts[0] != 'levels':
+            return count - 1, count
+        stage = int(parts[1])
+        if parts[2] == 'downsample':
+            return sum(self._depths[:stage + 1]), count
+        return sum(self._depths[:stage]) + int(parts[3]) + 1, count
+
+    def _freeze(self) -> None:
+        if self.frozen_stages >= 0:
+            for part in [self.patch_embed, *self.levels[:self.frozen_stages]]:
+                part.eval()
+                part.requires_grad_(False)
+        # Without gradients of its own a parameter would stop distributed training.
+        last = self.out_indices[-1]
+        if last < _STAGES - 1:
+            self.levels[last].downsample.requires_grad_(False)
+            self.levels[last + 1:].requires_grad_(False)
+
+
+def _describe_weights(state_dict: Mapping[str, Tensor]) -> str:
+    """Name the variant that a state dict belongs to, for error messages."""
+    stem = state_dict.get('patch_embed.conv_down.3.weight')
+    if stem is None:
+        return 'The file holds no MambaVision backbone.'
+    blocks = {tuple(name.split('.')[1:4:2]) for name in state_dict if '.blocks.' in name}
+    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(_STAGES))
+    for name, arch in ARCHITECTURES.items():
+        if (arch['dim'], arch['stem_width'], arch['depths']) == (*stem.shape[:2], depths):
+            return f"The file has the shape of arch='{name}'."
+    return f'The file has dim={stem.shape[0]} and depths={depths}, which is no published variant.'
+
+
+def _checked_architecture(arch: str | dict) -> dict:
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise ValueError(f'got arch={arch!r}; {suggestion(arch, ARCHITECTURES)}; or give a '
+                             f'dictionary with the keys {", ".join(_REQUIRED)}')
+        arch = ARCHITECTURES[arch]
+    elif not isinstance(arch, dict):
+        raise TypeError(f'got arch of type {type(arch).__name__}, expected the name of a variant '
+                        f'({", ".join(ARCHITECTURES)}) or a dictionary')
+    check_names(arch, [*_REQUIRED, *_OPTIONAL], 'arch: unknown key')
+    missing = [key for key in _REQUIRED if key not in arch]
+    if missing:
+        raise ValueError(f'the arch dictionary lacks {", ".join(missing)}; it needs all of '
+                         f'{", ".join(_REQUIRED)}')
+    arch = {**_OPTIONAL, **arch}
+    for key in ('dim', 'stem_width'):
+        _check_integers(f"arch['{key}']", [arch[key]], 1)
+    for key in ('depths', 'num_heads', 'window_size'):
+        _check_integers(f"arch['{key}']", arch[key], 1, length=_STAGES)
+    _check_number("arch['mlp_ratio']", arch['mlp_ratio'])
+    if arch['mlp_ratio'] <= 0:
+        raise ValueError(f"got arch['mlp_ratio']={arch['mlp_ratio']}, expected a positive number")
+    _check_layer_scale(arch['layer_scale'])
+    return arch
+
+
+def _output_norm(kind: str | bool | None, dim: int) -> nn.Module:
+    if kind is True or kind == 'ln2d':
+        return LayerNorm2d(dim)
+    if kind == 'bn':
+        return nn.BatchNorm2d(dim)
+    if kind is False or kind is None:
+        return nn.Identity()
+    raise ValueError(f"got out_norm={kind!r}, expected 'ln2d', 'bn' or None")
+
+
+def _check_integers(name: str, values: Sequence[int], low: int, high: int | None = None,
+                    length: int | None = None) -> None:
+    wanted = f'from {low} to {high}' if high is not None else f'of at least {low}'
+    if not isinstance(values, (list, tuple)) or not all(
+            isinstance(v, int) and not isinstance(v, bool) for v in values):
+        shown = values[0] if isinstance(values, list) and len(values) == 1 else values
+        raise TypeError(f'got {name}={shown!r}, expected integers {wanted}')
+    if length is not None and len(values) != length:
+        raise ValueError(f'got {len(values)} values for {name} ({values}), expected {length}, '
+                         'one per stage')
+    for value in values:
+        if value < low or (high is not None and value > high):
+            raise ValueError(f'got {value} for {name}, expected an integer {wanted}')
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f'got {name}={value!r}, expected a number')
+
+
+def _check_layer_scale(value: float | None) -> None:
+    if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+        raise TypeError(f"got layer_scale={value!r}, expected a number, None (no factors) or "
+                        "'arch' (as the architecture has it)")
