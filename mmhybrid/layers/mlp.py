@@ -1,6 +1,8 @@
 """Two-layer perceptron of a token block."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,18 +12,20 @@ __all__ = ['Mlp']
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear on tokens (..., C).
+    """Linear, exact GELU, Linear on tokens (..., C), or maps where ``linear`` takes them.
 
     Args:
         dim: C, input and output width.
         hidden_dim: width in between.
+        linear: makes the layers; those for maps may act on another axis than the last.
     """
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int,
+                 linear: Callable[[int, int], nn.Module] = token_linear):
         super().__init__()
-        self.fc1 = token_linear(dim, hidden_dim)
-        self.fc2 = token_linear(hidden_dim, dim)
+        self.fc1 = linear(dim, hidden_dim)
+        self.fc2 = linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (..., C) in and out."""
+        """Same shape in and out."""
         return self.fc2(F.gelu(self.fc1(x)))

@@ -184,7 +184,9 @@ def compare(module: nn.Module, state_dict: Mapping[str, Tensor], may_differ: str
 
 def load_backbone(module: nn.Module, path: str | os.PathLike, *, prefix: str | None = None,
                   map_location: str = 'cpu', may_differ: str | None = None,
-                  describe: Callable[[Mapping[str, Tensor]], str] | None = None) -> Comparison:
+                  describe: Callable[[Mapping[str, Tensor]], str] | None = None,
+                  adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+                  ) -> Comparison:
     """Load a file into a module, or refuse it.
 
     Accepted are files whose names, after unwrapping, agree with the module's to at least 95 % and
@@ -197,6 +199,7 @@ def load_backbone(module: nn.Module, path: str | os.PathLike, *, prefix: str | N
         map_location: see :func:`read_checkpoint`.
         may_differ: see :func:`compare`.
         describe: says in words which model a state dict belongs to; used in the error message.
+        adapt: gives the file's weights the names and shapes of the module before they are compared.
 
     Returns:
         What matched and what did not.
@@ -205,6 +208,8 @@ def load_backbone(module: nn.Module, path: str | os.PathLike, *, prefix: str | N
         ValueError: if the file belongs to another model.  The module is then unchanged.
     """
     state_dict = strip_wrappers(unwrap_state_dict(read_checkpoint(path, map_location)), prefix)
+    if adapt:
+        state_dict = adapt(state_dict)
     result = compare(module, state_dict, may_differ)
     if result.disagreeing or result.share < LEAST_MATCH:
         hint = describe(state_dict) if describe else ''

@@ -15,7 +15,8 @@ __all__ = ['initialize_from_checkpoint']
 
 def initialize_from_checkpoint(
         module: BaseModule, initialize_rest: Callable[[], None], *, may_differ: str | None = None,
-        describe: Callable[[Mapping[str, Tensor]], str] | None = None) -> None:
+        describe: Callable[[Mapping[str, Tensor]], str] | None = None,
+        adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
     """Do what ``init_weights`` promises, with ``type='Pretrained'`` read by our loader.
 
     Args:
@@ -23,6 +24,7 @@ def initialize_from_checkpoint(
         initialize_rest: ``super().init_weights`` of the caller; sees all entries but Pretrained.
         may_differ: see :func:`mmhybrid.models.checkpoints.compare`.
         describe: see :func:`mmhybrid.models.checkpoints.load_backbone`.
+        adapt: see :func:`mmhybrid.models.checkpoints.load_backbone`.
 
     Raises:
         ValueError: if a checkpoint belongs to another model.
@@ -46,6 +48,6 @@ def initialize_from_checkpoint(
         result = load_backbone(
             module, entry['checkpoint'], prefix=entry.get('prefix'),
             map_location=entry.get('map_location') or 'cpu', may_differ=may_differ,
-            describe=describe)
+            describe=describe, adapt=adapt)
         print_log(f'{type(module).__name__} loaded from {entry["checkpoint"]}: {result}',
                   logger='current')
