@@ -1,4 +1,5 @@
 """Backbones; importing this package registers them."""
 from .mambavision import MambaVision
+from .mambavision_dropin import MM_mamba_vision
 
-__all__ = ['MambaVision']
+__all__ = ['MM_mamba_vision', 'MambaVision']

@@ -1,0 +1,217 @@
+"""What all backbones share: checked arguments, freezing, checkpoints, declared depth."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmhybrid.layers import recomputed
+
+from ..arguments import check_names, suggestion
+from ..initialization import initialize_from_checkpoint
+
+__all__ = ['DenseBackbone', 'StagedBackbone', 'check_flags', 'check_integers', 'check_number',
+           'check_out_indices', 'check_rate', 'checked_architecture', 'drop_path_rates',
+           'run_blocks']
+
+
+class DenseBackbone(BaseModule):
+    """Base of the backbones: freezing, checkpoints and the depth of each parameter.
+
+    A subclass implements :meth:`frozen_parts`, :meth:`unused_parts` and :meth:`depth_of`, and
+    calls :meth:`freeze` at the end of its constructor.
+    """
+
+    # Names that only one of the classification and dense forms has.
+    may_differ = r'(outnorm\d|norm|head|classifier)\.'
+
+    def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Parts that stay in eval mode and need no gradient."""
+        raise NotImplementedError
+
+    def unused_parts(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Parts that are there only so that weights fit: not run, hence without gradient."""
+        raise NotImplementedError
+
+    def depth_of(self, name: str) -> int | None:
+        """Depth of one of the backbone's own parameters; None for what follows the last block."""
+        raise NotImplementedError
+
+    @property
+    def num_depths(self) -> int:
+        """Number of depths: the embedding, the blocks, and what follows them."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Put frozen parts into eval mode and take the gradient from frozen and unused ones."""
+        for part in self.frozen_parts():
+            if isinstance(part, nn.Module):
+                part.eval()
+            part.requires_grad_(False)
+        # Without gradients of its own a parameter would stop distributed training.
+        for part in self.unused_parts():
+            part.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> DenseBackbone:
+        """Switch the mode; frozen parts stay in eval mode."""
+        super().train(mode)
+        self.freeze()
+        return self
+
+    def init_weights(self) -> None:
+        """Load the checkpoint of ``init_cfg``; without one the weights stay as built."""
+        initialize_from_checkpoint(self, super().init_weights, may_differ=self.may_differ,
+                                   adapt=self.adapt_state_dict)
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Give the weights of a file the names and shapes of this module.
+
+        Called for every way of loading, so weights that fit already must stay as they are.
+        """
+        return state_dict
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+        own = self.adapt_state_dict({k[len(prefix):]: v for k, v in own.items()})
+        state_dict.update({prefix + k: v for k, v in own.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Say how deep a parameter lies, for layer-wise learning rates.
+
+        Args:
+            param_name: name as in ``named_parameters`` of the whole model.
+            prefix: part of the name in front of the backbone's own, e.g. ``'backbone.'``.
+
+        Returns:
+            (depth, number of depths): 0 for the embedding, one more for each block, and what
+            follows the last block (output norms, names that are not the backbone's) has the
+            largest depth.
+        """
+        last = self.num_depths - 1
+        depth = self.depth_of(param_name[len(prefix):]) if param_name.startswith(prefix) else None
+        return (last if depth is None else depth), self.num_depths
+
+
+class StagedBackbone(DenseBackbone):
+    """A stem and four stages of blocks at strides 4 to 32, one norm per returned map.
+
+    Expects ``patch_embed``, ``layers`` (stages with ``blocks`` and ``downsample``),
+    ``out_indices`` and ``frozen_stages``.
+    """
+
+    def frozen_parts(self) -> Iterable[nn.Module]:
+        """The stem and the first ``frozen_stages`` stages."""
+        if self.frozen_stages >= 0:
+            yield self.patch_embed
+            yield from self.layers[:self.frozen_stages]
+
+    def unused_parts(self) -> Iterable[nn.Module]:
+        """What follows the last returned stage."""
+        last = self.out_indices[-1]
+        if last < len(self.layers) - 1:
+            yield self.layers[last].downsample
+            yield from self.layers[last + 1:]
+
+    def depth_of(self, name: str) -> int | None:
+        """Count blocks; a downsampling belongs to the block before it."""
+        parts = name.split('.')
+        if parts[0] == 'patch_embed':
+            return 0
+        if parts[0] != 'layers':
+            return None
+        depths = [len(stage.blocks) for stage in self.layers]
+        stage = int(parts[1])
+        if parts[2] == 'downsample':
+            return sum(depths[:stage + 1])
+        return sum(depths[:stage]) + int(parts[3]) + 1
+
+    @property
+    def num_depths(self) -> int:
+        """Stem, blocks, and what follows them."""
+        return sum(len(stage.blocks) for stage in self.layers) + 2
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool) -> Tensor:
+    """Apply blocks in order, recomputing them in the backward pass if ``with_cp``."""
+    for block in blocks:
+        x = recomputed(block, x) if with_cp and x.requires_grad else block(x)
+    return x
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Stochastic depth rates per stage and block, growing linearly from 0 to ``rate``."""
+    total = sum(depths)
+    rates = iter(rate * j / max(total - 1, 1) for j in range(total))
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def checked_architecture(arch: str | dict, known: Mapping[str, dict], required: Sequence[str],
+                         optional: Mapping[str, object]) -> dict:
+    """Turn the name of a variant or a dictionary into a complete dictionary.
+
+    Raises:
+        TypeError: for an unknown key or another type.
+        ValueError: for an unknown name or a missing key.
+    """
+    if isinstance(arch, str):
+        if arch not in known:
+            raise ValueError(f'got arch={arch!r}; {suggestion(arch, known)}; or give a '
+                             f'dictionary with the keys {", ".join(required)}')
+        arch = known[arch]
+    elif not isinstance(arch, dict):
+        raise TypeError(f'got arch of type {type(arch).__name__}, expected the name of a variant '
+                        f'({", ".join(known)}) or a dictionary')
+    check_names(arch, [*required, *optional], 'arch: unknown key')
+    missing = [key for key in required if key not in arch]
+    if missing:
+        raise ValueError(f'the arch dictionary lacks {", ".join(missing)}; it needs all of '
+                         f'{", ".join(required)}')
+    return {**optional, **arch}
+
+
+def check_integers(name: str, values: Sequence[int], low: int, high: int | None = None,
+                   length: int | None = None) -> None:
+    """Refuse anything but integers between ``low`` and ``high``."""
+    wanted = f'from {low} to {high}' if high is not None else f'of at least {low}'
+    if not isinstance(values, (list, tuple)) or not all(
+            isinstance(v, int) and not isinstance(v, bool) for v in values):
+        shown = values[0] if isinstance(values, list) and len(values) == 1 else values
+        raise TypeError(f'got {name}={shown!r}, expected integers {wanted}')
+    if length is not None and len(values) != length:
+        raise ValueError(f'got {len(values)} values for {name} ({values}), expected {length}, '
+                         'one per stage')
+    for value in values:
+        if value < low or (high is not None and value > high):
+            raise ValueError(f'got {value} for {name}, expected an integer {wanted}')
+
+
+def check_out_indices(out_indices: Sequence[int], count: int, example: str) -> None:
+    """Refuse anything but ascending indices of ``count`` stages or blocks."""
+    check_integers('out_indices', out_indices, 0, count - 1)
+    if not out_indices or list(out_indices) != sorted(set(out_indices)):
+        raise ValueError(f'got out_indices={out_indices}, expected at least one index and '
+                         f'ascending order without repeats, such as {example}')
+
+
+def check_number(name: str, value: float, above: float | None = None) -> None:
+    """Refuse anything but a number (greater than ``above``)."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f'got {name}={value!r}, expected a number')
+    if above is not None and value <= above:
+        raise ValueError(f'got {name}={value}, expected a number above {above}')
+
+
+def check_rate(name: str, value: float) -> None:
+    """Refuse anything but a number in [0, 1)."""
+    check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f'got {name}={value}, expected 0 <= rate < 1')
+
+
+def check_flags(**flags: bool) -> None:
+    """Refuse anything but True and False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f'got {name}={value!r}, expected True or False')

@@ -1,0 +1,85 @@
+"""The published configs' spelling of the backbone, so that they build by changing one import."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from mmhybrid.registry import MODELS
+
+from ..arguments import strict_arguments
+from .mambavision import MambaVision
+
+__all__ = ['MM_mamba_vision']
+
+_NOT_GIVEN = object()
+_DROP_PATH_RATE = 0.2
+
+
+@MODELS.register_module()
+@strict_arguments
+class MM_mamba_vision(MambaVision):
+    """MambaVision with the arguments that released detection and segmentation configs end up with.
+
+    Behaves as the published class: stochastic depth is 0.2 whatever the config says, and what the
+    configs inherit from ResNet and Swin bases does nothing.  One warning names each such setting.
+    For new configs use :class:`MambaVision`, where every setting counts.
+
+    Args:
+        dim: channels of stage 1; doubled by each stage.
+        in_dim: channels inside the stem.
+        depths: blocks per stage.
+        num_heads: attention heads per stage; the first two are unused.
+        window_size: window sides per stage; the first two are unused.
+        mlp_ratio: hidden width of MLPs over their input.
+        out_indices: stages to return.
+        norm_layer: norm of the outputs, 'ln2d' or 'bn'.
+        layer_scale: initial per-channel factor of stages 3 and 4; None for none.
+        pretrained: checkpoint file, loaded by ``init_weights``, not while building.
+
+    All other arguments are accepted without effect.
+
+    Raises:
+        TypeError: for an unknown argument or a value of the wrong type.
+        ValueError: for a value out of range, and for ``norm_layer='ln'``.
+    """
+
+    def __init__(self, *, dim: int, in_dim: int, depths: Sequence[int], num_heads: Sequence[int],
+                 window_size: Sequence[int], mlp_ratio: float = 4,
+                 out_indices: Sequence[int] = (0, 1, 2, 3), norm_layer: str = 'ln2d',
+                 layer_scale: float | None = None, pretrained: str | None = None,
+                 drop_path_rate=_NOT_GIVEN,
+                 # from the ResNet base of detection
+                 depth=_NOT_GIVEN, num_stages=_NOT_GIVEN, frozen_stages=_NOT_GIVEN,
+                 norm_cfg=_NOT_GIVEN, norm_eval=_NOT_GIVEN, style=_NOT_GIVEN, init_cfg=_NOT_GIVEN,
+                 # from the Swin base of segmentation
+                 pretrain_img_size=_NOT_GIVEN, embed_dims=_NOT_GIVEN, patch_size=_NOT_GIVEN,
+                 strides=_NOT_GIVEN, qkv_bias=_NOT_GIVEN, qk_scale=_NOT_GIVEN,
+                 patch_norm=_NOT_GIVEN, drop_rate=_NOT_GIVEN, attn_drop_rate=_NOT_GIVEN,
+                 use_abs_pos_embed=_NOT_GIVEN, act_cfg=_NOT_GIVEN):
+        ignored = dict(
+            drop_path_rate=drop_path_rate, depth=depth, num_stages=num_stages,
+            frozen_stages=frozen_stages, norm_cfg=norm_cfg, norm_eval=norm_eval, style=style,
+            init_cfg=init_cfg, pretrain_img_size=pretrain_img_size, embed_dims=embed_dims,
+            patch_size=patch_size, strides=strides, qkv_bias=qkv_bias, qk_scale=qk_scale,
+            patch_norm=patch_norm, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
+            use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg)
+        ignored = {name: value for name, value in ignored.items() if value is not _NOT_GIVEN}
+        if norm_layer == 'ln':
+            raise ValueError("got norm_layer='ln', which normalises over the width of the map and so "
+                             "fits one input size only; use 'ln2d', as all released weights do")
+        if norm_layer not in ('ln2d', 'bn'):
+            raise ValueError(f"got norm_layer={norm_layer!r}, expected 'ln2d' or 'bn'")
+        super().__init__(
+            dict(dim=dim, stem_width=in_dim, depths=depths, num_heads=num_heads,
+                 window_size=window_size, mlp_ratio=mlp_ratio, layer_scale=layer_scale),
+            out_indices=out_indices,
+            drop_path_rate=_DROP_PATH_RATE,
+            out_norm=norm_layer,
+            init_cfg=dict(type='Pretrained', checkpoint=pretrained) if pretrained else None)
+        if ignored:
+            listed = ', '.join(f'{name}={value!r}' for name, value in ignored.items())
+            warnings.warn(
+                'MM_mamba_vision builds what the published code builds; these settings have no '
+                f'effect: {listed}. Stochastic depth is {_DROP_PATH_RATE}. Use '
+                "type='mmhybrid.MambaVision' for a backbone that follows its config.",
+                stacklevel=3)
