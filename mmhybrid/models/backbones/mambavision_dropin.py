@@ -65,7 +65,7 @@ class MM_mamba_vision(MambaVision):
             use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg)
         ignored = {name: value for name, value in ignored.items() if value is not _NOT_GIVEN}
         if norm_layer == 'ln':
-            raise ValueError("got norm_layer='ln', which normalises over the width of the map and so "
+            raise ValueError("got norm_layer='ln', which normalises over the map's width and so "
                              "fits one input size only; use 'ln2d', as all released weights do")
         if norm_layer not in ('ln2d', 'bn'):
             raise ValueError(f"got norm_layer={norm_layer!r}, expected 'ln2d' or 'bn'")
