@@ -43,15 +43,15 @@ def fill_value(name, shape, dt_bias=-4.0):
 
 
 @torch.no_grad()
-def fill(target, prefix='', dt_bias=-4.0):
+def fill_state_dict(target, strip_prefix='', dt_bias=-4.0):
     """Fill a module or a state dict in place and return it.
 
-    ``prefix`` is removed from names before they are used; names without it are left alone.
+    ``strip_prefix`` is removed from names before they are used; names without it are left alone.
     """
     state = target.state_dict() if isinstance(target, torch.nn.Module) else target
     for name, tensor in state.items():
-        if name.startswith(prefix) and not name.endswith(COMPUTED):
-            value = fill_value(name[len(prefix):], tensor.shape, dt_bias)
+        if name.startswith(strip_prefix) and not name.endswith(COMPUTED):
+            value = fill_value(name[len(strip_prefix):], tensor.shape, dt_bias)
             tensor.copy_(torch.from_numpy(np.asarray(value)).reshape(tensor.shape))
     return target
 
