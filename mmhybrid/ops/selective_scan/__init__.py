@@ -273,6 +273,8 @@ def selective_scan(
     name = choose_backend(backend, u.device, dtype, A.shape[1])
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     A, D, delta_bias = (x if x is None else x.to(dtype) for x in (A, D, delta_bias))
+    if u.numel() == 0:  # nothing to cut into chunks
+        name = 'reference'
     # Autocast would lower the state to half precision in the middle of the recurrence.
     with torch.autocast(u.device.type, enabled=False):
         y, last_state = _BACKENDS[name].run(

@@ -1,10 +1,269 @@
-"""Placeholder until the chunked path lands: the sequential loop."""
+"""The selective scan in a few large PyTorch operations: any device, no compiler.
 
-from .reference import selective_scan_reference
+B batch, D channels, L tokens, N state, G groups, H = D / G channels per group.
+
+The tokens are cut into K chunks of T tokens that advance side by side, so that a step costs one
+operation for K tokens. Two sweeps: the first finds what each chunk leaves when it starts from
+zero, a short loop over the chunks turns that into every chunk's true start, and the second sweep
+computes the states. Long sequences are cut into blocks of K * T tokens first, which bounds the
+temporary memory. Packed tensors are (blocks, T, K, B, ...) and states (..., B, G, N, H): channels
+last, so that every operation runs over contiguous memory. README.md has the mathematics.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .operator import make_operator
+
+# State values that one elementwise operation should cover; with fewer, the call itself dominates.
+_WIDTH = 48 * 1024
+# State values per block: the handful of temporaries of this size should stay near the caches.
+_BLOCK = 2 * 1024 * 1024
 
 
-def selective_scan_chunked(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    """Run the reference in the dtype of A."""
-    parts = [x if x is None else x.to(A.dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
-    y, last_state = selective_scan_reference(*parts, delta_softplus, reverse)
-    return y.to(u.dtype), last_state
+class Plan(NamedTuple):
+    """How the tokens are cut: ``blocks`` * ``steps`` * ``chunks`` >= L."""
+
+    blocks: int
+    steps: int
+    chunks: int
+
+
+def make_plan(length: int, width: int) -> Plan:
+    """Choose the cut for L tokens of ``width`` = B * D * N state values each."""
+    per_block = max(1, min(length, _BLOCK // width))
+    per_block = -(-length // -(-length // per_block))  # equal blocks
+    # A block costs about 2 * T + K operations for its K * T tokens: least at K = sqrt(2 * K * T).
+    chunks = min(round((2 * per_block) ** 0.5), _WIDTH // width)
+    if chunks < 3 or per_block < 16:  # one sweep over the tokens is cheaper than two over chunks
+        chunks = 1
+    steps = -(-per_block // chunks)
+    return Plan(-(-length // (chunks * steps)), steps, chunks)
+
+
+def _plan_for(u: Tensor, A: Tensor) -> Plan:
+    return make_plan(u.shape[2], u.shape[0] * A.numel())
+
+
+def _pack(x: Tensor, plan: Plan, dtype: torch.dtype, reverse: bool) -> Tensor:
+    """Copy (B, ..., L) to (blocks, T, K, B, ...) in scan order, padded with zeros.
+
+    A padded token has delta = 0, hence it keeps the state and adds nothing to it.
+    """
+    if reverse:
+        x = x.flip(-1)
+    padding = plan.blocks * plan.chunks * plan.steps - x.shape[-1]
+    if padding:
+        x = F.pad(x, (0, padding))
+    x = x.unflatten(-1, (plan.blocks, plan.chunks, plan.steps))
+    x = x.permute(-3, -1, -2, *range(x.dim() - 3))
+    return x.to(dtype).contiguous()
+
+
+def _unpack(x: Tensor, length: int, reverse: bool) -> Tensor:
+    """Undo `_pack`: (blocks, T, K, B, ...) to (B, ..., L)."""
+    x = x.permute(*range(3, x.dim()), 0, 2, 1).flatten(-3)[..., :length]
+    return x.flip(-1) if reverse else x
+
+
+def _step(delta: Tensor, delta_bias: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
+    """Give the discretisation step (B, D, L)."""
+    delta = delta.to(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias[:, None]
+    return F.softplus(delta) if softplus else delta
+
+
+def _sweep(start: Tensor, decays: Sequence[Tensor], gains: Sequence[Tensor]) -> None:
+    """Turn each gain into the state after it, in place: h = decay * h + gain."""
+    for decay, gain in zip(decays, gains, strict=True):
+        start = gain.addcmul_(decay, start)
+
+
+def _sweep_end(start: Tensor, decays: Sequence[Tensor], gains: Sequence[Tensor]) -> Tensor:
+    """Give only the state after the last gain, and leave the gains as they are."""
+    end = torch.empty_like(start)
+    for decay, gain in zip(decays, gains, strict=True):
+        start = torch.addcmul(gain, decay, start, out=end)
+    return start
+
+
+def _chunk_starts(
+    start: Tensor, totals: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]
+) -> Tensor:
+    """Fill in the true start of every chunk and give that of the one after the last.
+
+    ``totals`` are the chunks' whole decays, ``ends`` what they leave when they start from zero.
+    """
+    for total, end, row in zip(totals, ends, starts, strict=True):
+        row.copy_(start)
+        start = torch.addcmul(end, total, row)
+    return start
+
+
+def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Batched matrix product over all but the last two axes."""
+    torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out=out.flatten(0, -3))
+
+
+def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
+    batch, channels, length = u.shape
+    groups, state = B.shape[1:3]
+    dtype = A.dtype
+    plan = _plan_for(u, A)
+    size = (batch, groups, state, channels // groups)
+
+    def pack(x, *inner):
+        return _pack(x, plan, dtype, reverse).unflatten(-1, inner)
+
+    delta = pack(_step(delta, delta_bias, delta_softplus, dtype), groups, 1, -1)
+    u_ = pack(u, groups, 1, -1)
+    B = pack(B, state, 1)
+    C = pack(C, 1, state)
+    A = A.view(groups, -1, state).transpose(1, 2).contiguous()
+
+    y = torch.empty_like(u_)
+    starts = A.new_empty((plan.blocks, plan.chunks, *size))
+    decay = A.new_empty((plan.steps, plan.chunks, *size))
+    h = torch.empty_like(decay)
+    carry = A.new_zeros(size)
+    decays, states = decay.unbind(), h.unbind()
+    for i in range(plan.blocks):
+        torch.mul(delta[i], A, out=decay).exp_()
+        torch.mul(delta[i] * u_[i], B[i], out=h)
+        if plan.chunks > 1:
+            ends = _sweep_end(h[0], decays[1:], states[1:])
+            totals = torch.exp(delta[i].sum(0) * A)
+            carry = _chunk_starts(carry, totals.unbind(), ends.unbind(), starts[i].unbind())
+        else:
+            starts[i, 0] = carry
+        _sweep(starts[i], decays, states)
+        if plan.chunks == 1:
+            carry = h[-1, 0].clone()
+        _matmul(C[i], h, out=y[i])
+    if D is not None:
+        y.addcmul_(u_, D.view(groups, 1, -1))
+
+    y = _unpack(y.flatten(-3), length, reverse)
+    last_state = carry.transpose(-1, -2).reshape(batch, channels, state)
+    ungated = A.new_empty(0)
+    if z is not None:
+        ungated = y.contiguous()
+        y = ungated * F.silu(z.to(dtype))
+    return y.to(u.dtype).contiguous(), last_state.contiguous(), starts, ungated
+
+
+def _backward(
+    grad_y, grad_last_state, starts, ungated,
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
+):  # fmt: skip
+    """Sweep the adjoint g of the state from the last token to the first.
+
+    g_t = C_t * dy_t + decay_{t+1} * g_{t+1}; the states are computed again from the chunk starts.
+    """
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    batch, channels, length = u.shape
+    groups, state = B.shape[1:3]
+    dtype = A.dtype
+    plan = _plan_for(u, A)
+    size = (batch, groups, state, channels // groups)
+    grad_y = torch.zeros_like(u, dtype=dtype) if grad_y is None else grad_y.to(dtype)
+    grad_z = None
+    if z is not None:
+        z = z.to(dtype)
+        gate = torch.sigmoid(z)
+        grad_z = grad_y * ungated * (gate * (1 + z * (1 - gate)))
+        grad_y = grad_y * (gate * z)
+
+    def pack(x, *inner):
+        return _pack(x, plan, dtype, reverse).unflatten(-1, inner)
+
+    step = _step(delta, delta_bias, delta_softplus, dtype)
+    delta = pack(step, groups, 1, -1)
+    u = pack(u, groups, 1, -1)
+    grad_y = pack(grad_y, groups, 1, -1)
+    B = pack(B, 1, state)
+    C = pack(C, state, 1)
+    A = A.view(groups, -1, state).transpose(1, 2).contiguous()
+    B_column = B.transpose(-1, -2)
+
+    decay = A.new_empty((plan.steps, plan.chunks, *size))
+    h, g = torch.empty_like(decay), torch.empty_like(decay)
+    incoming = A.new_empty((plan.chunks, *size))
+    grad_input = torch.empty_like(u)  # of delta * u
+    grad_delta = torch.empty_like(u)
+    grad_B, grad_C = torch.empty_like(B_column), torch.empty_like(C)
+    grad_A = torch.zeros_like(A)
+    carry = A.new_zeros(size)
+    if grad_last_state is not None:
+        carry += grad_last_state.view(batch, groups, -1, state).transpose(-1, -2)
+    decays, states, adjoints = decay.unbind(), h.unbind(), g.unbind()
+    backwards, decays_after = adjoints[-2::-1], decays[:0:-1]
+    for i in reversed(range(plan.blocks)):
+        torch.mul(delta[i], A, out=decay).exp_()
+        gain = delta[i] * u[i]
+        torch.mul(gain, B_column[i], out=h)
+        _sweep(starts[i], decays, states)
+        torch.mul(grad_y[i], C[i], out=g)
+        if plan.chunks > 1:
+            ends = _sweep_end(g[-1], decays_after, backwards).mul_(decay[0])
+            totals = torch.exp(delta[i].sum(0) * A)
+            rows = (x.unbind()[::-1] for x in (totals, ends, incoming))
+            carry = _chunk_starts(carry, *rows)
+        else:
+            incoming[0] = carry
+        g[-1].add_(incoming)
+        _sweep(g[-1], decays_after, backwards)
+        if plan.chunks == 1:
+            carry = torch.mul(decay[0, 0], g[0, 0])
+
+        _matmul(h, grad_y[i].transpose(-1, -2), out=grad_C[i])
+        _matmul(g, gain.transpose(-1, -2), out=grad_B[i])
+        _matmul(B[i], g, out=grad_input[i])
+        # The gradient of delta * A is g_t * decay_t * h_{t-1}.
+        decay.mul_(g)
+        decay[1:].mul_(h[:-1])
+        decay[0].mul_(starts[i])
+        torch.sum(torch.mul(decay, A, out=h), -2, keepdim=True, out=grad_delta[i])
+        grad_A += torch.mul(decay, delta[i], out=h).sum((0, 1, 2))
+
+    grad_delta.addcmul_(grad_input, u)
+    grad_u = grad_input.mul_(delta)
+    grad_D = grad_bias = None
+    if D is not None:
+        grad_u.addcmul_(grad_y, D.view(groups, 1, -1))
+        grad_D = (grad_y * u).sum((0, 1, 2, 3)).flatten()
+    grad_delta = _unpack(grad_delta.flatten(-3), length, reverse)
+    if delta_softplus:  # its derivative, a sigmoid, written with its value
+        grad_delta = grad_delta * -torch.expm1(-step)
+    if delta_bias is not None:
+        grad_bias = grad_delta.sum((0, 2))
+    grads = (
+        _unpack(grad_u.flatten(-3), length, reverse),
+        grad_delta,
+        grad_A.transpose(-1, -2).reshape(channels, state),
+        _unpack(grad_B.squeeze(-1), length, reverse),
+        _unpack(grad_C.squeeze(-1), length, reverse),
+        grad_D,
+        grad_z,
+        grad_bias,
+    )
+    return tuple(
+        A.new_empty(0) if x is None else grad.to(x.dtype).contiguous()
+        for x, grad in zip(inputs, grads, strict=True)
+    )
+
+
+def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+    plan = _plan_for(u, A)
+    groups, state = B.shape[1:3]
+    return plan.blocks, plan.chunks, u.shape[0], groups, state, u.shape[1] // groups
+
+
+selective_scan_chunked = make_operator(
+    'selective_scan_torch', _forward, _backward, _starts_shape
+)

@@ -49,7 +49,7 @@ def selective_scan_reference(
         decay = torch.exp(step * A)
         h = decay * h + step * u_t[t].reshape(*grouped, 1) * B_t[t].unsqueeze(2)
         y[t] = (h * C_t[t].unsqueeze(2)).sum(-1).reshape(batch, channels)
-    out = torch.stack(y, dim=-1) if y else torch.zeros_like(u)
+    out = torch.stack(y, dim=-1) if y else u.clone()
 
     if D is not None:
         out = out + D[:, None] * u
