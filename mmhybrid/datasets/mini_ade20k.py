@@ -5,8 +5,8 @@
     objectInfo150.txt                           sceneCategories.txt
 
 Annotations are 8-bit PNGs: 1 to 150 are classes, 0 is "other" and does not count in training or
-evaluation once the labels are reduced by one. Eleven classes occur, told apart by outline or texture
-and never by colour.
+evaluation once the labels are reduced by one. Eleven classes occur, told apart by outline or
+texture and never by colour.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def write_mini_ade20k(folder: str | Path, train: int = TRAIN, val: int = VAL, se
         (work / "sceneCategories.txt").write_text("\n".join(scenes) + "\n")
         rows = ["Idx\tRatio\tTrain\tVal\tName"]
         for label, name in enumerate(ADE20K_NAMES, start=1):
-            rows.append(f"{label}\t{pixels[label] / pixels.sum():.4f}\t{images_with['train'][label]}"
-                        f"\t{images_with['val'][label]}\t{name}")
+            ratio = pixels[label] / pixels.sum()
+            columns = (label, f"{ratio:.4f}", *(images_with[split][label] for split in counts), name)
+            rows.append("\t".join(map(str, columns)))
         (work / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
     return True
