@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
-from types import ModuleType
 
 EXT_NAME = "mmcv._ext"
 _MMCV_DISTRIBUTIONS = ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full")
