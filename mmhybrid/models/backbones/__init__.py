@@ -1,5 +1,7 @@
 """Backbones; importing this package registers them."""
 from .mambavision import MambaVision
 from .mambavision_dropin import MM_mamba_vision
+from .vmamba import VMamba
+from .vmamba_dropin import MM_VSSM
 
-__all__ = ['MM_mamba_vision', 'MambaVision']
+__all__ = ['MM_VSSM', 'MM_mamba_vision', 'MambaVision', 'VMamba']

@@ -249,12 +249,16 @@ class VSSBackbone(StagedBackbone):
             x = stage(x)
             if i in self.out_indices:
                 # the norm is not on the way to the next stage
-                y = getattr(self, f'outnorm{i}')(x)
+                y = self.output_norm(i)(x)
                 maps.append((y if self.channel_first else y.permute(0, 3, 1, 2)).contiguous())
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x)
         return tuple(maps)
+
+    def output_norm(self, stage: int) -> nn.Module:
+        """Give the norm of a returned map."""
+        return getattr(self, f'outnorm{stage}')
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename entries of the first release; flatten linear weights stored as convolutions."""

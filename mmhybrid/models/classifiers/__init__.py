@@ -1,4 +1,5 @@
 """Classification forms of the backbones; importing this package registers them."""
 from .mambavision import MambaVisionClassifier
+from .vmamba import VMambaClassifier
 
-__all__ = ['MambaVisionClassifier']
+__all__ = ['MambaVisionClassifier', 'VMambaClassifier']
