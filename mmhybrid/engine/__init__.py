@@ -1,6 +1,13 @@
 """Everything around the training loop. Importing it registers what configs name."""
 from .amp import AmpOptimWrapper
+from .dump import DumpSegmentation
+from .errors import UserError
 from .param_groups import HybridOptimWrapperConstructor
+from .preflight import CheckpointCheckHook
+from .progress import ProgressHook
 from .random_state import RandomStateHook
 
-__all__ = ['AmpOptimWrapper', 'HybridOptimWrapperConstructor', 'RandomStateHook']
+__all__ = [
+    'AmpOptimWrapper', 'CheckpointCheckHook', 'DumpSegmentation', 'HybridOptimWrapperConstructor',
+    'ProgressHook', 'RandomStateHook', 'UserError',
+]

@@ -17,7 +17,7 @@ import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..registry import HOOKS
@@ -95,6 +95,8 @@ class RandomStateHook(Hook):
 
     def before_val(self, runner) -> None:
         """Remember the states: a validation must not disturb the training that follows it."""
+        if not isinstance(runner._train_loop, BaseLoop):
+            return  # only evaluating; asking the runner for its epoch would build the train loop
         self._before_val = get_random_state()
         if any(hook.save_best for hook in _checkpoint_hooks(runner)):
             self._gather(runner)

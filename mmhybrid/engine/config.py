@@ -1,0 +1,324 @@
+"""What the command line does to a config."""
+from __future__ import annotations
+
+import difflib
+import os
+import os.path as osp
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+from .amp import has_accelerator
+from .errors import UserError
+
+__all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
+           'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_hooks', 'is_remote']
+
+
+def load_config(path: str, options: dict | None = None, data_root: str | None = None,
+                work_dir: str | None = None) -> tuple[Config, list[str]]:
+    """Read a config and apply the options every tool has.
+
+    Args:
+        path: the config file.
+        options: what ``--cfg-options`` gave. ``data_root`` among them means the same as the next
+            argument.
+        data_root: folder to read the data from instead of the config's own, everywhere.
+        work_dir: where logs and checkpoints go; else the config's, else ``work_dirs/<name>``.
+
+    Returns:
+        The config, and warnings for the log.
+
+    Raises:
+        UserError: if there is no such file, it cannot be read, or an option does not fit it.
+    """
+    options, notes = dict(options or {}), []
+    if not osp.isfile(path):
+        raise UserError(f'There is no config {path}.{_similar_file(path)}')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        raise UserError(f'Config {path} cannot be read. {type(error).__name__}: {error}') from error
+    from_options = options.pop('data_root', None)
+    if None not in (data_root, from_options) and data_root != from_options:
+        raise UserError(f'--data-root says {data_root}, --cfg-options data_root= says '
+                        f'{from_options}. Give one of them.')
+    data_root = data_root or from_options
+    if data_root is not None:
+        redirect_data(cfg, data_root)
+    for key in options:
+        top = key.partition('.')[0]
+        near = difflib.get_close_matches(top, list(cfg), n=1)
+        if top not in cfg and near:
+            notes.append(f'--cfg-options {key}: the config has no {top!r}. Did you mean '
+                         f'{near[0]!r}?')
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:
+        raise UserError(f'--cfg-options {" ".join(options)} does not fit {path}. '
+                        f'{type(error).__name__}: {error}') from error
+    cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join(
+        'work_dirs', osp.splitext(osp.basename(path))[0])
+    return cfg, notes
+
+
+def _similar_file(path: str) -> str:
+    folder = Path(path).parent
+    names = [entry.name for entry in folder.glob('*.py')] if folder.is_dir() else []
+    if not names:
+        return f' The folder {folder} holds no configs.'
+    near = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
+    return f' Did you mean {" or ".join(str(folder / name) for name in near)}?' if near else ''
+
+
+def redirect_data(cfg: Config, new: str) -> int:
+    """Let every data set, evaluator and pipeline read below ``new``; returns how many settings.
+
+    A config composes its paths from ``data_root`` while it is read, so a later change of that
+    variable alone changes nothing. Here every text in the config that is the old folder, or a
+    path below it, is moved.
+    """
+    old = cfg.get('data_root') or _common_root(cfg)
+    stem = osp.normpath(old)
+    if stem in ('.', '/', ''):
+        raise UserError(f'The config reads its data from {old!r}, which is too general to be '
+                        'replaced by --data-root. Set data_root of each data set with '
+                        '--cfg-options.')
+    new = osp.expanduser(str(new)).rstrip('/') or '/'
+    count, done = 0, {}
+
+    def moved(value):
+        nonlocal count
+        if isinstance(value, str):
+            path = value[2:] if value.startswith('./') else value
+            rest = path[len(stem):]
+            if not path.startswith(stem) or rest[:1] not in ('', '/'):
+                return value
+            count += 1
+            return new + rest
+        if id(value) in done:  # one object may stand in two places, e.g. val and test
+            return done[id(value)]
+        if isinstance(value, dict):
+            done[id(value)] = value
+            for key in list(value):
+                value[key] = moved(value[key])
+        elif isinstance(value, list):
+            done[id(value)] = value
+            value[:] = [moved(item) for item in value]
+        elif isinstance(value, tuple) and type(value) is tuple:
+            return tuple(moved(item) for item in value)
+        return value
+
+    for key in list(cfg):
+        if key not in ('model', 'work_dir', 'load_from', 'resume', 'pretrained'):
+            cfg[key] = moved(cfg[key])
+    cfg.data_root = new + ('/' if old.endswith('/') else '')
+    if not count:
+        raise UserError(f'Nothing in the config reads from its data_root {old!r}, so --data-root '
+                        'has no effect.')
+    return count
+
+
+def _common_root(cfg: Config) -> str:
+    roots = set()
+    for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        stack = [cfg.get(key)]
+        while stack:
+            node = stack.pop()
+            if isinstance(node, dict):
+                if isinstance(node.get('data_root'), str):
+                    roots.add(node['data_root'])
+                stack.extend(node.values())
+            elif isinstance(node, (list, tuple)):
+                stack.extend(node)
+    if len(roots) != 1:
+        found = 'none' if not roots else ', '.join(sorted(roots))
+        raise UserError('--data-root needs one folder to replace: the variable data_root, or the '
+                        f'same data_root in all data sets. Found: {found}.')
+    return roots.pop()
+
+
+def is_remote(path: str) -> bool:
+    """Whether a checkpoint or data path names a server or a scheme instead of a file."""
+    return '://' in str(path)
+
+
+def apply_pretrained(cfg: Config, path: str | None) -> list[str]:
+    """Start the backbone from ``path`` (or the config's ``pretrained``); returns warnings."""
+    path = path or cfg.get('pretrained')
+    backbone = cfg.model.get('backbone')
+    if path:
+        if backbone is None:
+            raise UserError('--pretrained sets model.backbone.init_cfg, and this model has no '
+                            'backbone. Use --cfg-options load_from=... instead.')
+        if not is_remote(path) and not osp.isfile(osp.expanduser(path)):
+            raise UserError(f'--pretrained {path} does not exist.{_published(cfg)}')
+        path = path if is_remote(path) else osp.expanduser(path)
+        cfg.pretrained = path
+        backbone.init_cfg = ConfigDict(type='Pretrained', checkpoint=path)
+        return []
+    if cfg.get('load_from') or cfg.get('resume') or backbone is None:
+        return []
+    if backbone.get('init_cfg') or backbone.get('pretrained'):
+        return []
+    return ['Training starts from random weights.' + _published(cfg)]
+
+
+def _published(cfg: Config) -> str:
+    known = cfg.get('published_checkpoint')
+    if not known:
+        return ' To start the backbone from a file, pass --pretrained PATH.'
+    return (f' The published recipe starts from {known["name"]} (licence {known["licence"]}); '
+            f'download it yourself, e.g. wget {known["url"]} , and pass '
+            f'--pretrained {known["name"]}')
+
+
+def apply_amp(cfg: Config, wanted: bool) -> list[str]:
+    """Turn mixed precision on if ``wanted``, and make the config's own start on a CPU."""
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    name = kind if isinstance(kind, str) else kind.__name__
+    if not wanted:
+        if name == 'AmpOptimWrapper' and not has_accelerator():
+            cfg.optim_wrapper.type = 'mmhybrid.AmpOptimWrapper'
+        return []
+    if name.rpartition('.')[2] == 'AmpOptimWrapper':
+        if not has_accelerator():
+            cfg.optim_wrapper.type = 'mmhybrid.AmpOptimWrapper'
+        return ['--amp: the config trains in mixed precision already.']
+    if name.rpartition('.')[2] != 'OptimWrapper':
+        raise UserError(f'--amp replaces OptimWrapper, but the config uses {name}. Set '
+                        'optim_wrapper in the config instead.')
+    cfg.optim_wrapper.type = 'mmhybrid.AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('dtype', 'float16')
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    return []
+
+
+def apply_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate with the real batch size."""
+    setting = cfg.get('auto_scale_lr')
+    if not setting or 'base_batch_size' not in setting:
+        raise UserError(
+            '--auto-scale-lr needs auto_scale_lr = dict(enable=False, base_batch_size=N) in the '
+            'config, where N is the batch size (all GPUs together) that the learning rate was '
+            'chosen for.')
+    setting.enable = True
+
+
+def apply_resume(cfg: Config, resume: str | None) -> list[str]:
+    """``resume``: None, "auto" (the latest checkpoint in work_dir) or a path."""
+    if resume is None and not cfg.get('resume'):
+        return []
+    if resume in (None, 'auto'):
+        cfg.resume = True
+        if resume is None and cfg.get('load_from'):
+            return []
+        cfg.load_from = _latest(cfg.work_dir)
+        if cfg.load_from is None:
+            cfg.resume = False
+            return [f'--resume: {cfg.work_dir} holds no checkpoint yet, so training starts anew.']
+        return []
+    cfg.resume, cfg.load_from = True, resume
+    return []
+
+
+def _latest(work_dir: str) -> str | None:
+    record = osp.join(work_dir, 'last_checkpoint')
+    if not osp.isfile(record):
+        return None
+    with open(record) as file:
+        path = file.read().strip()
+    beside = osp.join(work_dir, osp.basename(path))  # the folder may have been moved or copied
+    found = next((each for each in (path, beside) if osp.isfile(each)), None)
+    if found is None:
+        raise UserError(f'{record} names {path}, which does not exist. Pass the checkpoint to '
+                        'continue from: --resume PATH, or remove that file to start anew.')
+    return found
+
+
+FLIP_TTA = dict(
+    type='TestTimeAug',
+    transforms=[
+        [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+        [dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                               'scale_factor', 'flip', 'flip_direction'))],
+    ])
+
+
+def apply_tta(cfg: Config) -> list[str]:
+    """Test with augmentation: the config's, or both mirror images of each picture (detection)."""
+    notes = []
+    dataset = _innermost(cfg.test_dataloader.dataset)
+    if cfg.get('default_scope') == 'mmdet':
+        cfg.setdefault('tta_model', dict(type='DetTTAModel', tta_cfg=dict(
+            nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+        if 'tta_pipeline' not in cfg:
+            loading = [step for step in dataset.pipeline
+                       if step['type'].rpartition('.')[2] not in ('LoadAnnotations',
+                                                                  'PackDetInputs')]
+            cfg.tta_pipeline = [*loading, FLIP_TTA]
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [
+            cfg.test_evaluator]
+        for evaluator in evaluators:
+            metric = evaluator.get('metric')
+            if metric and metric != 'bbox' and set(metric) != {'bbox'}:
+                evaluator.metric = ['bbox']
+                notes.append('--tta merges boxes only (mmdet has no rule for masks), so box AP '
+                             'alone is computed.')
+    else:
+        missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+        if missing:
+            raise UserError(f'--tta needs {" and ".join(missing)} in the config. '
+                            'configs/_base_/datasets/ade20k.py and configs/_base_/runtime_seg.py '
+                            'show both.')
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    return notes
+
+
+def _innermost(dataset):
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
+
+
+def apply_out(cfg: Config, out: str) -> None:
+    """Write all predictions to the pickle file ``out``."""
+    if not out.endswith(('.pkl', '.pickle')):
+        raise UserError(f'--out must end with .pkl or .pickle, got {out}.')
+    os.makedirs(osp.dirname(osp.abspath(out)), exist_ok=True)
+    dump = dict(type='DumpDetResults' if cfg.get('default_scope') == 'mmdet'
+                else 'mmhybrid.DumpSegmentation', out_file_path=out)
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [
+        cfg.test_evaluator]
+    cfg.test_evaluator = [*evaluators, dump]
+
+
+def apply_show(cfg: Config, show: bool, folder: str | None, wait: float) -> list[str]:
+    """Draw predictions on the screen and/or into ``folder``."""
+    det = cfg.get('default_scope') == 'mmdet'
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    hook = hooks.setdefault('visualization', ConfigDict(
+        type='DetVisualizationHook' if det else 'SegVisualizationHook'))
+    hook.draw, hook.interval = True, 1
+    if show:
+        hook.show, hook.wait_time = True, wait
+    if not folder:
+        return []
+    folder = osp.abspath(folder)
+    if det:
+        hook.test_out_dir = folder
+        return [f'Pictures of the predictions go to {folder}']
+    visualizer = cfg.setdefault('visualizer', ConfigDict(type='SegLocalVisualizer'))
+    visualizer.save_dir = folder
+    if not visualizer.get('vis_backends'):
+        visualizer.vis_backends = [dict(type='LocalVisBackend')]
+    return [f'Pictures of the predictions go to {osp.join(folder, "vis_data", "vis_image")}']
+
+
+def ensure_hooks(cfg: Config, *hooks: str) -> None:
+    """Add hooks that the tools rely on to ``custom_hooks`` unless they are there."""
+    present = list(cfg.get('custom_hooks') or [])
+    names = {str(hook.get('type')).rpartition('.')[2] for hook in present if isinstance(hook, dict)}
+    cfg.custom_hooks = present + [
+        dict(type=hook) for hook in hooks if hook.rpartition('.')[2] not in names]

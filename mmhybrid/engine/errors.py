@@ -1,0 +1,118 @@
+"""Errors that a person can act on, and how the command line tools show them."""
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+import traceback
+
+import torch
+
+__all__ = ['UserError', 'guard_image_files', 'run_command', 'explain']
+
+
+class UserError(ValueError):
+    """Something the user can put right. The tools print its text without a traceback."""
+
+
+def explain(error: BaseException) -> str | None:
+    """Text to show instead of a traceback, or None for an error we know nothing about."""
+    text = str(error)
+    if isinstance(error, UserError) or f'{UserError.__qualname__}: ' in text:
+        # A data loading worker passes an error on as text, at the end of its own traceback.
+        return text.rpartition(f'{UserError.__qualname__}: ')[2].strip()
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller batches '
+                '(--cfg-options train_dataloader.batch_size=1), mixed precision (--amp), or '
+                'gradient checkpointing (--cfg-options model.backbone.with_cp=True).')
+    if isinstance(error, IndexError) and re.search(r'Target \d+ is out of bounds', text):
+        return (f'An annotation holds a label that the head has no class for: {text}\n'
+                'Compare num_classes of the heads with the largest label in the annotation '
+                'files, and check reduce_zero_label: with True, 0 becomes "ignore" and label n '
+                'becomes n - 1.')
+    if 'num_samples should be a positive integer' in text:
+        return ('The data set is empty: no image is left after filtering. Check the annotation '
+                'file, the image folder, and filter_cfg of the data set.')
+    return None
+
+
+def run_command(main, argv=None) -> int:
+    """Run the main function of a tool and return its exit code.
+
+    Known errors become one block of text on stderr; everything else keeps its traceback, and so
+    do known errors with ``--traceback`` or the environment variable ``MMHYBRID_TRACEBACK=1``.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    full = '--traceback' in argv or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0')
+    rank = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
+    try:
+        main(argv)
+    except KeyboardInterrupt:
+        print('\nStopped.', file=sys.stderr)
+        return 130
+    except Exception as error:
+        text = explain(error)
+        everyone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        if text is None or full:
+            traceback.print_exc()
+        if text is not None and rank and everyone:
+            time.sleep(2)  # all ranks found the same; the launcher would stop rank 0 in mid-word
+        elif text is not None:
+            where = '' if everyone or not rank else f' (process {rank})'
+            print(f'\nERROR{where}: {text}\n', file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def guard_image_files() -> None:
+    """Make data pipelines name the file when one cannot be read.
+
+    Decoders fail in their own ways (an assertion, ``UnidentifiedImageError`` without a path, an
+    OpenCV error), also inside worker processes.
+    """
+    from mmengine.dataset import Compose
+    if getattr(Compose.__call__, 'guarded', False):
+        return
+
+    def call(self, data):
+        for transform in self.transforms:
+            before = data
+            try:
+                data = transform(data)
+            except UserError:
+                raise
+            except Exception as error:
+                if not type(transform).__name__.startswith('Load'):
+                    raise
+                raise UserError(_unreadable(before, error)) from error
+            if data is None:
+                return None
+        return data
+
+    call.guarded = True
+    Compose.__call__ = call
+
+
+def _unreadable(sample: dict, error: Exception) -> str:
+    paths = [sample[key] for key in ('img_path', 'seg_map_path') if sample.get(key)]
+    missing = [path for path in paths if not os.path.exists(path)]
+    if missing:
+        return (f'{missing[0]} does not exist, but the data set lists it. Fetch the missing file, '
+                'or remove it from the annotations.')
+    bad = next((path for path in paths if not _decodes(path)), None)
+    if bad is None:
+        return (f'The annotations of {paths[0] if paths else "an image"} could not be loaded: '
+                f'{type(error).__name__}: {error}. Correct or remove this entry.')
+    return (f'{bad} cannot be decoded ({os.path.getsize(bad)} bytes; {type(error).__name__}). The '
+            'file is damaged or no image. Fetch it again, or remove it from the data set.')
+
+
+def _decodes(path: str) -> bool:
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except Exception:
+        return False
+    return True

@@ -1,0 +1,240 @@
+"""Checks before a run: does everything exist, and do the parts fit together?
+
+mmengine finds a missing file after minutes of building, at the bottom of a long traceback, and
+does not find at all that a checkpoint has other classes than the config: it logs the difference
+and goes on with random weights.
+"""
+from __future__ import annotations
+
+import json
+import os
+import os.path as osp
+import zipfile
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import DATASETS
+from mmengine.runner import BaseLoop
+
+from ..registry import HOOKS
+from .config import is_remote
+from .errors import UserError
+
+__all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data']
+
+LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
+           'test': ('test_dataloader', 'test_evaluator')}
+MAX_JSON = 64 * 2**20  # bytes; larger annotation files (COCO train) take too long to read twice
+
+
+def check_data(cfg, splits) -> None:
+    """Raise UserError if a file or folder that ``splits`` (train, val, test) read is missing."""
+    problems = []
+    for split in splits:
+        for key in LOADERS[split]:
+            for path, is_folder in _paths(cfg.get(key)):
+                problem = _missing(path, is_folder)
+                if problem and (split, problem) not in problems:
+                    problems.append((split, problem))
+    if not problems:
+        return
+    lines = [f'  {split}: {problem}' for split, problem in problems]
+    raise UserError('Data not found.\n' + '\n'.join(lines) + '\n' + _data_advice(cfg))
+
+
+def _data_advice(cfg) -> str:
+    seg = cfg.get('default_scope') == 'mmseg'
+    real, mini = ('ade20k', 'mini-ade20k') if seg else ('coco', 'mini-coco')
+    return (f'The config reads from data_root={cfg.get("data_root")!r}. What to do, one of:\n'
+            '  your data is elsewhere:        add --data-root FOLDER\n'
+            f'  what is needed, and from where: python tools/prepare_data.py {real} --root data/\n'
+            f'  a small generated set:         python tools/prepare_data.py {mini} --root data/')
+
+
+def _missing(path: str, is_folder: bool) -> str | None:
+    if is_remote(path):
+        return None
+    if not is_folder:
+        return None if osp.isfile(path) else f'{path} does not exist'
+    if not osp.isdir(path):
+        return f'{path}/ does not exist'
+    with os.scandir(path) as entries:
+        return None if any(True for _ in entries) else f'{path}/ is empty'
+
+
+def _datasets(node):
+    """Yield the innermost data set configs below a data loader's config."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _datasets(item)
+    elif isinstance(node, dict):
+        if 'dataset' in node or 'datasets' in node:
+            yield from _datasets(node.get('dataset'))
+            yield from _datasets(node.get('datasets'))
+        elif 'type' in node and any(
+                key in node for key in ('data_root', 'ann_file', 'data_prefix')):
+            yield node
+
+
+def _paths(node):
+    """Yield (path, is a folder) for data sets, or for the annotation file of evaluators."""
+    if isinstance(node, (list, tuple)) or isinstance(node, dict) and 'type' in node:
+        for evaluator in node if isinstance(node, (list, tuple)) else [node]:
+            if evaluator.get('ann_file'):
+                yield evaluator['ann_file'], False
+        return
+    for dataset in _datasets(node):
+        root = dataset.get('data_root') or ''
+        if dataset.get('ann_file'):
+            yield osp.join(root, dataset['ann_file']), False
+        prefix = dataset.get('data_prefix') or {}
+        for folder in (prefix.values() if isinstance(prefix, dict) else [prefix]):
+            if folder:
+                yield osp.join(root, folder).rstrip('/'), True
+
+
+def check_classes(cfg, splits) -> list[str]:
+    """Raise UserError if data sets and heads disagree about the classes; returns warnings."""
+    notes = []
+    heads = dict(_num_classes(cfg.get('model')))
+    for split in splits:
+        for dataset in _datasets(cfg.get(f'{split}_dataloader')):
+            classes = _classes(dataset, cfg.get('default_scope'))
+            if classes is None:
+                continue
+            wrong = {path: number for path, number in heads.items() if number != len(classes)}
+            if wrong:
+                listed = ', '.join(f'{path}.num_classes={n}' for path, n in wrong.items())
+                shown = ', '.join(classes[:4]) + (', ...' if len(classes) > 4 else '')
+                options = ' '.join(f'{path}.num_classes={len(classes)}' for path in wrong)
+                raise UserError(
+                    f'The {split} data has {len(classes)} classes ({shown}), but the model is '
+                    f'built for another number: {listed}. Set the heads with --cfg-options '
+                    f'{options} , or give the data set its classes: '
+                    'metainfo=dict(classes=(...)).')
+            notes += _check_categories(dataset, classes, split)
+    return list(dict.fromkeys(notes))
+
+
+def _num_classes(node, path='model'):
+    if isinstance(node, dict):
+        for key, value in node.items():
+            here = f'{path}.{key}'
+            if key == 'num_classes' and isinstance(value, int):
+                yield path, value
+            # The region proposal network tells objects from background, whatever the classes;
+            # a loss or assigner may count in its own way.
+            elif key not in ('rpn_head', 'backbone', 'train_cfg', 'test_cfg') and 'loss' not in key:
+                yield from _num_classes(value, here)
+    elif isinstance(node, (list, tuple)):
+        for index, item in enumerate(node):
+            yield from _num_classes(item, f'{path}.{index}')
+
+
+def _classes(dataset, scope) -> tuple | None:
+    names = (dataset.get('metainfo') or {}).get('classes')
+    if names is None:
+        kind = dataset['type']
+        if isinstance(kind, str):
+            try:
+                with DATASETS.switch_scope_and_registry(scope) as registry:
+                    kind = registry.get(kind)
+            except Exception:
+                return None
+        names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
+    if isinstance(names, str):
+        if not osp.isfile(names):
+            raise UserError(f'metainfo.classes names the file {names}, which does not exist.')
+        with open(names) as file:
+            names = [line.strip() for line in file if line.strip()]
+    return tuple(names) if names is not None else None
+
+
+def _check_categories(dataset, classes, split) -> list[str]:
+    """CocoDataset drops class names that the file does not have, and numbers the rest anew."""
+    path = osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    if not path.endswith('.json') or not osp.isfile(path) or osp.getsize(path) > MAX_JSON:
+        return []
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise UserError(f'{path} is no valid JSON: {error}. Fetch or write it again.') from error
+    if not isinstance(content, dict) or 'categories' not in content:
+        return []
+    there = {category.get('name') for category in content['categories']}
+    absent = [name for name in classes if name not in there]
+    if len(absent) == len(classes):
+        raise UserError(
+            f'None of the {len(classes)} classes of the {split} data set occurs in {path}, whose '
+            f'categories are {", ".join(sorted(map(str, there))[:8])}. Set '
+            'metainfo=dict(classes=(...)) of the data sets, and num_classes of the heads.')
+    if absent:
+        return [f'{path} has no category for {", ".join(absent[:5])}'
+                f'{", ..." if len(absent) > 5 else ""}: mmdet leaves these classes out and numbers '
+                'the others anew, so class names in results are shifted.']
+    return []
+
+
+def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
+    """Raise UserError if ``path`` is no complete PyTorch file. Server paths pass."""
+    if is_remote(path):
+        return
+    if not osp.isfile(path):
+        folder = osp.dirname(path) or '.'
+        files = sorted(name for name in os.listdir(folder) if name.endswith('.pth')) \
+            if osp.isdir(folder) else []
+        there = f' {folder} holds {", ".join(files[-5:])}.' if files else ''
+        raise UserError(f'The {what} {path} does not exist.{there}')
+    with open(path, 'rb') as file:
+        head = file.read(2)
+    if not zipfile.is_zipfile(path) and head != b'\x80\x02':
+        raise UserError(f'The {what} {path} ({osp.getsize(path)} bytes) is no PyTorch file, or it '
+                        'was cut off while it was written or downloaded. Fetch it again.')
+
+
+@HOOKS.register_module()
+class CheckpointCheckHook(Hook):
+    """Refuses a checkpoint that does not fit the model, when testing or resuming.
+
+    Starting a new training from a checkpoint (``load_from``) may leave parts out on purpose, for
+    example a head for other classes; there mmengine's report in the log is enough.
+    """
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Compare names and shapes."""
+        if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        state = checkpoint.get('state_dict', checkpoint)
+        given = {key.removeprefix('module.'): tuple(value.shape)
+                 for key, value in state.items() if isinstance(value, torch.Tensor)}
+        wanted = {key.removeprefix('module.'): tuple(value.shape)
+                  for key, value in model.state_dict().items()}
+        shapes = [f'{key}: {given[key]} in the file, {shape} in the model'
+                  for key, shape in wanted.items() if key in given and given[key] != shape]
+        missing = [key for key in wanted
+                   if key not in given and not key.endswith('num_batches_tracked')]
+        problems = []
+        if shapes:
+            problems += [f'{len(shapes)} tensors have other shapes:', *_first(shapes)]
+        if missing:
+            problems += [f'{len(missing)} of {len(wanted)} tensors are not in the file:',
+                         *_first(missing)]
+        if problems:
+            classes = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+            known = len(classes.get('classes') or ())
+            hint = (f' It was trained with {known} classes; compare num_classes of the heads.'
+                    if known else '')
+            raise UserError('The checkpoint does not fit the model of this config:\n  '
+                            + '\n  '.join(problems)
+                            + f'\nUse the config it was trained with.{hint}')
+        extra = [key for key in given if key not in wanted]
+        if extra:
+            runner.logger.warning(f'{len(extra)} tensors of the checkpoint have no place in the '
+                                  f'model and are left out: {", ".join(_first(extra))}')
+
+
+def _first(items: list[str], count: int = 3) -> list[str]:
+    return items[:count] + (['...'] if len(items) > count else [])

@@ -1,0 +1,151 @@
+"""What tools/train.py and tools/test.py do; one entry for detection and segmentation."""
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from mmengine.config import DictAction
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from .amp import has_accelerator
+from .config import (
+    apply_amp,
+    apply_auto_scale_lr,
+    apply_out,
+    apply_pretrained,
+    apply_resume,
+    apply_show,
+    apply_tta,
+    ensure_hooks,
+    load_config,
+)
+from .distributed import prepare_launch
+from .errors import UserError, guard_image_files
+from .preflight import check_checkpoint_file, check_classes, check_data
+
+__all__ = ['train', 'test']
+
+HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
+
+
+def train(argv: list[str] | None = None) -> None:
+    """Train a detector or segmentor; ``argv`` as on the command line of tools/train.py."""
+    parser = _parser('Train a detector or a segmentor.')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue the latest checkpoint of the work directory, or this one')
+    parser.add_argument('--pretrained', metavar='PATH', help='weights the backbone starts from')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the batch size of all processes')
+    args = _parse(parser, argv)
+    notes = _set_up_process()
+    cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
+        if not cfg.get(key):
+            raise UserError(f'{args.config} has no {key}, so it cannot be trained.')
+    warnings += apply_amp(cfg, args.amp)
+    if args.auto_scale_lr:
+        apply_auto_scale_lr(cfg)
+    warnings += apply_resume(cfg, args.resume)
+    warnings += apply_pretrained(cfg, args.pretrained)
+    if cfg.get('load_from'):
+        check_checkpoint_file(cfg.load_from)
+    splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
+    runner = _build(cfg, args, splits, notes, warnings)
+    runner.train()
+    _finish()
+
+
+def test(argv: list[str] | None = None) -> dict:
+    """Evaluate a checkpoint; ``argv`` as on the command line of tools/test.py.
+
+    Returns:
+        The metrics.
+    """
+    parser = _parser('Evaluate a detector or a segmentor.')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write all predictions to this file')
+    parser.add_argument('--show', action='store_true', help='show predictions on the screen')
+    parser.add_argument('--show-dir', metavar='FOLDER', help='save drawn predictions here')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown picture')
+    parser.add_argument('--tta', action='store_true',
+                        help='test-time augmentation (detection: boxes only)')
+    args = _parse(parser, argv)
+    notes = _set_up_process()
+    cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
+    for key in ('test_dataloader', 'test_cfg', 'test_evaluator'):
+        if cfg.get(key) is None:
+            raise UserError(f'{args.config} has no {key}, so it cannot be tested.')
+    check_checkpoint_file(args.checkpoint)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    if args.show or args.show_dir:
+        notes += apply_show(cfg, args.show, args.show_dir, args.wait_time)
+    if args.out:
+        apply_out(cfg, args.out)
+    runner = _build(cfg, args, ['test'], notes, warnings)
+    metrics = runner.test()
+    if args.out:
+        runner.logger.info(f'Predictions are in {args.out}')
+    _finish()
+    return metrics
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints '
+                                           '(default: work_dirs/<name of the config>)')
+    parser.add_argument('--data-root', metavar='FOLDER',
+                        help="read all data from here instead of the config's data_root")
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='change the config, e.g. train_cfg.max_epochs=1 '
+                             'or key="[(1,2),(3,4)]"')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # torch.distributed.launch passes the one or the other, depending on its version.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    args = parser.parse_args(argv)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def _set_up_process() -> list[str]:
+    """Before anything computes: threads take over this setting when they start."""
+    if has_accelerator() or not torch.set_flush_denormal(True):
+        return []
+    return ['Running on the CPU; denormal numbers are rounded to zero, because they slow it down '
+            'as training goes on.']
+
+
+def _build(cfg, args, splits, notes, warnings) -> Runner:
+    """Check everything that can be checked, then build the runner."""
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    check_data(cfg, splits)
+    warnings += check_classes(cfg, splits)
+    if getattr(args, 'tta', False):
+        notes += apply_tta(cfg)
+    guard_image_files()
+    ensure_hooks(cfg, *HOOKS)
+    notes += prepare_launch(cfg, args.launcher)
+    try:
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    except (TypeError, ValueError, KeyError, ImportError, AssertionError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f'{args.config} cannot be built. {type(error).__name__}: {text}\n'
+                        '(--traceback shows where)') from error
+    for text in notes:
+        runner.logger.info(text)
+    for text in warnings:
+        runner.logger.warning(text)
+    return runner
+
+
+def _finish() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

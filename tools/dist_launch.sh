@@ -1,0 +1,19 @@
+# Sourced by dist_train.sh and dist_test.sh.
+# launch PROCESSES TOOL ARGUMENTS...: run a tool of this folder under torchrun.
+launch() {
+    local processes=$1 tools
+    tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+    shift
+    local nodes=${NNODES:-1} where
+    if [ "$nodes" = 1 ] && [ -z "${PORT:-}" ]; then
+        where=(--standalone)  # picks a free port
+    else
+        where=(--nnodes="$nodes" --node_rank="${NODE_RANK:-0}"
+               --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}")
+    fi
+    local tool=$1
+    shift
+    # One thread each is torchrun's own default; setting it here spares its warning.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "${PYTHON:-python}" -m torch.distributed.run \
+        "${where[@]}" --nproc_per_node="$processes" "$tools/$tool" "$@"
+}
