@@ -24,10 +24,13 @@ def recomputed(module: nn.Module, x: Tensor) -> Tensor:
 def _statistics_kept(module: nn.Module):
     norms = [m for m in module.modules()
              if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False  # batch statistics are used, running ones not updated
+        norm.momentum = 0.  # running statistics are then multiplied by 1
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
