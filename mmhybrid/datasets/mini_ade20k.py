@@ -147,7 +147,7 @@ def write_mini_ade20k(folder: str | Path, train: int = TRAIN, val: int = VAL, se
         rows = ["Idx\tRatio\tTrain\tVal\tName"]
         for label, name in enumerate(ADE20K_NAMES, start=1):
             ratio = pixels[label] / pixels.sum()
-            columns = (label, f"{ratio:.4f}", *(images_with[split][label] for split in counts), name)
-            rows.append("\t".join(map(str, columns)))
+            occurs = [images_with[split][label] for split in counts]
+            rows.append("\t".join(map(str, (label, f"{ratio:.4f}", *occurs, name))))
         (work / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
     return True

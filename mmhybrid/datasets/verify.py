@@ -1,0 +1,296 @@
+"""Check data sets that the user has downloaded, and say what to fetch.
+
+Functions return a report instead of printing; problems are sentences for the user.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .categories import COCO_CATEGORIES
+from .storage import existing_recipe
+
+COCO_COUNTS = {"train2017": 118287, "val2017": 5000}
+ADE20K_COUNTS = {"training": 20210, "validation": 2000}
+_COCO_SITE = "http://images.cocodataset.org"
+_COCO_URLS = {
+    "train2017": f"{_COCO_SITE}/zips/train2017.zip (18 GB)",
+    "val2017": f"{_COCO_SITE}/zips/val2017.zip (1 GB)",
+    "annotations": f"{_COCO_SITE}/annotations/annotations_trainval2017.zip (241 MB)",
+}
+_ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (923 MB)"
+
+# Images opened per folder; opening all of COCO takes the better part of an hour.
+SAMPLES = 200
+_NAMED = 5
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Report:
+    """What a check found: facts that hold, problems with their remedy."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    """At most `count` names, evenly spread, the first and the last among them."""
+    if len(names) <= count:
+        return names
+    return [names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)]
+
+
+def _files(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_file()}
+
+
+def _open(path: Path) -> np.ndarray:
+    """Decode fully, so that a file cut short is noticed."""
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, samples: int = SAMPLES,
+                progress: Progress | None = None) -> Report:
+    """Check COCO 2017, or a generated set in its layout.
+
+    Args:
+        folder: Has annotations/, train2017/ and val2017/.
+        counts: Images expected per split; by default those of the generator's marker file, or of
+            the real set.
+        samples: Images decoded per split, spread over it; their sizes must agree with the json.
+        progress: Called as progress(done, total).
+
+    Returns:
+        The report.
+    """
+    folder, report = Path(folder), Report()
+    recipe = existing_recipe(folder) or {}
+    if counts is None and recipe.get("kind") == "mini-coco":
+        counts = {"train2017": recipe["train"], "val2017": recipe["val"]}
+    real = counts is None
+    counts = counts or COCO_COUNTS
+    _check_coco_layout(folder, counts, report)
+    total, done = len(counts) * (samples + 1), 0
+    for split, expected in counts.items():
+        path = folder / "annotations" / f"instances_{split}.json"
+        document = _read_coco_json(path, report)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        images = _check_coco_document(document, path, expected, real, report)
+        if not (folder / split).is_dir():
+            continue
+        present = _files(folder / split)
+        wanted = {image["file_name"]: image for image in images}
+        missing = wanted.keys() - present
+        if missing:
+            report.problems.append(
+                f"{folder / split}: {len(missing)} of {len(wanted)} images named in {path.name} "
+                f"are missing ({_some(missing)}). Unpack {_COCO_URLS[split]} again.")
+        elif wanted:
+            report.facts.append(f"{split}: all {len(wanted)} images are there")
+        elif len(present) != expected:
+            report.problems.append(
+                f"{folder / split}: {len(present)} files, expected {expected} images. Unpack "
+                f"{_COCO_URLS[split]} again.")
+        broken, opened = [], 0
+        for name in _spread(sorted(wanted.keys() & present), samples):
+            broken += _check_coco_image(folder / split / name, wanted[name])
+            opened += 1
+            if progress is not None:
+                progress(done + opened, total)
+        done += samples
+        if broken:
+            report.problems.append(
+                f"{folder / split}: {len(broken)} of {opened} sampled images are wrong: "
+                f"{_some(broken)}. Delete them and unpack {_COCO_URLS[split]} again.")
+        elif opened:
+            report.facts.append(f"{split}: {opened} sampled images decode at the stated size")
+    if progress is not None:
+        progress(total, total)
+    return report
+
+
+def _check_coco_layout(folder: Path, splits: Iterable[str], report: Report) -> None:
+    missing, urls = [], []
+    for split in splits:
+        if not (folder / "annotations" / f"instances_{split}.json").is_file():
+            missing.append(f"annotations/instances_{split}.json")
+            urls.append(_COCO_URLS["annotations"])
+        if not (folder / split).is_dir():
+            missing.append(f"{split}/")
+            urls.append(_COCO_URLS[split])
+    if missing:
+        report.problems.append(
+            f"{folder} lacks {', '.join(missing)}. Fetch {', '.join(dict.fromkeys(urls))} and "
+            f"unpack in {folder}.")
+
+
+def _read_coco_json(path: Path, report: Report) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        report.problems.append(
+            f"{path} is not valid JSON ({error}); perhaps the download was cut short. Fetch "
+            f"{_COCO_URLS['annotations']} again.")
+        return {}
+    lacking = [key for key in ("images", "annotations", "categories")
+               if not isinstance(document, dict) or not isinstance(document.get(key), list)]
+    if lacking:
+        report.problems.append(
+            f"{path} lacks the list(s) {', '.join(lacking)}; expected an instances file of COCO. "
+            f"Fetch {_COCO_URLS['annotations']} again.")
+        return {}
+    return document
+
+
+def _check_coco_document(document: dict, path: Path, expected: int, real: bool,
+                         report: Report) -> list[dict]:
+    images = document.get("images", [])
+    if not document:
+        return []
+    if len(images) != expected:
+        report.problems.append(
+            f"{path} lists {len(images)} images, expected {expected}. "
+            + (f"Fetch {_COCO_URLS['annotations']} again." if real
+               else "Generate the set again with --force."))
+    names = {category.get("id"): category.get("name") for category in document["categories"]}
+    wanted = {category["id"]: category["name"] for category in COCO_CATEGORIES}
+    if names != wanted:
+        different = [f"{number}: {names.get(number)!r} instead of {wanted.get(number)!r}"
+                     for number in sorted(names.keys() | wanted.keys(), key=str)
+                     if names.get(number) != wanted.get(number)]
+        report.problems.append(
+            f"{path} does not have the 80 categories of COCO ({_some(different)}). Put a set with "
+            "other classes in another folder and state them as `metainfo` in your config.")
+    ids = {image["id"] for image in images}
+    stray = sum(annotation["image_id"] not in ids for annotation in document["annotations"])
+    if stray:
+        report.problems.append(
+            f"{path}: {stray} annotations belong to images that are not listed. Fetch "
+            f"{_COCO_URLS['annotations']} again.")
+    if len(images) == expected and names == wanted and not stray:
+        report.facts.append(f"{path.name}: {len(images)} images, "
+                            f"{len(document['annotations'])} annotations, 80 categories")
+    return images
+
+
+def _check_coco_image(path: Path, record: dict) -> list[str]:
+    try:
+        shape = _open(path).shape[:2]
+    except (OSError, ValueError, SyntaxError) as error:
+        return [f"{path.name} (cannot be decoded: {error})"]
+    stated = (record["height"], record["width"])
+    if shape != stated:
+        return [f"{path.name} ({shape[1]}x{shape[0]}, the json says {stated[1]}x{stated[0]})"]
+    return []
+
+
+def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samples: int = SAMPLES,
+                  progress: Progress | None = None) -> Report:
+    """Check the ADE20K scene parsing benchmark, or a generated set in its layout.
+
+    Args:
+        folder: Has images/ and annotations/, each with training/ and validation/.
+        counts: Images expected per split; by default those of the generator's marker file, or of
+            the real set.
+        samples: Pairs decoded per split, spread over it; sizes must agree and labels be 0..150.
+        progress: Called as progress(done, total).
+
+    Returns:
+        The report.
+    """
+    folder, report = Path(folder), Report()
+    recipe = existing_recipe(folder) or {}
+    if counts is None and recipe.get("kind") == "mini-ade20k":
+        counts = {"training": recipe["train"], "validation": recipe["val"]}
+    counts = counts or ADE20K_COUNTS
+    if not folder.is_dir():
+        report.problems.append(_ade20k_missing(folder, "nothing is there"))
+        return report
+    total, done = len(counts) * samples, 0
+    for split, expected in counts.items():
+        images, labels = folder / "images" / split, folder / "annotations" / split
+        absent = [str(path.relative_to(folder)) for path in (images, labels) if not path.is_dir()]
+        if absent:
+            report.problems.append(_ade20k_missing(folder, f"{' and '.join(absent)} missing"))
+            done += samples
+            continue
+        stems = {kind: {Path(name).stem for name in _files(where) if name.endswith(suffix)}
+                 for kind, where, suffix in (("images", images, ".jpg"),
+                                             ("annotations", labels, ".png"))}
+        lonely = stems["images"] ^ stems["annotations"]
+        if lonely:
+            report.problems.append(
+                f"{folder}: {len(lonely)} {split} images or annotations lack their counterpart "
+                f"({_some(lonely)}). Unpack {_ADE20K_URL} again.")
+        pairs = sorted(stems["images"] & stems["annotations"])
+        if len(pairs) != expected:
+            report.problems.append(
+                f"{folder}: {len(pairs)} {split} pairs of image and annotation, expected "
+                f"{expected}. Unpack {_ADE20K_URL} again.")
+        elif not lonely:
+            report.facts.append(f"{split}: all {expected} pairs of image and annotation are there")
+        broken, opened = [], 0
+        for stem in _spread(pairs, samples):
+            broken += _check_ade20k_pair(images / f"{stem}.jpg", labels / f"{stem}.png")
+            opened += 1
+            if progress is not None:
+                progress(done + opened, total)
+        done += samples
+        if broken:
+            report.problems.append(
+                f"{folder}: {len(broken)} of {opened} sampled {split} pairs are wrong: "
+                f"{_some(broken)}. Delete them and unpack {_ADE20K_URL} again.")
+        elif opened:
+            report.facts.append(f"{split}: {opened} sampled pairs decode, agree in size, and have "
+                                "labels 0 to 150")
+    if progress is not None:
+        progress(total, total)
+    return report
+
+
+def _ade20k_missing(folder: Path, what: str) -> str:
+    return (f"{folder}: {what}. Fetch {_ADE20K_URL} and unpack it in {folder.parent}, so that "
+            f"{folder}/images/training/ADE_train_00000001.jpg and "
+            f"{folder}/annotations/training/ADE_train_00000001.png exist.")
+
+
+def _check_ade20k_pair(image: Path, annotation: Path) -> list[str]:
+    try:
+        shape = _open(image).shape[:2]
+        labels = _open(annotation)
+    except (OSError, ValueError, SyntaxError) as error:
+        return [f"{image.stem} (cannot be decoded: {error})"]
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        return [f"{annotation.name} (shape {labels.shape}, {labels.dtype}; expected 8-bit grey)"]
+    if labels.shape != shape:
+        return [f"{annotation.name} ({labels.shape[1]}x{labels.shape[0]}, its image is "
+                f"{shape[1]}x{shape[0]})"]
+    if labels.max() > 150:
+        return [f"{annotation.name} (label {labels.max()}; expected 0 to 150)"]
+    return []
