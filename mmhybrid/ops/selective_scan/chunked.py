@@ -22,7 +22,7 @@ from .operator import make_operator
 # State values that one elementwise operation should cover; with fewer, the call itself dominates.
 _WIDTH = 48 * 1024
 # State values per block: the handful of temporaries of this size should stay near the caches.
-_BLOCK = 2 * 1024 * 1024
+_BLOCK = 512 * 1024
 
 
 class Plan(NamedTuple):
@@ -39,7 +39,7 @@ def make_plan(length: int, width: int) -> Plan:
     per_block = -(-length // -(-length // per_block))  # equal blocks
     # A block costs about 2 * T + K operations for its K * T tokens: least at K = sqrt(2 * K * T).
     chunks = min(round((2 * per_block) ** 0.5), _WIDTH // width)
-    if chunks < 3 or per_block < 16:  # one sweep over the tokens is cheaper than two over chunks
+    if chunks < 6:  # two sweeps over chunks would cost more than one over the tokens
         chunks = 1
     steps = -(-per_block // chunks)
     return Plan(-(-length // (chunks * steps)), steps, chunks)
@@ -210,7 +210,7 @@ def _backward(
         _sweep(starts[i], decays, states)
         torch.mul(grad_y[i], C[i], out=g)
         if plan.chunks > 1:
-            ends = _sweep_end(g[-1], decays_after, backwards).mul_(decay[0])
+            ends = _sweep_end(g[-1], decays_after, backwards) * decay[0]
             totals = torch.exp(delta[i].sum(0) * A)
             rows = (x.unbind()[::-1] for x in (totals, ends, incoming))
             carry = _chunk_starts(carry, *rows)

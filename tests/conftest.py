@@ -1,0 +1,44 @@
+"""What every test gets: fixed seeds, few threads, and memory that is not zero by luck."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        'markers', 'plain_empty: leave torch.empty alone (for tests that look at memory or graphs)'
+    )
+    torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS', '2') or 2)))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same random state, alone or after others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        x = allocate(*args, **kwargs)
+        if x.is_floating_point():
+            with torch.no_grad():
+                x.fill_(float('nan'))
+        return x
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(request, monkeypatch):
+    """Fill uninitialised floating tensors with NaN, so that an unwritten element shows."""
+    if request.node.get_closest_marker('plain_empty'):
+        return
+    monkeypatch.setattr(torch, 'empty', _poisoned(torch.empty))
+    monkeypatch.setattr(torch, 'empty_like', _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, 'new_empty', _poisoned(torch.Tensor.new_empty))
