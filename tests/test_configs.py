@@ -86,7 +86,8 @@ def test_nothing_is_inherited_from_another_package():
 def test_every_config_has_what_the_tools_set(path):
     cfg = load(path)
     assert cfg.pretrained is None
-    assert cfg.custom_imports == dict(imports=['mmhybrid'], allow_failed_imports=False)
+    assert cfg.custom_imports.imports[0] == 'mmhybrid'
+    assert cfg.custom_imports.allow_failed_imports is False
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=16) or '_mini_' in path.stem
     assert cfg.auto_scale_lr.base_batch_size > 0
     assert cfg.model.backbone.type == 'mmhybrid.MambaVision'
