@@ -34,7 +34,8 @@ class AmpOptimWrapper(_AmpOptimWrapper):
 
     Args:
         optimizer: the optimizer.
-        dtype: "float16" (with loss scaling) or "bfloat16" (without: it has float32's range).
+        dtype: "float16" (with loss scaling), "bfloat16" (without: it has float32's range), or
+            None for float32 everywhere, which switches the mixed precision of a base config off.
         loss_scale: for float16, "dynamic", a float for a constant scale, or a dict of arguments
             of ``torch.amp.GradScaler``. Without effect in bfloat16 and on a CPU.
         use_fsdp: use the gradient scaler of fully sharded data parallel training.
@@ -45,14 +46,14 @@ class AmpOptimWrapper(_AmpOptimWrapper):
     def __init__(self, optimizer, dtype='float16', loss_scale='dynamic', use_fsdp=False,
                  accumulative_counts=1, clip_grad=None):
         name = str(dtype).removeprefix('torch.')
-        if name not in DTYPES:
-            raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}. For '
-                             "float32 training use type='OptimWrapper'.")
+        if dtype is not None and name not in DTYPES:
+            raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, or None for float32, '
+                             f'got {dtype!r}.')
         if isinstance(loss_scale, str) and loss_scale != 'dynamic':
             raise ValueError(f'loss_scale must be "dynamic", a float or a dict, got {loss_scale!r}')
         common = dict(optimizer=optimizer, accumulative_counts=accumulative_counts,
                       clip_grad=clip_grad)
-        self.active = has_accelerator()
+        self.active = dtype is not None and has_accelerator()
         if self.active:
             if name == 'bfloat16':
                 loss_scale = dict(enabled=False)
@@ -62,8 +63,10 @@ class AmpOptimWrapper(_AmpOptimWrapper):
         else:
             OptimWrapper.__init__(self, **common)
             self.loss_scaler, self.cast_dtype = None, None
-            print_log(f'Mixed precision ({name}) needs an accelerator; this run is on the CPU and '
-                      'trains in float32.', logger='current')
+            if dtype is not None:
+                print_log(
+                    f'Mixed precision ({name}) needs an accelerator; this run is on the CPU '
+                    'and trains in float32.', logger='current')
 
     def backward(self, loss: torch.Tensor, **kwargs) -> None:
         """Back-propagate ``loss``, scaled where mixed precision is active."""

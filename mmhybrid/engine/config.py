@@ -184,7 +184,9 @@ def apply_amp(cfg: Config, wanted: bool) -> list[str]:
     if name.rpartition('.')[2] == 'AmpOptimWrapper':
         if not has_accelerator():
             cfg.optim_wrapper.type = 'mmhybrid.AmpOptimWrapper'
-        return ['--amp: the config trains in mixed precision already.']
+        if cfg.optim_wrapper.get('dtype', 'float16') is None:  # ours: switched off
+            cfg.optim_wrapper.dtype = 'float16'
+        return []
     if name.rpartition('.')[2] != 'OptimWrapper':
         raise UserError(f'--amp replaces OptimWrapper, but the config uses {name}. Set '
                         'optim_wrapper in the config instead.')

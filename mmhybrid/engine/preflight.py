@@ -40,7 +40,20 @@ def check_data(cfg, splits) -> None:
     if not problems:
         return
     lines = [f'  {split}: {problem}' for split, problem in problems]
-    raise UserError('Data not found.\n' + '\n'.join(lines) + '\n' + _data_advice(cfg))
+    raise UserError('Data not found.\n' + '\n'.join(lines) + '\n' + _nested(cfg, problems)
+                    + _data_advice(cfg))
+
+
+def _nested(cfg, problems) -> str:
+    """The data one folder further down: ADE20K, for example, unpacks into one of its own."""
+    root = cfg.get('data_root') or ''
+    first = problems[0][1].rpartition(' does not exist')[0] or problems[0][1].rpartition(' is ')[0]
+    if not osp.isdir(root) or not first.startswith(root):
+        return ''
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if osp.exists(osp.join(entry.path, osp.relpath(first, root))):
+            return f'It is in {entry.path}: add --data-root {entry.path}\n'
+    return ''
 
 
 def _data_advice(cfg) -> str:

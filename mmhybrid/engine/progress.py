@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 from mmengine.hooks import Hook, LoggerHook
 
 from ..registry import HOOKS
@@ -52,6 +53,9 @@ class ProgressHook(Hook):
     def _log(self, runner, metrics) -> None:
         if metrics:
             runner.logger.info('Metrics\n' + metrics_table(metrics))
+        else:
+            runner.logger.warning('No metric could be computed. Usually the model predicted nothing '
+                                  'above its score threshold, as one that has hardly trained does.')
 
 
 def metrics_table(metrics: dict) -> str:
@@ -62,7 +66,7 @@ def metrics_table(metrics: dict) -> str:
         if found:
             rows.setdefault({'bbox': 'box', 'segm': 'mask'}.get(kind, kind), {})[
                 'AP' + suffix.replace('_', '')] = _number(value)
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float, np.number)):
             rest[name] = _number(value)
     parts = []
     if rows:
@@ -76,7 +80,11 @@ def metrics_table(metrics: dict) -> str:
 
 
 def _number(value) -> str:
-    return f'{value:.4g}' if abs(value) >= 1 else f'{value:.4f}'
+    if value == -1:
+        return '-'  # pycocotools: no object of this size in the annotations
+    if isinstance(value, int):
+        return str(value)
+    return f'{value:.2f}' if abs(value) >= 1 else f'{value:.3f}'
 
 
 def _grid(heads: list[str], rows: list[list[str]]) -> str:
