@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ['recomputed']
 
 
-def recomputed(module: nn.Module, x: Tensor) -> Tensor:
-    """Run ``module(x)``, keeping only x for the backward pass, which runs the module again.
+def recomputed(module: nn.Module, *inputs) -> Tensor:
+    """Run the module, keeping only its inputs for the backward pass, which runs it again.
 
     The second run draws the same random numbers and does not count in the running statistics of
-    BatchNorm, so the result is that of ``module(x)`` in every respect but memory and time.
+    BatchNorm, so the result is that of the plain call in every respect but memory and time.
     """
-    return checkpoint(module, x, use_reentrant=False,
+    return checkpoint(module, *inputs, use_reentrant=False,
                       context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)))
 
 
