@@ -114,6 +114,13 @@ def installed_distributions():
     return found
 
 
+def _is_importable(name):
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a finder of somebody else's refuses, or no __spec__
+        return False
+
+
 def collect_facts():
     """Ask all children, two at a time.
 
@@ -125,7 +132,7 @@ def collect_facts():
         "distributions": installed_distributions(),
         "nvidia_driver": os.path.exists("/proc/driver/nvidia/version"),
         "importable": {
-            name: importlib.util.find_spec(name) is not None
+            name: _is_importable(name)
             for name in ("torch", "torchvision", "triton", "numpy", "cv2", "pycocotools",
                          *_DISTRIBUTIONS)
         },
@@ -152,7 +159,7 @@ def _uses_upstream(facts):
 def _install_mm(facts, package):
     if _uses_upstream(facts):
         return f"pip install '{_UPSTREAM[package]}'"
-    return f"pip install {_DISTRIBUTIONS[package][0]}   (all of them: pip install -e '.[mminstall]')"
+    return f"pip install {_DISTRIBUTIONS[package][0]}"
 
 
 def _matching_torchvision(facts):
@@ -300,7 +307,7 @@ def _checkpoint_row(facts):
     error = facts["checkpoints"]["error"]
     if not facts["mmengine"]["ok"]:
         return Row("checkpoints", "unknown without mmengine", NOTE, "repair mmengine first")
-    if re.search("weights.only|WeightsUnpickler", error):
+    if re.search("weights.only|WeightsUnpickler", error, re.IGNORECASE):
         return Row("checkpoints", "this mmengine cannot load what it saves under torch >= 2.6",
                    PROBLEM, "replace mmengine by its maintained fork (pip uninstall -y mmengine && "
                    "pip install onedl-mmengine), or use torch<2.6")  # fmt: skip
