@@ -1,0 +1,113 @@
+"""The README's commands run as they are written; only training is shortened."""
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+
+# Run by .ci/run itself (asserted below): they make an environment.
+SET_UP = ('bash tools/quickstart.sh', 'bash tools/run_tests.sh')
+# They change the environment that the tests run in, or need what only a user has.
+NOT_HERE = {
+    'pip install': 'tests/test_packaging.py installs the package',
+    'git clone': 'the tests run in a clone',
+}
+SHORTER = {
+    'cascade_mambavision_mini_coco': 'train_cfg.max_epochs=1 train_cfg.val_interval=1',
+    'upernet_mambavision_mini_ade20k':
+        'train_cfg.max_iters=4 train_cfg.val_interval=4 default_hooks.checkpoint.interval=4',
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r'```bash\n(.*?)```', README, re.S)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    lines = [re.sub(r'\s+#.*', '', line).strip() for line in lines]
+    return [re.sub(r'\s+', ' ', line) for line in lines if line and not line.startswith('#')]
+
+
+def python_block(first_line: str) -> str:
+    for block in re.findall(r'```python\n(.*?)```', README, re.S):
+        if block.startswith(first_line):
+            return block
+    raise AssertionError(f'the README has no python block that starts with {first_line!r}')
+
+
+def test_ci_runs_the_set_up_commands():
+    ci = (ROOT / '.ci' / 'run').read_text()
+    written = [line for line in commands() if line.startswith(SET_UP)]
+    assert {'bash tools/quickstart.sh', 'bash tools/run_tests.sh'} <= set(written)
+    for command in SET_UP:
+        assert re.search(rf'^{re.escape(command)}\b', ci, re.M), command
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    """A copy of the tracked files, as a user's clone."""
+    folder = tmp_path_factory.mktemp('readme') / 'mmhybrid'
+    for name in ('mmhybrid', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, folder / name,
+                        ignore=shutil.ignore_patterns('__pycache__', '.mim'))
+    return folder
+
+
+def test_commands_run(clone):
+    """In order, in one folder: later commands use what earlier ones wrote."""
+    ran = []
+    env = dict(os.environ, PYTHONPATH=str(clone), PYTHON=sys.executable, OMP_NUM_THREADS='2',
+               PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    for command in commands():
+        if command.startswith(SET_UP) or command.startswith(tuple(NOT_HERE)):
+            continue
+        words = shlex.split(command)
+        if 'train' in words[1]:
+            options = next(SHORTER[name] for name in SHORTER if name in command)
+            words += options.split() if '--cfg-options' in words else ['--cfg-options',
+                                                                       *options.split()]
+        if 'prepare_data' in words[1]:
+            words += ['--train', '8', '--val', '4']
+        done = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True,
+                              timeout=600)
+        assert done.returncode == 0, f'{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+        ran.append(words[1])
+    for tool in ('tools/prepare_data.py', 'tools/train.py', 'tools/test.py', 'tools/dist_test.sh',
+                 'tools/visualize.py'):
+        assert tool in ran, f'the README does not show {tool}'
+
+
+def test_plugin_config_builds_elsewhere(tmp_path):
+    """The lines for an mm project, in a folder of their own, on a detector with a ResNet."""
+    (tmp_path / 'your_detector.py').write_text(
+        "model = dict(backbone=dict(type='ResNet', depth=50, frozen_stages=1, init_cfg=dict("
+        "type='Pretrained', checkpoint='torchvision://resnet50')),\n"
+        "             neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048]))\n")
+    (tmp_path / 'mine.py').write_text(python_block("_base_ = './your_detector.py'"))
+    code = (
+        'from mmengine.config import Config; from mmengine.registry import MODELS;'
+        "c = Config.fromfile('mine.py'); m = MODELS.build(c.model.backbone);"
+        'print(m.out_channels, c.model.neck.in_channels)')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True,
+                          text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '(80, 160, 320, 640) [80, 160, 320, 640]' in done.stdout
+
+
+def test_backbone_table_is_measured():
+    """The parameter counts in the README are those of the built models."""
+    import torch
+
+    from mmhybrid.models.backbones.mambavision import MambaVision
+    rows = re.findall(r'^\| `(\w+)` \| [^|]*\| ([\d,]+) \|', README, re.M)
+    assert [name for name, _ in rows] == [
+        'tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3']
+    for name, count in rows:
+        with torch.device('meta'):
+            model = MambaVision(name)
+        assert sum(p.numel() for p in model.parameters()) == int(count.replace(',', '')), name
