@@ -259,6 +259,10 @@ def apply_tta(cfg: Config) -> list[str]:
                        if step['type'].rpartition('.')[2] not in ('LoadAnnotations',
                                                                   'PackDetInputs')]
             cfg.tta_pipeline = [*loading, FLIP_TTA]
+        # mmdet's mask heads fail on a mirrored image, and its merging refuses masks.
+        roi_head = cfg.model.get('roi_head')
+        if roi_head is not None and roi_head.get('mask_head') is not None:
+            roi_head.update(mask_head=None, mask_roi_extractor=None)
         evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [
             cfg.test_evaluator]
         for evaluator in evaluators:
