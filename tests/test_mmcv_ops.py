@@ -196,6 +196,34 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(got_grad, expected_grad.to(dtype))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_agrees_with_cpu(dtype):
+    boxes, scores = random_boxes(300, 60)
+    on_cpu = mmcv_ops.nms(boxes, scores, iou_threshold=0.4, offset=0)
+    on_gpu = mmcv_ops.nms(boxes.cuda(), scores.cuda(), iou_threshold=0.4, offset=0)
+    assert on_gpu.is_cuda and torch.equal(on_gpu.cpu(), on_cpu)
+
+    features, rois = torch.randn(2, 8, 21, 34).to(dtype), random_rois().to(dtype)
+    arguments = dict(
+        aligned_height=7, aligned_width=5, spatial_scale=0.25, sampling_ratio=0, pool_mode=1,
+        aligned=True,
+    )  # fmt: skip
+    results = []
+    for device in ("cpu", "cuda"):
+        values, regions = features.to(device), rois.to(device)
+        output, empty = values.new_zeros(7, 8, 7, 5), values.new_zeros(0)
+        mmcv_ops.roi_align_forward(values, regions, output, empty, empty, **arguments)
+        grad_input = torch.zeros_like(values)
+        mmcv_ops.roi_align_backward(output, regions, empty, empty, grad_input, **arguments)
+        results.append((output.float().cpu(), grad_input.float().cpu()))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for part, gpu, cpu in zip(("output", "gradient"), results[1], results[0], strict=True):
+        torch.testing.assert_close(
+            gpu, cpu, rtol=tolerance, atol=tolerance, msg=lambda m, p=part: f"{p}: {m}"
+        )
+
+
 def test_the_public_wrappers_of_mmcv_work():
     from mmcv.ops import RoIAlign, batched_nms, nms
 

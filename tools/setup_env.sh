@@ -104,8 +104,9 @@ log="$venv/install.log"
 say "installing ${packages[*]}"
 say "PyTorch and what it needs can be several gigabytes; details in $log"
 started=$SECONDS
+# Without byte-compiling, which takes minutes for all of torch: importing does it for what is used.
 if ! "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off \
-    "${packages[@]}" >"$log" 2>&1; then
+    --no-compile "${packages[@]}" >"$log" 2>&1; then
     tail -n 15 "$log" >&2
     fail "pip could not install the requirements (the end of $log is above). Is there a network" \
         "connection, or is a package mirror configured ('$python -m pip config list')? Run this" \
