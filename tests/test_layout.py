@@ -182,6 +182,19 @@ def test_importing_the_package_registers_the_models():
     assert result.returncode == 0, result.stderr
 
 
+def test_mmengine_alone_is_enough_to_register():
+    pytest.importorskip("mmengine")
+    code = """
+        for name in ('mmcv', 'mmdet', 'mmseg', 'timm'):
+            sys.modules[name] = None
+        import mmhybrid
+        from mmengine.registry import MODELS
+        assert MODELS.get('MambaVision') is not None
+    """
+    result = run_blocked(code, [])
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_bug_in_our_own_modules_surfaces():
     pytest.importorskip("mmengine")
     result = run_blocked("import mmhybrid", ["torch"])
