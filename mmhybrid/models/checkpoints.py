@@ -5,17 +5,14 @@ the module one by one, and loaded only if they are the module's own.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import pickle
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +34,14 @@ class Comparison:
         missing: names that only the module has.
         unexpected: names that only the file has.
         disagreeing: name -> (shape in the file, shape in the module).
+        aside: number of the file's tensors that belong to other parts of a wrapping model.
     """
 
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     disagreeing: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
+    aside: int = 0
 
     @property
     def share(self) -> float:
@@ -59,11 +58,16 @@ class Comparison:
         for what, names in (('missing', self.missing), ('unexpected', self.unexpected)):
             if names:
                 text += f'; {what}: {_grouped(names)}'
+        if self.aside:
+            text += f'; {self.aside} of other parts left aside'
         return text
 
 
 def read_checkpoint(path: str | os.PathLike, map_location: str = 'cpu') -> object:
     """Read a .pth or .safetensors file without executing anything in it.
+
+    Options, loss curves and numpy numbers that trainers save beside the weights come back as empty
+    objects.
 
     Args:
         path: a local file.
@@ -89,15 +93,15 @@ def read_checkpoint(path: str | os.PathLike, map_location: str = 'cpu') -> objec
                               'run: pip install safetensors') from error
         return load_file(path, device=map_location)
     try:
-        with _plain_types_allowed():
+        with _beside_weights_ignored():
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        culprit = re.search(r'GLOBAL (\S+)', str(error))
         raise ValueError(
-            f'{path} was not loaded: it holds more than tensors and plain values, and reading that '
-            'could run code from the file. If you trust it, keep only its weights: '
-            "torch.save({'state_dict': torch.load(old, weights_only=False)['state_dict']}, new). "
-            f'Reason: {str(error).splitlines()[0] if str(error) else type(error).__name__}'
-        ) from error
+            f'{path} was not loaded: it holds {culprit[1] if culprit else "something"} besides '
+            'tensors and plain values, and reading that could run code from the file. If you trust '
+            "it, keep only its weights: torch.save({'state_dict': torch.load(old, "
+            "weights_only=False)['state_dict']}, new)") from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f'{path} is not a checkpoint that torch can read ({error}); it may be '
                          'incomplete, download it again') from error
@@ -207,10 +211,12 @@ def load_backbone(module: nn.Module, path: str | os.PathLike, *, prefix: str | N
     Raises:
         ValueError: if the file belongs to another model.  The module is then unchanged.
     """
-    state_dict = strip_wrappers(unwrap_state_dict(read_checkpoint(path, map_location)), prefix)
+    found = unwrap_state_dict(read_checkpoint(path, map_location))
+    state_dict = strip_wrappers(found, prefix)
+    aside = len(found) - len(state_dict)
     if adapt:
         state_dict = adapt(state_dict)
-    result = compare(module, state_dict, may_differ)
+    result = replace(compare(module, state_dict, may_differ), aside=aside)
     if result.disagreeing or result.share < LEAST_MATCH:
         hint = describe(state_dict) if describe else ''
         raise ValueError(f'{os.fspath(path)} does not fit {type(module).__name__}: {result}. '
@@ -226,15 +232,34 @@ def _grouped(names, depth: int = 4, most: int = 8) -> str:
     return ', '.join(shown + ([f'and {len(counts) - most} more'] if len(counts) > most else []))
 
 
+class _Inert:
+    """Stands for an object that is not a tensor and that nobody needs: keeps and does nothing."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What trainers put beside the weights: timm its options, mmengine its loss curves, both numpy
+# numbers.  While a file is read, these names lead to inert classes.
+_BESIDE_WEIGHTS = (
+    'argparse.Namespace', 'pathlib.PosixPath', 'mmengine.logging.history_buffer.HistoryBuffer',
+    'builtins.getattr', '_codecs.encode', 'numpy.dtype', 'numpy.ndarray',
+    *(f'numpy.{core}.{name}' for core in ('core', '_core') for name in (
+        'multiarray.scalar', 'multiarray._reconstruct', 'numeric._frombuffer')))
+
+
+def _inert(name: str) -> type:
+    module, _, own = name.rpartition('.')
+    return type(own, (_Inert,), {'__module__': module, '__qualname__': own})
+
+
 @contextlib.contextmanager
-def _plain_types_allowed() -> Iterator[None]:
-    """Let ``weights_only=True`` pass what trainers add to a checkpoint and cannot do harm."""
-    array_module = sys.modules.get('numpy._core.multiarray') or np.core.multiarray
-    types = [argparse.Namespace, array_module.scalar, array_module._reconstruct, np.ndarray,
-             np.dtype, *(type(np.dtype(kind)) for kind in ('f4', 'f8', 'i4', 'i8', 'b1'))]
-    history = sys.modules.get('mmengine.logging.history_buffer')
-    if history:  # the loss curves in mmengine's own checkpoints
-        types.append(history.HistoryBuffer)
+def _beside_weights_ignored() -> Iterator[None]:
+    """Let ``weights_only=True`` pass over what trainers add to the weights."""
+    types = [_inert(name) for name in _BESIDE_WEIGHTS]
     if hasattr(torch.serialization, 'safe_globals'):
         with torch.serialization.safe_globals(types):
             yield
