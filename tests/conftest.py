@@ -12,7 +12,15 @@ def pytest_configure(config):
     config.addinivalue_line(
         'markers', 'plain_empty: leave torch.empty alone (for tests that look at memory or graphs)'
     )
+    config.addinivalue_line('markers', 'slow: takes minutes to hours; runs with -m slow only')
     torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS', '2') or 2)))
+
+
+def pytest_collection_modifyitems(config, items):
+    if 'slow' not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker('slow'):
+                item.add_marker(pytest.mark.skip(reason='slow: run with -m slow'))
 
 
 @pytest.fixture(autouse=True)

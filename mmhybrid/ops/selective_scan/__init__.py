@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import fused
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
 
@@ -68,11 +69,8 @@ def _run_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return y.to(u.dtype), last_state
 
 
-def _triton_problem() -> str | None:
-    return (
-        "this version of mmhybrid has no Triton scan kernel; use backend='torch' (any device), "
-        'or upgrade mmhybrid'
-    )
+def _triton_refusal(call: Call) -> str | None:
+    return fused.refusal(call.device, call.dtype)
 
 
 def _cpp_problem() -> str | None:
@@ -83,7 +81,7 @@ def _cpp_problem() -> str | None:
 
 
 _BACKENDS: dict[str, Backend] = {
-    'triton': Backend(_missing_kernel('triton'), _triton_problem, _never),
+    'triton': Backend(fused.selective_scan_triton, fused.problem, _triton_refusal),
     'cpp': Backend(_missing_kernel('cpp'), _cpp_problem, _never),
     'torch': Backend(selective_scan_chunked, _never, _never),
     'reference': Backend(_run_reference, _never, _never),

@@ -1,0 +1,491 @@
+"""The Triton backend of the selective scan: launchers, heuristics and PyTorch operators.
+
+B batch, G groups, H channels per group, D = G H, L tokens, N state, NC chunks. Importing this
+file needs no Triton; the kernels are imported when they are first used.
+"""
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'selective_scan_triton']
+
+#: The lowest Triton with which the tests of the kernels have passed.
+MINIMUM_TRITON = (3, 6)
+#: States that one kernel keeps in registers; a larger N is computed in parts of this size.
+MAX_STATE = 16
+# What the heuristics assume of a GPU: cycles of a step that no other instruction of its warp can
+# hide, cycles of two more launches, and the warps that keep one multiprocessor busy.
+_LATENCY, _TWO_LAUNCHES, _WARPS = 80, 8000, 16
+# Tokens between two checkpoints of the state in the backward pass.
+_RUN = 4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for, so that the kernels run on CPU tensors."""
+    return os.environ.get('TRITON_INTERPRET', '0') == '1'
+
+
+@torch.compiler.assume_constant_result  # the compiler asks once while it traces
+def problem() -> str | None:
+    """Why this machine cannot run the Triton kernels, with the remedy; None when it can."""
+    return _problem()
+
+
+@functools.cache
+def _problem() -> str | None:
+    wanted = '.'.join(map(str, MINIMUM_TRITON))
+    if importlib.util.find_spec('triton') is None:
+        return f"Triton is not installed; install triton >= {wanted}, or use backend='torch'"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split('.')[:2])
+    if found < MINIMUM_TRITON:
+        return (
+            f'the installed Triton is {triton.__version__} and the scan kernels are proven from '
+            f"{wanted} on; upgrade PyTorch (with its Triton), or use backend='torch'"
+        )
+    if not (interpreting() or torch.cuda.is_available()):
+        return "PyTorch sees no GPU; use backend='torch'"
+    return None
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not take a call with this device and this dtype of the state."""
+    if device.type == 'cpu' and not interpreting():
+        return "Triton kernels run on a GPU and the tensors are on the CPU; use backend='torch'"
+    if dtype != torch.float32:
+        return "the Triton kernels compute in float32; use backend='torch' for float64"
+    return None
+
+
+class LaunchPlan(NamedTuple):
+    """How one scan is cut into programs: a pure function of its shape.
+
+    Attributes:
+        block: channels of one program, which is one warp.
+        unroll: tokens whose loads are in flight together.
+        chunk: tokens of one program, a multiple of ``unroll`` and of the backward's run.
+        n_chunks: programs along the sequence; 1 needs one launch, more need three.
+    """
+
+    block: int
+    unroll: int
+    chunk: int
+    n_chunks: int
+
+
+def launch_plan(
+    batch: int, groups: int, heads: int, length: int, state: int, processors: int, chunk: int = 0
+) -> LaunchPlan:
+    """Choose block and chunk sizes for a scan of B x G sequences of H channels and L tokens.
+
+    Args:
+        batch: B.
+        groups: G.
+        heads: H.
+        length: L.
+        state: N.
+        processors: multiprocessors of the GPU.
+        chunk: tokens per chunk if not 0, rounded up; for tests and tuning.
+    """
+    # Sixty-four channels share one load of B and C; a block that is less than half full, or whose
+    # states would fill the registers, is not worth it.
+    block = 64 if state <= 8 and (heads % 64 == 0 or heads % 64 > 32) else 32
+    unroll = 8 if state <= 2 else 4
+    if chunk == 0:
+        programs = max(1, batch * groups * -(-heads // block))
+        # Cycles per token, where a warp takes eight for an exponential of 32 channels: of one
+        # program that runs through, and of all programs at full throughput when both sweeps of a
+        # cut sequence are paid. The constants are estimates; no GPU has been asked yet.
+        exponentials = 8 * (state + 2) * block // 32
+        whole = length * (_LATENCY + exponentials)
+        cut = 2 * length * programs * exponentials // (4 * processors) + _TWO_LAUNCHES
+        pieces = 1 if whole <= cut else -(-_WARPS * processors // programs)
+        chunk = max(32, -(-length // pieces))
+    step = max(unroll, _RUN)
+    chunk = max(step, -(-chunk // step) * step)
+    if chunk >= length:
+        chunk = max(step, -(-length // step) * step)
+    return LaunchPlan(block, unroll, chunk, max(1, -(-length // chunk)))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132  # the interpreter and meta tensors: any number, but always the same
+
+
+def _plan(u: Tensor, state: int, length: int, chunk: int) -> LaunchPlan:
+    batch, groups, heads, _ = u.shape
+    return launch_plan(batch, groups, heads, length, state, _processors(u.device), chunk)
+
+
+def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
+    steps = x.stride() if x is not None else (0,) * len(axes)
+    return {f'{name}_s{axis}': step for axis, step in zip(axes, steps, strict=True)}
+
+
+def _dense(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised (..., channels, L) that is token-major or channel-major as ``like`` is."""
+    *outer, channels, length = shape
+    dtype = dtype or like.dtype
+    if like.stride(-1) > like.stride(-2):
+        return like.new_empty((outer[0], length, *outer[1:], channels), dtype=dtype).movedim(1, -1)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _length(u: Tensor, order: Tensor | None) -> int:
+    return u.shape[-1] if order is None else order.shape[-1]
+
+
+def _order_step(order: Tensor | None) -> int:
+    return 0 if order is None or order.shape[0] == 1 else order.stride(0)
+
+
+def _state_shape(u: Tensor, A: Tensor, order: Tensor | None, chunk: int) -> tuple[int, ...]:
+    n_chunks = _plan(u, A.shape[1], _length(u, order), chunk).n_chunks
+    return (u.shape[0], n_chunks if n_chunks > 1 else 0, A.shape[1], A.shape[0])
+
+
+def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk, out=None):
+    """Launch the forward kernels; out (B, G, H, L) may be any view of u's shape."""
+    from . import triton_kernels as kernels
+
+    batch, groups, heads, _ = u.shape
+    channels, state = A.shape
+    length = _length(u, order)
+    if out is None:
+        out = _dense(u.shape, u)
+    last = A.new_empty(batch, channels, state)
+    states = A.new_empty(_state_shape(u, A, order, chunk))
+    if u.numel() == 0 or length == 0:
+        return out, last.zero_(), states
+    plan = _plan(u, state, length, chunk)
+    n_blocks = -(-heads // plan.block)
+    sums = A.new_empty(batch, states.shape[1], channels)
+
+    def launch(mode):
+        kernels.scan_forward_kernel[(batch * plan.n_chunks * groups * n_blocks,)](
+            p_u=u,
+            p_delta=delta,
+            p_A=A,
+            p_B=B,
+            p_C=C,
+            p_D=D,
+            p_z=z,
+            p_bias=delta_bias,
+            p_order=order,
+            p_out=out,
+            p_last=last,
+            p_state=states,
+            p_sum=sums,
+            **_strides('u', u, 'bgdl'),
+            **_strides('delta', delta, 'bgdl'),
+            **_strides('B', B, 'bgnl'),
+            **_strides('C', C, 'bgnl'),
+            **_strides('z', z, 'bgdl'),
+            **_strides('out', out, 'bgdl'),
+            order_sg=_order_step(order),
+            heads=heads,
+            groups=groups,
+            length=length,
+            chunk=plan.chunk,
+            n_chunks=plan.n_chunks,
+            n_blocks=n_blocks,
+            N=state,
+            BLOCK=plan.block,
+            UNROLL=plan.unroll,
+            MODE=mode,
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            HAS_BIAS=delta_bias is not None,
+            SOFTPLUS=softplus,
+            ORDER=order is not None,
+            REVERSE=reverse,
+            EVEN=heads % plan.block == 0,
+            num_warps=1,
+        )
+
+    with torch.cuda.device_of(u):
+        if plan.n_chunks == 1:
+            launch(kernels.SINGLE.value)
+        else:
+            launch(kernels.AGGREGATE.value)
+            _carry(kernels, states, sums, A, None)
+            launch(kernels.FINAL.value)
+    return out, last, states
+
+
+def _carry(kernels, states, sums, A, first, backward=False):
+    batch, n_chunks, state, channels = states.shape
+    n_blocks = -(-channels // 32)
+    kernels.scan_carry_kernel[(batch * state * n_blocks,)](
+        p_state=states,
+        p_sum=sums,
+        p_A=A,
+        p_first=first,
+        channels=channels,
+        n_chunks=n_chunks,
+        n_blocks=n_blocks,
+        N=state,
+        BLOCK=32,
+        UNROLL=8,
+        HAS_FIRST=first is not None,
+        BACKWARD=backward,
+        num_warps=1,
+    )
+
+
+def _gradients_like(u, delta, A, B, C, D, z, delta_bias):
+    """Uninitialised gradients in the layouts that the kernels write; absent ones are empty."""
+    batch, groups, state, tokens = B.shape
+    none = A.new_empty(0)
+    return (
+        _dense(u.shape, u),
+        _dense(delta.shape, delta),
+        torch.empty_like(A, memory_format=torch.contiguous_format),
+        # Token-major whatever B is: the kernels make the N values of a token together.
+        B.new_empty(batch, groups, tokens, state).transpose(2, 3),
+        C.new_empty(batch, groups, tokens, state).transpose(2, 3),
+        none if D is None else D.new_empty(D.shape),
+        none.clone() if z is None else _dense(z.shape, z),
+        none.clone() if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+    )
+
+
+def _backward(
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk
+):
+    """Launch the backward kernels; ``states`` are those that the forward pass left."""
+    from . import triton_kernels as kernels
+
+    grads = _gradients_like(u, delta, A, B, C, D, z, delta_bias)
+    du, ddelta, dA, dB, dC, dD, dz, dbias = grads
+    batch, groups, heads, tokens = u.shape
+    channels, state = A.shape
+    length = _length(u, order)
+    if u.numel() == 0 or length == 0:
+        for grad in grads:
+            grad.zero_()
+        return grads
+    plan = _plan(u, state, length, chunk)
+    n_blocks = -(-heads // plan.block)
+    dlast = None if dlast is None else dlast.contiguous()
+    chunked = plan.n_chunks > 1
+    scratch = A.new_empty(batch, -(-length // _RUN), state, channels)
+    dbc = A.new_empty(2, n_blocks, batch, groups, tokens, state)
+    dchannel = A.new_empty(batch * plan.n_chunks, state + 2, channels)
+    gstates = torch.empty_like(states)
+
+    shared = dict(
+        p_delta=delta,
+        p_A=A,
+        p_C=C,
+        p_z=z,
+        p_bias=delta_bias,
+        p_order=order,
+        p_dout=dout,
+        **_strides('delta', delta, 'bgdl'),
+        **_strides('C', C, 'bgnl'),
+        **_strides('z', z, 'bgdl'),
+        **_strides('dout', dout, 'bgdl'),
+        order_sg=_order_step(order),
+        heads=heads,
+        groups=groups,
+        length=length,
+        chunk=plan.chunk,
+        n_chunks=plan.n_chunks,
+        n_blocks=n_blocks,
+        N=state,
+        BLOCK=plan.block,
+        HAS_Z=z is not None,
+        HAS_BIAS=delta_bias is not None,
+        SOFTPLUS=softplus,
+        ORDER=order is not None,
+        REVERSE=reverse,
+        EVEN=heads % plan.block == 0,
+        num_warps=1,
+    )
+    grid = (batch * plan.n_chunks * groups * n_blocks,)
+    with torch.cuda.device_of(u):
+        if chunked:
+            sums = A.new_empty(batch, plan.n_chunks, channels)
+            kernels.scan_backward_aggregate_kernel[grid](
+                p_state=gstates, p_sum=sums, UNROLL=plan.unroll, **shared
+            )
+            _carry(kernels, gstates, sums, A, dlast, backward=True)
+        kernels.scan_backward_kernel[grid](
+            p_u=u,
+            p_B=B,
+            p_D=D,
+            p_state=states,
+            p_gstate=gstates,
+            p_dlast=dlast,
+            p_scratch=scratch,
+            p_du=du,
+            p_ddelta=ddelta,
+            p_dz=None if z is None else dz,
+            p_dbc=dbc,
+            p_dchannel=dchannel,
+            **_strides('u', u, 'bgdl'),
+            **_strides('B', B, 'bgnl'),
+            **_strides('du', du, 'bgdl'),
+            **_strides('ddelta', ddelta, 'bgdl'),
+            **_strides('dz', None if z is None else dz, 'bgdl'),
+            batch=batch,
+            tokens=tokens,
+            K=_RUN,
+            CHUNKED=chunked,
+            HAS_DLAST=dlast is not None,
+            HAS_D=D is not None,
+            **shared,
+        )
+        kernels.sum_over_blocks_kernel[(-(-dbc[0, 0].numel() // 256), 2)](
+            p_dbc=dbc, p_dB=dB, p_dC=dC, size=dbc[0, 0].numel(), n_blocks=n_blocks, COLS=256
+        )
+        kernels.sum_over_chunks_kernel[(-(-channels // 32), state + 2)](
+            p_dchannel=dchannel,
+            p_dA=dA,
+            p_dD=None if D is None else dD,
+            p_dbias=None if delta_bias is None else dbias,
+            channels=channels,
+            rows=batch * plan.n_chunks,
+            state=state,
+            ROWS=32,
+            COLS=32,
+            HAS_D=D is not None,
+            HAS_BIAS=delta_bias is not None,
+        )
+    return grads
+
+
+# The operators. u, delta and z are (B, G, H, L) with any strides, so that directions may share a
+# tensor through a stride of zero; B and C are (B, G, N, L); order is int32 (1, L') or (G, L').
+
+_INPUTS = (
+    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, '
+    'Tensor? delta_bias, Tensor? order'
+)
+_FLAGS = 'bool softplus, bool reverse, int chunk'
+_library = torch.library.Library('mmhybrid', 'FRAGMENT')
+_library.define(
+    f'selective_scan_triton({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor last, Tensor states)'
+)
+_library.define(
+    f'selective_scan_triton_backward(Tensor dout, Tensor? dlast, {_INPUTS}, Tensor states, '
+    f'{_FLAGS}) -> ({", ".join(["Tensor"] * 8)})'
+)
+for _device in ('CPU', 'CUDA', 'XPU'):
+    _library.impl('selective_scan_triton', _forward, _device)
+    _library.impl('selective_scan_triton_backward', _backward, _device)
+
+
+@torch.library.register_fake('mmhybrid::selective_scan_triton', lib=_library)
+def _forward_fake(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk):
+    batch = u.shape[0]
+    return (
+        _dense(u.shape, u),
+        A.new_empty(batch, *A.shape),
+        A.new_empty(_state_shape(u, A, order, chunk)),
+    )
+
+
+@torch.library.register_fake('mmhybrid::selective_scan_triton_backward', lib=_library)
+def _backward_fake(
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk
+):
+    return _gradients_like(u, delta, A, B, C, D, z, delta_bias)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.softplus, ctx.reverse, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dout, dlast, _):
+    *tensors, states = ctx.saved_tensors
+    if dout is None:
+        if dlast is None:
+            return (None,) * 12
+        dout = torch.zeros_like(tensors[0])
+    grads = torch.ops.mmhybrid.selective_scan_triton_backward(
+        dout, dlast, *tensors, states, ctx.softplus, ctx.reverse, ctx.chunk
+    )
+    present = [g if x is not None else None for g, x in zip(grads, tensors[:8], strict=True)]
+    return (*present, None, None, None, None)
+
+
+def _no_second_derivative(*_):
+    raise RuntimeError(
+        'selective_scan with the Triton backend has a first derivative only, and a second one was '
+        "asked for (create_graph=True); use selective_scan(..., backend='reference')."
+    )
+
+
+torch.library.register_autograd(
+    'mmhybrid::selective_scan_triton', _autograd, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    'mmhybrid::selective_scan_triton_backward', _no_second_derivative, lib=_library
+)
+
+
+def scan_grouped(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    order: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    chunk: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The Triton scan of (B, G, H, L) tensors: y like u, and the last state (B, D, N).
+
+    ``order`` is an int32 table of tokens, see README.md; ``chunk`` overrides the number of tokens
+    per program. Nothing is checked.
+    """
+    flags = (delta_softplus, reverse, chunk)
+    if A.shape[1] <= MAX_STATE:
+        y, last, _ = torch.ops.mmhybrid.selective_scan_triton(
+            u, delta, A, B, C, D, z, delta_bias, order, *flags
+        )
+        return y, last
+    # The output is a sum over states, so parts of a large N are scanned apart and added in float32.
+    total, lasts = None, []
+    for n in range(0, A.shape[1], MAX_STATE):
+        part = slice(n, n + MAX_STATE)
+        y, last, _ = torch.ops.mmhybrid.selective_scan_triton(
+            u.float(), delta, A[:, part].contiguous(), B[:, :, part], C[:, :, part],
+            D if n == 0 else None, None, delta_bias, order, *flags,
+        )  # fmt: skip
+        total = y if total is None else total + y
+        lasts.append(last)
+    if z is not None:
+        total = total * torch.nn.functional.silu(z.float())
+    return total.to(u.dtype), torch.cat(lasts, dim=2)
+
+
+def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
+    """The backend of :func:`mmhybrid.ops.selective_scan`: y (B, D, L), last state (B, D, N)."""
+    groups = B.shape[1]
+    u, delta, z = (
+        x if x is None else x.unflatten(1, (groups, x.shape[1] // groups))
+        for x in (u, delta, z)
+    )
+    A, D, delta_bias = (x if x is None else x.contiguous() for x in (A, D, delta_bias))
+    y, last = scan_grouped(u, delta, A, B, C, D, z, delta_bias, None, delta_softplus, reverse)
+    return y.flatten(1, 2), last
