@@ -13,7 +13,7 @@ _base_ = [
 data_root = 'data/mini_ade20k/ADEChallengeData2016/'
 side = 128
 width = 48
-iters = 700
+iters = 900
 norm = dict(type='GN', num_groups=8, requires_grad=True)
 
 model = dict(
@@ -42,7 +42,7 @@ test_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     dataset=dict(data_root=data_root, pipeline=train_pipeline))
 val_dataloader = dict(
@@ -62,4 +62,4 @@ param_scheduler = [
 ]
 optim_wrapper = dict(dtype=None, optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
 default_hooks = dict(checkpoint=dict(interval=iters))
-auto_scale_lr = dict(base_batch_size=8)
+auto_scale_lr = dict(base_batch_size=4)
