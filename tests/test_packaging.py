@@ -1,5 +1,6 @@
 """Wheel and editable install: what is shipped, and the mmhybrid:: prefix from another project."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pip")
-
+# Found, not imported: pip, setuptools and distutils are particular about their order.
+pytestmark = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("pip", "setuptools", "wheel")),
+    reason="building and installing offline needs pip, setuptools and wheel",
+)
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
     "mmhybrid", "configs", "tools", "requirements", "setup.py", "setup.cfg", "pyproject.toml",
@@ -58,8 +62,6 @@ def source_tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source_tree, tmp_path_factory):
-    pytest.importorskip("setuptools")
-    pytest.importorskip("wheel", reason="building a wheel offline needs the wheel package")
     folder = tmp_path_factory.mktemp("wheel")
     run(
         [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q",
@@ -100,7 +102,6 @@ def wheel_python(wheel, make_environment):
 
 @pytest.fixture(scope="module")
 def editable_python(source_tree, make_environment):
-    pytest.importorskip("wheel", reason="building offline needs the wheel package")
     python = make_environment("editable-env")
     pip_install(python, "--no-build-isolation", "-e", source_tree)
     return python
