@@ -5,17 +5,20 @@ Legend: B batch, L tokens, C token width, E = 2 C inner width, N states, R rank 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops import selective_scan
-from mmhybrid.ops.cross_scan import scan_plan
+from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
 
+from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
+from .linear import token_linear
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['VimMixer', 'scan_branch']
+__all__ = ['LocalVimMixer', 'VimMixer', 'scan_branch']
 
 
 def scan_branch(x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor,
@@ -114,3 +117,77 @@ class VimMixer(nn.Module):
         # Half of the weight is half of the result, in every digit.
         weight = self.out_proj.weight * 0.5 if self.divide else self.out_proj.weight
         return F.linear(y.mT, weight)
+
+
+class LocalVimMixer(nn.Module):
+    """Gated scans over a token map in several directions under channel attention.
+
+    From Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan" (arXiv
+    2403.09338), section 3.  The gate acts token by token, so it needs no scan order of its own.
+
+    Args:
+        dim: C.
+        directions: K scan directions; None for all eight in learned shares, the form in which
+            directions are searched.
+        class_token: whether the sequence has a class token in its middle.  It is read at the same
+            index by every direction.
+        v_restore: see :class:`mmhybrid.layers.ss2d.SS2D`.
+        state_dim: N.
+        conv_size: kernel of the causal convolutions.
+        dt_rank: R; None for ceil(C / 16).
+        depth: blocks of the network; the output projection starts smaller by its root.
+        backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+    """
+
+    def __init__(self, dim: int, directions: Sequence[str] | None, *, class_token: bool = False,
+                 v_restore: str = 'exact', state_dim: int = 16, conv_size: int = 4,
+                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto'):
+        super().__init__()
+        inner = 2 * dim
+        R = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.directions = tuple(directions or DIRECTIONS)
+        self.class_token, self.v_restore, self.backend = class_token, v_restore, backend
+        # Plans are cheap; building one here refuses unknown directions before training starts.
+        scan_plan(self.directions, 1, 1, restore=v_restore)
+        self.in_proj = token_linear(dim, 2 * inner, bias=False)
+        for k in range(len(self.directions)):
+            A_log = nn.Parameter(init_decay_(torch.empty(inner, state_dim)))
+            D = nn.Parameter(torch.ones(inner))
+            # read by optimizer constructors that spare the dynamics of the state from decay
+            A_log._no_weight_decay = D._no_weight_decay = True
+            self.register_parameter(f'A_log_{k}', A_log)
+            self.register_parameter(f'D_{k}', D)
+            self.add_module(f'conv1d_{k}', nn.Conv1d(inner, inner, conv_size, groups=inner))
+            self.add_module(f'x_proj_{k}', token_linear(inner, R + 2 * state_dim, bias=False))
+            step = nn.Linear(R, inner)
+            # The release overwrites this with zeros, a step of 0.69; here it is as in Mamba.
+            init_step_bias_(step.bias)
+            self.add_module(f'dt_proj_{k}', step)
+        self.multi_scan = None if directions else DirectionMixture(len(self.directions))
+        self.attn = ChannelAttention(inner)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+        with torch.no_grad():
+            self.out_proj.weight /= math.sqrt(depth)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, L, C) of a map of ``grid`` = (H, W) in and out."""
+        u, z = self.in_proj(x).mT.chunk(2, dim=1)
+        plan = scan_plan(self.directions, *grid, x.device, restore=self.v_restore,
+                         class_token=grid[0] * grid[1] // 2 if self.class_token else None)
+        sequences = [order.take(u) for order in plan.orders]
+        y = merge_directions((self._branch(k, plan, sequences, z).mT
+                              for k in range(len(self.directions))),
+                             self.attn, self.multi_scan() if self.multi_scan else None)
+        return self.out_proj(y)
+
+    def _branch(self, k: int, plan, sequences: list[Tensor], z: Tensor) -> Tensor:
+        """Gated result (B, E, L) of direction ``k``."""
+        order = plan.order_of(k)
+        y = scan_branch(
+            sequences[plan.order_ids[k]], getattr(self, f'conv1d_{k}'),
+            getattr(self, f'x_proj_{k}'), getattr(self, f'dt_proj_{k}'),
+            getattr(self, f'A_log_{k}'), getattr(self, f'D_{k}'), reverse=plan.reverse[k],
+            backend=self.backend)
+        if not order.exact:  # the gate went the same wrong way
+            z = order.restore(order.take(z))
+        return order.restore(y) * F.silu(z)

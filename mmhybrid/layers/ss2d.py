@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.ops.cross_scan import cross_selective_scan, scan_plan
+from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan_plan
 
+from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear2d import map_linear
 from .norm import LayerNorm2d
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['SS2D']
+__all__ = ['LocalSS2D', 'SS2D']
 
 
 class SS2D(nn.Module):
@@ -115,3 +116,31 @@ class SS2D(nn.Module):
             return cross_selective_scan(
                 u, proj, self.dt_projs_weight, -torch.exp(self.A_logs.float()), self.Ds.float(),
                 self.dt_projs_bias.flatten().float(), plan, merge=merge, backend=self.backend)
+
+
+class LocalSS2D(SS2D):
+    """Token mixer of LocalVMamba: gated SS2D with windowed directions under channel attention.
+
+    From Huang et al., "LocalMamba: Visual State Space Model with Windowed Selective Scan" (arXiv
+    2403.09338), section 3.  Maps are (B, H, W, C).
+
+    Args:
+        dim: C.
+        directions: K scan directions; None for all eight in learned shares, the form in which
+            directions are searched.
+        **options: of :class:`SS2D`.
+    """
+
+    def __init__(self, dim: int, directions: Sequence[str] | None, **options):
+        super().__init__(dim, directions=directions or DIRECTIONS, gate=True, channel_first=False,
+                         **options)
+        self.multi_scan = DirectionMixture(len(self.directions)) if not directions else nn.Module()
+        self.multi_scan.attn = ChannelAttention(self.out_norm.normalized_shape[0])
+
+    def scan(self, x: Tensor) -> Tensor:
+        """Map (B, D, H, W) to the merged scans (B, H, W, D)."""
+        searching = isinstance(self.multi_scan, DirectionMixture)
+        ys = self.scan_directions(x, merge=False)
+        y = merge_directions((y.mT for y in ys), self.multi_scan.attn,
+                             self.multi_scan() if searching else None)
+        return y.unflatten(1, x.shape[-2:])

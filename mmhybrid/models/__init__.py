@@ -1,7 +1,26 @@
 """Models; importing this package registers them."""
-from .backbones import MM_VSSM, MambaVision, MM_mamba_vision, Vim, VisionMambaSeg, VMamba
-from .classifiers import MambaVisionClassifier, VimClassifier, VMambaClassifier
+from .backbones import (
+    MM_VSSM,
+    LocalVim,
+    LocalVMamba,
+    MambaVision,
+    MM_LocalVim,
+    MM_LocalVSSM,
+    MM_mamba_vision,
+    Vim,
+    VisionMambaSeg,
+    VMamba,
+)
+from .classifiers import (
+    LocalVimClassifier,
+    LocalVMambaClassifier,
+    MambaVisionClassifier,
+    VimClassifier,
+    VMambaClassifier,
+)
 from .necks import SimpleFPN
 
-__all__ = ['MM_VSSM', 'MM_mamba_vision', 'MambaVision', 'MambaVisionClassifier', 'SimpleFPN',
-           'VMamba', 'VMambaClassifier', 'Vim', 'VimClassifier', 'VisionMambaSeg']
+__all__ = ['LocalVMamba', 'LocalVMambaClassifier', 'LocalVim', 'LocalVimClassifier',
+           'MM_LocalVSSM', 'MM_LocalVim', 'MM_VSSM', 'MM_mamba_vision', 'MambaVision',
+           'MambaVisionClassifier', 'SimpleFPN', 'VMamba', 'VMambaClassifier', 'Vim',
+           'VimClassifier', 'VisionMambaSeg']

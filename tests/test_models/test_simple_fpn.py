@@ -10,7 +10,7 @@ from mmhybrid.models import SimpleFPN
 
 @pytest.mark.parametrize('size', [(6, 8), (5, 7), (1, 3)], ids=str)
 def test_strides(size):
-    neck = SimpleFPN(16, 8, num_outs=6)
+    neck = SimpleFPN(16, out_channels=8, num_outs=6)
     h, w = size
     maps = neck((torch.rand(2, 4, 9, 9), torch.rand(2, 16, h, w)))  # the last input counts
     half = (max(h // 2, 1), max(w // 2, 1))
@@ -23,7 +23,7 @@ def test_strides(size):
 
 
 def test_levels_follow_the_paper():
-    neck = fill_state_dict(SimpleFPN(8, 12))
+    neck = fill_state_dict(SimpleFPN(8, out_channels=12))
     x = make_input(0, (1, 8, 4, 6))
 
     def norm(x, layer):
@@ -48,12 +48,22 @@ def test_levels_follow_the_paper():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match='in_channels=18, expected a multiple of 4'):
+    with pytest.raises(ValueError, match='backbone_channel=18, expected a multiple of 4'):
         SimpleFPN(18)
     with pytest.raises(ValueError, match='num_outs=3, expected at least 4'):
         SimpleFPN(16, num_outs=3)
     with pytest.raises(TypeError, match="unknown argument 'num_out'; did you mean 'num_outs'"):
         SimpleFPN(16, num_out=5)
+
+
+def test_spelling_of_mmdets_project():
+    neck = SimpleFPN(backbone_channel=16, in_channels=[4, 8, 16, 16], out_channels=8, num_outs=5,
+                     norm_cfg=dict(type='LN2d', requires_grad=True))
+    assert neck.simfp_2[1].eps == neck.simfp_4[0].norm.eps == 1e-6
+    with pytest.raises(ValueError, match=r'expected \[4, 8, 16, 16\]'):
+        SimpleFPN(16, [16, 16, 16, 16])
+    with pytest.raises(ValueError, match="norm_cfg=.*expected dict"):
+        SimpleFPN(16, norm_cfg=dict(type='BN'))
 
 
 def test_the_norm_of_its_heads_is_registered():

@@ -200,8 +200,7 @@ def _build_order(kind, window, flip, height, width, device, restore, class_token
     if class_token is not None:
         order = torch.where(order >= class_token, order + 1, order)
         # The index counts along the walk, so from the end of the order when that is flipped.
-        index = (height * width) // 2
-        at = order.numel() - index if flip else index
+        at = order.numel() - class_token if flip else class_token
         order = torch.cat([order[:at], torch.tensor([class_token]), order[at:]])
     num_tokens = height * width + (class_token is not None)
     inverse = _inverse(order, num_tokens)

@@ -1,0 +1,73 @@
+"""How LocalMamba joins the results of several scan directions."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import token_linear
+
+__all__ = ['ChannelAttention', 'DirectionMixture', 'merge_directions']
+
+
+class ChannelAttention(nn.Module):
+    """Scale channels by what their mean over all tokens says.
+
+    From Huang et al., "LocalMamba" (arXiv 2403.09338), section 3.3.  The paper adds a branch over
+    tokens, the published weights do not have it.
+
+    Args:
+        dim: D.
+        reduction: D over the width in between.
+    """
+
+    def __init__(self, dim: int, reduction: int = 8):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.global_reduce = token_linear(dim, dim // reduction)
+        self.channel_select = token_linear(dim // reduction, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, L, D) in and out; they are scaled as they are, not normalised."""
+        mean = self.norm(x).mean(dim=1, keepdim=True)
+        return x * self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+
+
+class DirectionMixture(nn.Module):
+    """Learned preference for directions, while a network is searched for the best ones.
+
+    Args:
+        count: K.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        # four axes, so that optimizers decay it as published
+        self.weights = nn.Parameter(1e-3 * torch.randn(count, 1, 1, 1))
+
+    def forward(self) -> Tensor:
+        """Shares of the K directions, (K,); their sum is 1."""
+        return self.weights.flatten().softmax(dim=0)
+
+
+def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
+                     shares: Tensor | None = None) -> Tensor:
+    """Sum of the directions, each under channel attention.
+
+    Args:
+        ys: K results (B, L, D) in row-major order.
+        attention: one for all directions.
+        shares: (K,); while searching, results are normalised and summed in these shares.
+
+    Returns:
+        (B, L, D).
+    """
+    total = None
+    for k, y in enumerate(ys):
+        y = attention(y)
+        if shares is not None:
+            y = shares[k] * F.layer_norm(y, y.shape[-1:])
+        total = y if total is None else total + y
+    return total

@@ -1,0 +1,136 @@
+"""The published configs' spelling of LocalMamba, so that they build by changing one import."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmhybrid.registry import MODELS
+
+from ..arguments import strict_arguments
+from .dropin import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
+from .localvim import LocalVim
+from .localvmamba import LocalVMamba
+from .vmamba_dropin import stage_width
+
+__all__ = ['MM_LocalVSSM', 'MM_LocalVim']
+
+
+@MODELS.register_module()
+@strict_arguments
+class MM_LocalVSSM(LocalVMamba):
+    """LocalVMamba with the arguments that released configs end up with.
+
+    What the configs inherit from Swin bases does nothing, as in the published class; one warning
+    names each such setting.  For new configs use :class:`LocalVMamba`, where every setting counts.
+    Column scans are restored as they should be; ``v_restore='released'`` gives the published
+    result on maps that are not square.
+
+    Args:
+        directions: one list of names per block.
+        dims: channels of stage 1, or of all four, each twice the one before.
+        depths: blocks per stage.
+        ssm_d_state: states per channel.
+        ssm_ratio: inner width of the mixer over its input.
+        ssm_dt_rank: rank of the step; 'auto' for ceil(channels / 16).
+        ssm_conv: side of the depth-wise convolution; 3.
+        ssm_conv_bias: whether it has a bias.
+        mlp_ratio: hidden width of the MLPs over their input; 0 for none.
+        drop_path_rate: stochastic depth rate of the last block.
+        patch_norm: True.
+        norm_layer: 'ln'.
+        downsample_version: 'v1', 'v2' or 'v3'.
+        patchembed_version: 'v1' or 'v2'.
+        out_indices: stages to return.
+        pretrained: checkpoint file, loaded by ``init_weights``, not while building; '' for none.
+        v_restore: see above.
+
+    All other arguments are accepted without effect.
+
+    Raises:
+        TypeError: for an unknown argument, a missing ``directions``, a value of the wrong type.
+        ValueError: for a value that no released model uses.
+    """
+
+    def __init__(self, *, directions: Sequence[Sequence[str]],
+                 dims: int | Sequence[int] = (96, 192, 384, 768),
+                 depths: Sequence[int] = (2, 2, 9, 2), ssm_d_state: int = 16,
+                 ssm_ratio: float = 2.0, ssm_dt_rank: int | str = 'auto', ssm_conv: int = 3,
+                 ssm_conv_bias: bool = True, mlp_ratio: float = 0.0, drop_path_rate: float = 0.1,
+                 patch_norm: bool = True, norm_layer: str = 'ln', downsample_version: str = 'v1',
+                 patchembed_version: str = 'v1', out_indices: Sequence[int] = (0, 1, 2, 3),
+                 pretrained: str | None = None, v_restore: str = 'exact',
+                 # from the Swin base
+                 embed_dims=NOT_GIVEN, num_heads=NOT_GIVEN, window_size=NOT_GIVEN,
+                 qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN, drop_rate=NOT_GIVEN,
+                 attn_drop_rate=NOT_GIVEN, with_cp=NOT_GIVEN, convert_weights=NOT_GIVEN,
+                 init_cfg=NOT_GIVEN, pretrain_img_size=NOT_GIVEN, patch_size=NOT_GIVEN,
+                 strides=NOT_GIVEN, use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN,
+                 norm_cfg=NOT_GIVEN):
+        fixed('ssm_conv', ssm_conv, 3)
+        fixed('patch_norm', patch_norm, True)
+        fixed('norm_layer', norm_layer, 'ln', 'LN')
+        super().__init__(
+            dict(dim=stage_width(dims), depths=depths, ssm_ratio=ssm_ratio, state_dim=ssm_d_state,
+                 dt_rank=None if ssm_dt_rank == 'auto' else ssm_dt_rank, mlp_ratio=mlp_ratio,
+                 conv_bias=ssm_conv_bias, stem=patchembed_version, downsample=downsample_version),
+            directions=directions, v_restore=v_restore, out_indices=out_indices,
+            drop_path_rate=drop_path_rate, init_cfg=pretrained_init(pretrained))
+        warn_without_effect('MM_LocalVSSM', dict(
+            embed_dims=embed_dims, num_heads=num_heads, window_size=window_size,
+            qkv_bias=qkv_bias, qk_scale=qk_scale, drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate, with_cp=with_cp, convert_weights=convert_weights,
+            init_cfg=init_cfg, pretrain_img_size=pretrain_img_size, patch_size=patch_size,
+            strides=strides, use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg,
+            norm_cfg=norm_cfg), instead='LocalVMamba')
+
+
+@MODELS.register_module()
+@strict_arguments
+class MM_LocalVim(LocalVim):
+    """LocalVim with the arguments that released configs end up with.
+
+    One warning names the settings that the published class ignores.  For new configs use
+    :class:`LocalVim`, where every setting counts.  Column scans are restored as they should be;
+    ``v_restore='released'`` gives the published result on maps that are not square.
+
+    Args:
+        directions: one list of names per block; None for all eight in learned shares.
+        img_size: side, or (height, width), for which the position embedding is built.
+        patch_size: 16.
+        embed_dim: token width.
+        depth: number of blocks.
+        out_indices: blocks to return.
+        drop_path_rate: stochastic depth rate.
+        rms_norm: RMSNorm instead of LayerNorm.
+        if_rope, if_rope_residual: both or none.
+        if_abs_pos_embed: True.
+        bimamba_type: 'v2'.
+        fused_add_norm, residual_in_fp32: choices of implementation; the result is the same.
+        pretrained_ckpt: checkpoint file, loaded by ``init_weights``, not while building.
+        v_restore: see above.
+
+    ``final_pool_type`` and ``init_cfg`` are accepted without effect.
+
+    Raises:
+        TypeError: for an unknown argument or a value of the wrong type.
+        ValueError: for a value that no released model uses.
+    """
+
+    def __init__(self, *, directions: Sequence[Sequence[str]] | None = None,
+                 img_size: int | Sequence[int] = 224, patch_size: int = 16, embed_dim: int = 192,
+                 depth: int = 20, out_indices: Sequence[int] = (4, 9, 14, 19),
+                 drop_path_rate: float = 0.1, rms_norm: bool = False, if_rope: bool = False,
+                 if_rope_residual: bool = False, if_abs_pos_embed: bool = True,
+                 bimamba_type: str = 'v2', fused_add_norm: bool = False,
+                 residual_in_fp32: bool = True, pretrained_ckpt: str | None = None,
+                 v_restore: str = 'exact', final_pool_type=NOT_GIVEN, init_cfg=NOT_GIVEN):
+        fixed('patch_size', patch_size, 16)
+        fixed('if_abs_pos_embed', if_abs_pos_embed, True)
+        fixed('bimamba_type', bimamba_type, 'v2')
+        fixed('if_rope_residual', if_rope_residual, if_rope)
+        super().__init__(
+            dict(dim=embed_dim, depth=depth), directions=directions, v_restore=v_restore,
+            norm='rms' if rms_norm else 'ln', img_size=img_size, out_indices=out_indices,
+            rope=if_rope, drop_path_rate=drop_path_rate,
+            init_cfg=pretrained_init(pretrained_ckpt))
+        warn_without_effect('MM_LocalVim', dict(final_pool_type=final_pool_type,
+                                                init_cfg=init_cfg), instead='LocalVim')
