@@ -265,7 +265,7 @@ def _beside_weights_ignored() -> Iterator[None]:
             yield
         return
     # torch 2.4 has the list but not the context
-    before = torch.serialization.get_safe_globals()
+    before = list(torch.serialization.get_safe_globals())
     torch.serialization.add_safe_globals(types)
     try:
         yield

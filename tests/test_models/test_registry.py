@@ -46,6 +46,8 @@ def test_spelling(scopes, spellings, imports, tmp_path):
         if scope != 'none' and find_spec(scope) is None:
             pytest.skip(f'{scope} is not installed')
     done = run(BUILD, tmp_path, scopes, spellings, imports)
+    if done.returncode and scopes == 'mmseg' and run('import mmseg.models', tmp_path).returncode:
+        pytest.skip('this mmseg cannot be imported without the operators of mmcv')
     assert done.returncode == 0, done.stderr
     built = [line for line in done.stdout.splitlines() if line.startswith('built')]
     assert built == [
