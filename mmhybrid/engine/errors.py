@@ -31,6 +31,10 @@ def explain(error: BaseException) -> str | None:
                 'Compare num_classes of the heads with the largest label in the annotation '
                 'files, and check reduce_zero_label: with True, 0 becomes "ignore" and label n '
                 'becomes n - 1.')
+    if isinstance(error, ValueError) and 'is not a subset of classes' in text:
+        return (f'metainfo.classes names classes that the data set type does not have: {text}\n'
+                "For a data set of your own use type='BaseSegDataset' with img_suffix and "
+                'seg_map_suffix.')
     if 'num_samples should be a positive integer' in text:
         return ('The data set is empty: no image is left after filtering. Check the annotation '
                 'file, the image folder, and filter_cfg of the data set.')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 
 import torch
 from mmengine.config import DictAction
@@ -148,4 +149,8 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
 
 def _finish() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        first = torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
+        if first:
+            with suppress(OSError):  # absent, or in use by another run
+                os.rmdir('.dist_test')  # where mmengine's evaluators met

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 LOADED = []  # indices of all samples loaded in this process
+HOOKS = []  # further hooks for every run
 
 
 class ToyDataset(Dataset):
@@ -75,7 +76,7 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
                          dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.5)],
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', **checkpoint)),
-        custom_hooks=[dict(type='mmhybrid.RandomStateHook')] if hook else [],
+        custom_hooks=[*HOOKS, *([dict(type='mmhybrid.RandomStateHook')] if hook else [])],
         randomness=dict(seed=seed), launcher=launcher, load_from=resume, resume=bool(resume),
         env_cfg=dict(dist_cfg=dict(backend='gloo')), default_scope='mmengine',
         experiment_name=uuid.uuid4().hex, log_level='WARNING', **val_cfg)
