@@ -16,6 +16,7 @@ from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear import token_linear
+from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
 __all__ = ['LocalVimMixer', 'VimMixer', 'scan_branch']
@@ -45,8 +46,8 @@ def scan_branch(x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linea
     N, R = A_log.shape[1], dt_proj.in_features
     step, B, C = torch.matmul(x_proj.weight, x).split([R, N, N], dim=1)
     return selective_scan(
-        x, torch.matmul(dt_proj.weight, step), -torch.exp(A_log.float()), B, C, D.float(),
-        delta_bias=dt_proj.bias.float(), delta_softplus=True, reverse=reverse, backend=backend)
+        x, torch.matmul(dt_proj.weight, step), -torch.exp(at_least_float32(A_log)), B, C, D,
+        delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse, backend=backend)
 
 
 class VimMixer(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmhybrid.ops import selective_scan
 
 from .linear import token_linear
+from .precision import at_least_float32
 
 __all__ = ['MambaVisionMixer']
 
@@ -93,12 +94,12 @@ class MambaVisionMixer(nn.Module):
         y_BEL = selective_scan(
             u_BEL,
             torch.matmul(self.dt_proj.weight, dt),
-            -torch.exp(self.A_log.float()),
+            -torch.exp(at_least_float32(self.A_log)),
             B,
             C,
-            D=self.D.float(),
+            D=self.D,
             # Published weights need the bias twice: once from the projection, once here.
-            delta_bias=2 * self.dt_proj.bias.float(),
+            delta_bias=2 * self.dt_proj.bias,
             delta_softplus=True,
             backend=self.backend)
         return self.out_proj(torch.cat([y_BEL, z_BEL], dim=1).transpose(1, 2))

@@ -18,6 +18,7 @@ from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan_plan
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear2d import map_linear
 from .norm import LayerNorm2d
+from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
 __all__ = ['LocalSS2D', 'SS2D']
@@ -110,12 +111,12 @@ class SS2D(nn.Module):
         proj = torch.matmul(self.x_proj_weight.view(K * rows, D), u).unflatten(1, (K, rows))
         precision = contextlib.nullcontext()
         if self.float32_scan:
-            u, proj = u.float(), proj.float()
+            u, proj = at_least_float32(u), at_least_float32(proj)
             precision = torch.autocast(x.device.type, enabled=False)
         with precision:
             return cross_selective_scan(
-                u, proj, self.dt_projs_weight, -torch.exp(self.A_logs.float()), self.Ds.float(),
-                self.dt_projs_bias.flatten().float(), plan, merge=merge, backend=self.backend)
+                u, proj, self.dt_projs_weight, -torch.exp(at_least_float32(self.A_logs)), self.Ds,
+                self.dt_projs_bias.flatten(), plan, merge=merge, backend=self.backend)
 
 
 class LocalSS2D(SS2D):

@@ -1,0 +1,237 @@
+"""What every backbone must do, whatever its family.
+
+The registry is the list of what is tested: a new class or a new entry of a module's
+``ARCHITECTURES`` is covered without a new test.
+"""
+import inspect
+import sys
+
+import pytest
+import torch
+from fill import fill_state_dict, make_input
+from torch import nn
+
+import mmhybrid.models  # noqa: F401  (fills the registry)
+from mmhybrid.models.backbones.base import DenseBackbone
+from mmhybrid.registry import MODELS
+
+SIZES = [(131, 99), (197, 131), (511, 511)]
+
+
+def backbone_classes():
+    """Classes of the registry that live in a module with a table of architectures."""
+    for cls in MODELS.module_dict.values():
+        module = sys.modules[cls.__module__]
+        if cls.__module__.startswith('mmhybrid.models.backbones') and hasattr(
+                module, 'ARCHITECTURES'):
+            yield cls, module.ARCHITECTURES
+
+
+def shrunk(arch):
+    """Keep the kind of an architecture, take away its size."""
+    small = dict(arch, dim=8)
+    for name, value in dict(depths=(1, 2, 2, 1), depth=5, stem_width=4, num_heads=(1, 1, 2, 4),
+                            window_size=(8, 8, 4, 3)).items():
+        if name in arch:
+            small[name] = value
+    return small
+
+
+def cases():
+    """Each class with each distinct small architecture, and the arguments that go with it."""
+    seen = {}
+    for cls, architectures in backbone_classes():
+        for name, arch in architectures.items():
+            small = shrunk(arch)
+            key = cls, repr(sorted(small.items()))
+            if key in seen:
+                continue
+            arguments = dict(arch=small, drop_path_rate=0.0)
+            blocks = sum(small['depths']) if 'depths' in small else small['depth']
+            if 'depth' in small:
+                arguments.update(out_indices=(0, 1, 2, 4), img_size=64)
+            if 'directions' in inspect.signature(cls.__init__).parameters:
+                lists = [('h', 'h_flip', 'v', 'w2'), ('v_flip', 'w2_flip', 'w7', 'w7_flip')]
+                arguments['directions'] = (lists * blocks)[:blocks]
+            seen[key] = pytest.param(cls, arguments, id=f'{cls.__name__}-{name}')
+    return list(seen.values())
+
+
+CASES = cases()
+each_backbone = pytest.mark.parametrize(('cls', 'arguments'), CASES)
+
+
+def build(cls, arguments, **changes):
+    return fill_state_dict(cls(**arguments | changes), dt_bias=-1.0)
+
+
+def loss_of(maps):
+    """Depend on every value of every map, each in its own way."""
+    total = 0
+    for i, y in enumerate(maps):
+        total = total + (y * make_input(i, y.shape).to(y)).sum() / y[0].numel() ** 0.5
+    return total
+
+
+def test_all_families_are_there():
+    names = {cls.__name__ for cls, _ in backbone_classes()}
+    assert names >= {'MambaVision', 'VMamba', 'Vim', 'LocalVMamba', 'LocalVim'}
+
+
+@each_backbone
+@pytest.mark.parametrize('size', SIZES, ids=str)
+def test_any_size(cls, arguments, size):
+    model = build(cls, arguments).eval()
+    x = make_input(0, (1, 3, *size))
+    with torch.no_grad():
+        maps = model(x)
+    assert isinstance(maps, tuple) and len(maps) == len(model.out_channels)
+    for y, channels, stride in zip(maps, model.out_channels, model.out_strides, strict=True):
+        assert y.shape[:2] == (1, channels) and y.is_contiguous()
+        assert bool(torch.isfinite(y).all())
+        for side, whole in zip(y.shape[2:], size, strict=True):
+            # plain backbones pad images to whole patches of 16 before they refine the grid
+            assert whole // stride <= side <= -(-whole // 16) * 16 // min(stride, 16) + 1
+
+
+@each_backbone
+def test_images_of_a_batch_do_not_mix(cls, arguments):
+    model = build(cls, arguments).eval()
+    x = make_input(0, (2, 3, 67, 50))
+    with torch.no_grad():
+        both, first, second = model(x), model(x[:1]), model(x[1:])
+    for y, a, b in zip(both, first, second, strict=True):
+        torch.testing.assert_close(y, torch.cat([a, b]), rtol=1e-4, atol=1e-4)
+
+
+@each_backbone
+def test_every_parameter_gets_a_gradient(cls, arguments):
+    model = build(cls, arguments).train()
+    loss_of(model(make_input(0, (2, 3, 72, 50)))).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    unused = [name for name, p in model.named_parameters() if not p.requires_grad]
+    # Only Vim's final norm, which the published segmentor has and does not use.
+    assert [name for name in unused if name != 'norm_f.weight'] == []
+
+
+@each_backbone
+def test_gradients_agree_with_the_float64_reference(cls, arguments):
+    x = make_input(1, (1, 3, 66, 50))
+    fast = build(cls, arguments, scan_backend='auto').eval()
+    slow = cls(**arguments | dict(scan_backend='reference')).double().eval()
+    slow.load_state_dict(fast.state_dict())
+    inputs = []
+    for model, image in ((fast, x), (slow, x.double())):
+        image = image.clone().requires_grad_()
+        loss_of(model(image)).backward()
+        inputs.append(image)
+    pairs = {name: (p.grad, q.grad) for (name, p), (_, q) in zip(
+        fast.named_parameters(), slow.named_parameters(), strict=True) if p.requires_grad}
+    pairs['image'] = inputs[0].grad, inputs[1].grad
+    for name, (got, want) in pairs.items():
+        error = float((got.double() - want).norm() / want.norm().clamp_min(1e-3))
+        assert error < 1e-4, f'{name}: relative error {error:.1e}'
+
+
+@each_backbone
+def test_recomputing_changes_nothing(cls, arguments):
+    x = make_input(0, (2, 3, 64, 48))
+    results = []
+    for with_cp in (False, True):
+        model = build(cls, arguments, with_cp=with_cp, drop_path_rate=0.3).train()
+        torch.manual_seed(3)
+        maps = model(x)
+        loss_of(maps).backward()
+        results.append((maps, {n: p.grad for n, p in model.named_parameters()},
+                        dict(model.named_buffers())))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for part in (1, 2):
+        for name, a in results[0][part].items():
+            if a is not None:
+                torch.testing.assert_close(a, results[1][part][name], msg=name)
+
+
+@each_backbone
+@pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
+def test_frozen_stages(cls, arguments, frozen):
+    model = build(cls, arguments, frozen_stages=frozen, drop_path_rate=0.2)
+    model.train()
+    loss_of(model(make_input(0, (2, 3, 64, 48)))).backward()
+    stages = getattr(model, 'layers', None) or model.levels
+    parts = [model.patch_embed, *stages[:max(frozen, 0)]] if frozen >= 0 else []
+    still = {id(p) for part in parts for p in part.parameters()}
+    if frozen >= 0 and hasattr(model, 'pos_embed'):
+        still.add(id(model.pos_embed))
+    for name, parameter in model.named_parameters():
+        if name.startswith('norm_f'):
+            continue
+        assert parameter.requires_grad == (id(parameter) not in still), name
+        assert (parameter.grad is None) == (id(parameter) in still), name
+    assert all(not m.training for part in parts for m in part.modules())
+    assert model.training and stages[-1].training == (frozen < len(stages))
+
+
+@each_backbone
+@pytest.mark.parametrize('subset', [(0,), (1, 3), (2,), (0, 1, 2)], ids=str)
+def test_subsets_of_the_maps(cls, arguments, subset):
+    plain = {'pyramid': False} if 'pyramid' in inspect.signature(
+        cls.__init__).parameters else {}
+    whole = build(cls, arguments, **plain).eval()
+    indices = tuple(whole.out_indices[i] for i in subset)
+    part = cls(**arguments | plain | dict(out_indices=indices)).eval()
+    own = part.state_dict()
+    given = whole.state_dict()
+    for name in own:
+        if name.startswith('outnorm_'):  # LocalVim numbers its norms by output
+            digits = int(name[8:].split('.')[0])
+            given[name] = whole.state_dict()[name.replace(f'_{digits}', f'_{subset[digits]}', 1)]
+    part.load_state_dict({name: given[name] for name in own})
+    x = make_input(0, (1, 3, 64, 80))
+    with torch.no_grad():
+        all_maps, some = whole(x), part(x)
+    assert len(some) == len(subset) == len(part.out_channels) == len(part.out_strides)
+    for y, i in zip(some, subset, strict=True):
+        torch.testing.assert_close(y, all_maps[i])
+    part.train()
+    loss_of(part(make_input(0, (2, 3, 64, 80)))).backward()
+    for name, parameter in part.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@each_backbone
+def test_declared_depth(cls, arguments):
+    model = cls(**arguments)
+    depths, counts = {}, set()
+    for name, _ in model.named_parameters():
+        depth, count = model.get_layer_depth(f'backbone.{name}', 'backbone.')
+        depths[name] = depth
+        counts.add(count)
+        assert (depth, count) == model.get_layer_depth(name)
+    arch = arguments['arch']
+    blocks = sum(arch['depths']) if 'depths' in arch else arch['depth']
+    assert counts == {blocks + 2}
+    assert set(depths.values()) >= set(range(blocks + 1))
+    for name, depth in depths.items():
+        assert (depth == 0) == name.startswith(('patch_embed', 'pos_embed')), name
+    assert model.get_layer_depth('decode_head.conv.weight', 'backbone.') == (blocks + 1, blocks + 2)
+
+
+@each_backbone
+def test_conduct_in_a_toolkit(cls, arguments):
+    with pytest.raises(TypeError, match="unknown argument 'out_indice'; did you mean 'out_indices"):
+        cls(**arguments, out_indice=(0,))
+    model = cls(**arguments)
+    assert not hasattr(model, 'num_classes') and isinstance(model, nn.Module)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.init_cfg = None
+    model.init_weights()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+def test_base_class_asks_for_its_parts():
+    with pytest.raises(NotImplementedError):
+        DenseBackbone().freeze()
