@@ -10,11 +10,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from shrink import MANY_PARAMETERS, shrink
 
 import mmhybrid  # noqa: F401
+from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
+from mmhybrid.datasets.mini_coco import write_mini_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -387,6 +389,54 @@ def segmentation_batch(cfg, training):
         sample.gt_sem_seg = PixelData(data=labels)
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)
+
+
+# --- the unshrunk pipelines on real files ---------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def mini_sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mini')
+    write_mini_coco(folder / 'coco', train=2, val=1)
+    write_mini_ade20k(folder / 'ade', train=2, val=1)
+    return {'mmdet': f'{folder}/coco/', 'mmseg': f'{folder}/ade/'}
+
+
+# A size variant has the data of the config it varies.
+@pytest.mark.parametrize(
+    'path', by_name([path for path in CONFIGS if '_base_/datasets/' in path.read_text()]))
+def test_pipelines_run_as_they_are(path, mini_sets):
+    cfg = load(path)
+    test_scale = sizes(cfg.test_dataloader, 'scale')
+    images = {}
+    for split in ('train', 'val', 'test', 'tta'):
+        dataset = cfg['test_dataloader' if split == 'tta' else f'{split}_dataloader'].dataset
+        dataset.data_root = mini_sets[cfg.default_scope]
+        if split == 'tta':
+            dataset.pipeline = cfg.tta_pipeline
+        built = DATASETS.build(dataset)
+        assert len(built) == (2 if split == 'train' else 1)
+        images[split] = built[0]
+
+    assert images['train']['inputs'].dtype == torch.uint8
+    assert images['val']['inputs'].shape == images['test']['inputs'].shape
+    if 'roi_head' in cfg.model:
+        assert len(images['train']['data_samples'].gt_instances) > 0
+        assert len(images['train']['data_samples'].gt_instances.masks) > 0
+        views = 2
+    else:
+        labels = images['train']['data_samples'].gt_sem_seg.data
+        assert labels.shape[1:] == images['train']['inputs'].shape[1:]
+        assert set(labels.unique().tolist()) <= {*range(150), 255}
+        # Scores are counted at the annotation's own size.
+        sample = images['val']['data_samples']
+        assert sample.gt_sem_seg.shape == sample.ori_shape
+        views = 6 * 2
+    assert len(images['tta']['inputs']) == views
+    assert {sample.flip for sample in images['tta']['data_samples']} == {False, True}
+    if test_scale:
+        reached = sorted(images['test']['inputs'].shape[1:])
+        assert any(side == limit for side, limit in zip(reached, sorted(test_scale[0]), strict=True))
 
 
 # --- model-index.yml -----------------------------------------------------------------------------
