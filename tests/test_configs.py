@@ -474,3 +474,17 @@ def test_the_model_index_claims_nothing_without_a_source():
             assert result['provenance'].startswith(('log', 'README'))
             published.update(result['Metrics'])
         assert published == expected['published']
+
+
+def test_mmengine_finds_a_config_and_its_weights_through_the_index(tmp_path):
+    from mmengine.config.utils import _get_cfg_metainfo
+
+    installed = tmp_path / '.mim'
+    installed.mkdir()
+    for name in ('configs', 'model-index.yml'):
+        (installed / name).symlink_to(ROOT / name)
+    for path in CONFIGS:
+        if '_mini_' not in path.stem:
+            found = _get_cfg_metainfo(str(tmp_path), path.name)
+            assert found['Name'] == path.stem
+            assert (installed / found['Config']).samefile(path)
