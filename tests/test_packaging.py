@@ -41,8 +41,9 @@ def clean_environment():
 
 
 def pip_install(python, *arguments):
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    run([*pip, "install", "--no-deps", "-q", *arguments], env=clean_environment())
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    # The outer environment may hold an mmhybrid, which pip would see.
+    run([*pip, "--ignore-installed", *arguments], env=clean_environment())
 
 
 @pytest.fixture(scope="module")
