@@ -1,7 +1,6 @@
 """MambaVision and other hybrid backbones for mmdetection and mmsegmentation."""
 
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +19,4 @@ if find_spec("mmengine") is not None and not _started_as_doctor(sys.argv):
     config_scheme.install()
     mmcv_ops.install()
 
-    # Importing them registers everything.
-    for _part in ("mmhybrid.models", "mmhybrid.engine"):
-        if find_spec(_part) is not None:
-            import_module(_part)
+    from . import engine, models  # noqa: F401  registers everything
