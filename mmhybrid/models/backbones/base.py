@@ -62,7 +62,12 @@ class DenseBackbone(BaseModule):
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``; without one the weights stay as built."""
         initialize_from_checkpoint(self, super().init_weights, may_differ=self.may_differ,
+                                   describe=self.describe_weights,
                                    adapt=self.adapt_state_dict)
+
+    def describe_weights(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Say in words which model a state dict belongs to; '' if that is not known."""
+        return ''
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give the weights of a file the names and shapes of this module.
@@ -97,31 +102,39 @@ class DenseBackbone(BaseModule):
 class StagedBackbone(DenseBackbone):
     """A stem and four stages of blocks at strides 4 to 32, one norm per returned map.
 
-    Expects ``patch_embed``, ``layers`` (stages with ``blocks`` and ``downsample``),
-    ``out_indices`` and ``frozen_stages``.
+    Expects ``patch_embed``, the stages (with ``blocks`` and ``downsample``), ``out_indices`` and
+    ``frozen_stages``.
     """
+
+    # The attribute that holds the stages; part of the weights' names.
+    stages_name = 'layers'
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The stages in order."""
+        return getattr(self, self.stages_name)
 
     def frozen_parts(self) -> Iterable[nn.Module]:
         """The stem and the first ``frozen_stages`` stages."""
         if self.frozen_stages >= 0:
             yield self.patch_embed
-            yield from self.layers[:self.frozen_stages]
+            yield from self.stages[:self.frozen_stages]
 
     def unused_parts(self) -> Iterable[nn.Module]:
         """What follows the last returned stage."""
         last = self.out_indices[-1]
-        if last < len(self.layers) - 1:
-            yield self.layers[last].downsample
-            yield from self.layers[last + 1:]
+        if last < len(self.stages) - 1:
+            yield self.stages[last].downsample
+            yield from self.stages[last + 1:]
 
     def depth_of(self, name: str) -> int | None:
         """Count blocks; a downsampling belongs to the block before it."""
         parts = name.split('.')
         if parts[0] == 'patch_embed':
             return 0
-        if parts[0] != 'layers':
+        if parts[0] != self.stages_name:
             return None
-        depths = [len(stage.blocks) for stage in self.layers]
+        depths = [len(stage.blocks) for stage in self.stages]
         stage = int(parts[1])
         if parts[2] == 'downsample':
             return sum(depths[:stage + 1])
@@ -130,7 +143,7 @@ class StagedBackbone(DenseBackbone):
     @property
     def num_depths(self) -> int:
         """Stem, blocks, and what follows them."""
-        return sum(len(stage.blocks) for stage in self.layers) + 2
+        return sum(len(stage.blocks) for stage in self.stages) + 2
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool) -> Tensor:
@@ -191,7 +204,7 @@ def check_out_indices(out_indices: Sequence[int], count: int, example: str) -> N
     """Refuse anything but ascending indices of ``count`` stages or blocks."""
     check_integers('out_indices', out_indices, 0, count - 1)
     if not out_indices or list(out_indices) != sorted(set(out_indices)):
-        raise ValueError(f'got out_indices={out_indices}, expected at least one index and '
+        raise ValueError(f'got out_indices={out_indices}, expected at least one stage or block and '
                          f'ascending order without repeats, such as {example}')
 
 
@@ -200,7 +213,8 @@ def check_number(name: str, value: float, above: float | None = None) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f'got {name}={value!r}, expected a number')
     if above is not None and value <= above:
-        raise ValueError(f'got {name}={value}, expected a number above {above}')
+        wanted = 'a positive number' if above == 0 else f'a number above {above}'
+        raise ValueError(f'got {name}={value}, expected {wanted}')
 
 
 def check_rate(name: str, value: float) -> None:

@@ -17,13 +17,14 @@ NOT_GIVEN = _NotGiven()
 
 
 def warn_without_effect(name: str, settings: Mapping[str, object], instead: str,
-                        stacklevel: int = 3) -> None:
+                        remark: str = '', stacklevel: int = 3) -> None:
     """Warn once, naming each setting that was given and has no effect.
 
     Args:
         name: the registered class.
         settings: all such arguments; those that are ``NOT_GIVEN`` are left out.
         instead: the class whose every setting counts.
+        remark: a further sentence.
         stacklevel: as in ``warnings.warn``, seen from the caller.
     """
     given = {key: value for key, value in settings.items() if value is not NOT_GIVEN}
@@ -31,7 +32,8 @@ def warn_without_effect(name: str, settings: Mapping[str, object], instead: str,
         listed = ', '.join(f'{key}={value!r}' for key, value in given.items())
         warnings.warn(
             f'{name} builds what the published code builds; these settings have no effect: '
-            f"{listed}. Use type='mmhybrid.{instead}' for a backbone that follows its config.",
+            f"{listed}.{remark} Use type='mmhybrid.{instead}' for a backbone that follows its "
+            'config.',
             stacklevel=stacklevel + 1)
 
 

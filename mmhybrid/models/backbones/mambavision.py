@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,14 +23,23 @@ from mmhybrid.layers import (
     MambaVisionMixer,
     Mlp,
     drop_path_or_identity,
-    recomputed,
     window_partition,
     window_unpartition,
 )
 from mmhybrid.registry import MODELS
 
-from ..arguments import check_names, strict_arguments, suggestion
-from ..initialization import initialize_from_checkpoint
+from ..arguments import strict_arguments
+from .base import (
+    StagedBackbone,
+    check_flags,
+    check_integers,
+    check_number,
+    check_out_indices,
+    check_rate,
+    checked_architecture,
+    drop_path_rates,
+    run_blocks,
+)
 
 __all__ = ['ARCHITECTURES', 'ConvStage', 'HybridBlock', 'HybridStage', 'MambaVision']
 
@@ -110,7 +118,7 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
-        return _run(self.blocks, x, self.with_cp)
+        return run_blocks(self.blocks, x, self.with_cp)
 
 
 class HybridStage(nn.Module):
@@ -149,19 +157,13 @@ class HybridStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
-        tokens = _run(self.blocks, window_partition(x, self.window), self.with_cp)
+        tokens = run_blocks(self.blocks, window_partition(x, self.window), self.with_cp)
         return window_unpartition(tokens, self.window, tuple(x.shape[-2:]))
-
-
-def _run(blocks: nn.ModuleList, x: Tensor, with_cp: bool) -> Tensor:
-    for block in blocks:
-        x = recomputed(block, x) if with_cp and x.requires_grad else block(x)
-    return x
 
 
 @MODELS.register_module()
 @strict_arguments
-class MambaVision(BaseModule):
+class MambaVision(StagedBackbone):
     """MambaVision backbone for dense prediction.
 
     Takes images (B, in_channels, H, W) of any size and returns a tuple of maps, one per requested
@@ -207,8 +209,9 @@ class MambaVision(BaseModule):
         [(1, 80, 128, 128), (1, 160, 64, 64), (1, 320, 32, 32), (1, 640, 16, 16)]
     """
 
+    stages_name = 'levels'
     # Only one of the classification, dense and un-normed forms has these.
-    _may_differ = r'(outnorm\d|norm|head)\.'
+    may_differ = r'(outnorm\d|norm|head)\.'
 
     def __init__(self,
                  arch: str | dict = 'tiny',
@@ -228,39 +231,27 @@ class MambaVision(BaseModule):
         arch = _checked_architecture(arch)
         if window_size is None:
             window_size = arch['window_size']
-        _check_integers('window_size', window_size, 1, length=_STAGES)
-        _check_integers('out_indices', out_indices, 0, _STAGES - 1)
-        if not out_indices or list(out_indices) != sorted(set(out_indices)):
-            raise ValueError(f'got out_indices={out_indices}, expected at least one stage and '
-                             'ascending order without repeats, such as (0, 1, 2, 3)')
-        _check_number('drop_path_rate', drop_path_rate)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'got drop_path_rate={drop_path_rate}, expected 0 <= rate < 1')
+        check_integers('window_size', window_size, 1, length=_STAGES)
+        check_out_indices(out_indices, _STAGES, '(0, 1, 2, 3)')
+        check_rate('drop_path_rate', drop_path_rate)
         if layer_scale == 'arch':
             layer_scale = arch['layer_scale']
         _check_layer_scale(layer_scale)
-        _check_integers('in_channels', [in_channels], 1)
-        _check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
-        for name, value in (('norm_eval', norm_eval), ('with_cp', with_cp)):
-            if not isinstance(value, bool):
-                raise TypeError(f'got {name}={value!r}, expected True or False')
+        check_integers('in_channels', [in_channels], 1)
+        check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
+        check_flags(norm_eval=norm_eval, with_cp=with_cp)
 
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         dims = [arch['dim'] * 2 ** i for i in range(_STAGES)]
-        depths = arch['depths']
-        self._depths = tuple(depths)
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(4 * 2 ** i for i in self.out_indices)
 
         self.patch_embed = ConvStem(in_channels, arch['stem_width'], arch['dim'])
         self.levels = nn.ModuleList()
-        total, first = sum(depths), 0
-        for i, dim in enumerate(dims):
-            rates = [drop_path_rate * j / max(total - 1, 1)
-                     for j in range(first, first + depths[i])]
-            first += depths[i]
+        rates_of = drop_path_rates(drop_path_rate, arch['depths'])
+        for i, (dim, rates) in enumerate(zip(dims, rates_of, strict=True)):
             shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp)
             if i < 2:
                 self.levels.append(ConvStage(dim, rates, **shared))
@@ -270,7 +261,7 @@ class MambaVision(BaseModule):
                     layer_scale, scan_backend=scan_backend, **shared))
         for i in self.out_indices:
             self.add_module(f'outnorm{i}', _output_norm(out_norm, dims[i]))
-        self._freeze()
+        self.freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the maps of the requested stages.
@@ -296,53 +287,15 @@ class MambaVision(BaseModule):
     def train(self, mode: bool = True) -> MambaVision:
         """Switch the mode; frozen stages and, with ``norm_eval``, BatchNorm stay in eval mode."""
         super().train(mode)
-        self._freeze()
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg``; without one the weights stay as built."""
-        initialize_from_checkpoint(self, super().init_weights, may_differ=self._may_differ,
-                                   describe=_describe_weights)
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Say how deep a parameter lies, for layer-wise learning rates.
-
-        Args:
-            param_name: name as in ``named_parameters`` of the whole model.
-            prefix: part of the name in front of the backbone's own, e.g. ``'backbone.'``.
-
-        Returns:
-            (depth, number of depths): 0 for the stem, one more for each block, a downsampling
-            convolution counts with the block before it, and what follows the last stage (output
-            norms, names that are not the backbone's) has the largest depth.
-        """
-        count = sum(self._depths) + 2
-        if not param_name.startswith(prefix):
-            return count - 1, count
-        parts = param_name[len(prefix):].split('.')
-        if parts[0] == 'patch_embed':
-            return 0, count
-        if parts[0] != 'levels':
-            return count - 1, count
-        stage = int(parts[1])
-        if parts[2] == 'downsample':
-            return sum(self._depths[:stage + 1]), count
-        return sum(self._depths[:stage]) + int(parts[3]) + 1, count
-
-    def _freeze(self) -> None:
-        if self.frozen_stages >= 0:
-            for part in [self.patch_embed, *self.levels[:self.frozen_stages]]:
-                part.eval()
-                part.requires_grad_(False)
-        # Without gradients of its own a parameter would stop distributed training.
-        last = self.out_indices[-1]
-        if last < _STAGES - 1:
-            self.levels[last].downsample.requires_grad_(False)
-            self.levels[last + 1:].requires_grad_(False)
+    def describe_weights(self, state_dict: Mapping[str, Tensor]) -> str:
+        """Name the variant that a state dict belongs to."""
+        return _describe_weights(state_dict)
 
 
 def _describe_weights(state_dict: Mapping[str, Tensor]) -> str:
@@ -359,27 +312,12 @@ def _describe_weights(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _checked_architecture(arch: str | dict) -> dict:
-    if isinstance(arch, str):
-        if arch not in ARCHITECTURES:
-            raise ValueError(f'got arch={arch!r}; {suggestion(arch, ARCHITECTURES)}; or give a '
-                             f'dictionary with the keys {", ".join(_REQUIRED)}')
-        arch = ARCHITECTURES[arch]
-    elif not isinstance(arch, dict):
-        raise TypeError(f'got arch of type {type(arch).__name__}, expected the name of a variant '
-                        f'({", ".join(ARCHITECTURES)}) or a dictionary')
-    check_names(arch, [*_REQUIRED, *_OPTIONAL], 'arch: unknown key')
-    missing = [key for key in _REQUIRED if key not in arch]
-    if missing:
-        raise ValueError(f'the arch dictionary lacks {", ".join(missing)}; it needs all of '
-                         f'{", ".join(_REQUIRED)}')
-    arch = {**_OPTIONAL, **arch}
+    arch = checked_architecture(arch, ARCHITECTURES, _REQUIRED, _OPTIONAL)
     for key in ('dim', 'stem_width'):
-        _check_integers(f"arch['{key}']", [arch[key]], 1)
+        check_integers(f"arch['{key}']", [arch[key]], 1)
     for key in ('depths', 'num_heads', 'window_size'):
-        _check_integers(f"arch['{key}']", arch[key], 1, length=_STAGES)
-    _check_number("arch['mlp_ratio']", arch['mlp_ratio'])
-    if arch['mlp_ratio'] <= 0:
-        raise ValueError(f"got arch['mlp_ratio']={arch['mlp_ratio']}, expected a positive number")
+        check_integers(f"arch['{key}']", arch[key], 1, length=_STAGES)
+    check_number("arch['mlp_ratio']", arch['mlp_ratio'], above=0)
     _check_layer_scale(arch['layer_scale'])
     return arch
 
@@ -392,26 +330,6 @@ def _output_norm(kind: str | bool | None, dim: int) -> nn.Module:
     if kind is False or kind is None:
         return nn.Identity()
     raise ValueError(f"got out_norm={kind!r}, expected 'ln2d', 'bn' or None")
-
-
-def _check_integers(name: str, values: Sequence[int], low: int, high: int | None = None,
-                    length: int | None = None) -> None:
-    wanted = f'from {low} to {high}' if high is not None else f'of at least {low}'
-    if not isinstance(values, (list, tuple)) or not all(
-            isinstance(v, int) and not isinstance(v, bool) for v in values):
-        shown = values[0] if isinstance(values, list) and len(values) == 1 else values
-        raise TypeError(f'got {name}={shown!r}, expected integers {wanted}')
-    if length is not None and len(values) != length:
-        raise ValueError(f'got {len(values)} values for {name} ({values}), expected {length}, '
-                         'one per stage')
-    for value in values:
-        if value < low or (high is not None and value > high):
-            raise ValueError(f'got {value} for {name}, expected an integer {wanted}')
-
-
-def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f'got {name}={value!r}, expected a number')
 
 
 def _check_layer_scale(value: float | None) -> None:

@@ -1,17 +1,16 @@
 """The published configs' spelling of the backbone, so that they build by changing one import."""
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
+from .dropin import NOT_GIVEN, pretrained_init, warn_without_effect
 from .mambavision import MambaVision
 
 __all__ = ['MM_mamba_vision']
 
-_NOT_GIVEN = object()
 _DROP_PATH_RATE = 0.2
 
 
@@ -47,15 +46,15 @@ class MM_mamba_vision(MambaVision):
                  window_size: Sequence[int], mlp_ratio: float = 4,
                  out_indices: Sequence[int] = (0, 1, 2, 3), norm_layer: str = 'ln2d',
                  layer_scale: float | None = None, pretrained: str | None = None,
-                 drop_path_rate=_NOT_GIVEN,
+                 drop_path_rate=NOT_GIVEN,
                  # from the ResNet base of detection
-                 depth=_NOT_GIVEN, num_stages=_NOT_GIVEN, frozen_stages=_NOT_GIVEN,
-                 norm_cfg=_NOT_GIVEN, norm_eval=_NOT_GIVEN, style=_NOT_GIVEN, init_cfg=_NOT_GIVEN,
+                 depth=NOT_GIVEN, num_stages=NOT_GIVEN, frozen_stages=NOT_GIVEN,
+                 norm_cfg=NOT_GIVEN, norm_eval=NOT_GIVEN, style=NOT_GIVEN, init_cfg=NOT_GIVEN,
                  # from the Swin base of segmentation
-                 pretrain_img_size=_NOT_GIVEN, embed_dims=_NOT_GIVEN, patch_size=_NOT_GIVEN,
-                 strides=_NOT_GIVEN, qkv_bias=_NOT_GIVEN, qk_scale=_NOT_GIVEN,
-                 patch_norm=_NOT_GIVEN, drop_rate=_NOT_GIVEN, attn_drop_rate=_NOT_GIVEN,
-                 use_abs_pos_embed=_NOT_GIVEN, act_cfg=_NOT_GIVEN):
+                 pretrain_img_size=NOT_GIVEN, embed_dims=NOT_GIVEN, patch_size=NOT_GIVEN,
+                 strides=NOT_GIVEN, qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN,
+                 patch_norm=NOT_GIVEN, drop_rate=NOT_GIVEN, attn_drop_rate=NOT_GIVEN,
+                 use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN):
         ignored = dict(
             drop_path_rate=drop_path_rate, depth=depth, num_stages=num_stages,
             frozen_stages=frozen_stages, norm_cfg=norm_cfg, norm_eval=norm_eval, style=style,
@@ -63,7 +62,6 @@ class MM_mamba_vision(MambaVision):
             patch_size=patch_size, strides=strides, qkv_bias=qkv_bias, qk_scale=qk_scale,
             patch_norm=patch_norm, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
             use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg)
-        ignored = {name: value for name, value in ignored.items() if value is not _NOT_GIVEN}
         if norm_layer == 'ln':
             raise ValueError("got norm_layer='ln', which normalises over the map's width and so "
                              "fits one input size only; use 'ln2d', as all released weights do")
@@ -75,11 +73,6 @@ class MM_mamba_vision(MambaVision):
             out_indices=out_indices,
             drop_path_rate=_DROP_PATH_RATE,
             out_norm=norm_layer,
-            init_cfg=dict(type='Pretrained', checkpoint=pretrained) if pretrained else None)
-        if ignored:
-            listed = ', '.join(f'{name}={value!r}' for name, value in ignored.items())
-            warnings.warn(
-                'MM_mamba_vision builds what the published code builds; these settings have no '
-                f'effect: {listed}. Stochastic depth is {_DROP_PATH_RATE}. Use '
-                "type='mmhybrid.MambaVision' for a backbone that follows its config.",
-                stacklevel=3)
+            init_cfg=pretrained_init(pretrained))
+        warn_without_effect('MM_mamba_vision', ignored, instead='MambaVision',
+                            remark=f' Stochastic depth is {_DROP_PATH_RATE}.')

@@ -38,7 +38,7 @@ class MambaVisionClassifier(MambaVision):
         init_cfg: see :class:`MambaVision`.
     """
 
-    _may_differ = r'outnorm\d\.'
+    may_differ = r'outnorm\d\.'
 
     def __init__(self,
                  arch: str | dict = 'tiny',
