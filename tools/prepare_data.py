@@ -14,9 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
-from mmhybrid.datasets.mini_coco import write_mini_coco
-from mmhybrid.datasets.verify import verify_ade20k, verify_coco
+# In a clone that is not installed the package is beside this folder.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from mmhybrid.datasets.mini_ade20k import write_mini_ade20k  # noqa: E402
+from mmhybrid.datasets.mini_coco import write_mini_coco  # noqa: E402
+from mmhybrid.datasets.verify import verify_ade20k, verify_coco  # noqa: E402
 
 # Below --root; for the real sets these are the folders that our configs name.
 FOLDERS = {

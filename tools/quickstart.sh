@@ -127,12 +127,14 @@ newest = max(work.glob('test/*/*.json'), key=lambda path: path.stat().st_mtime)
 metrics = json.loads(newest.read_text().splitlines()[-1])
 print()
 if task == 'detection':
-    print(f"box AP  {metrics['coco/bbox_mAP']:.3f}   (IoU .50:.95, held-out images)")
-    print(f"mask AP {metrics['coco/segm_mAP']:.3f}")
+    if 'coco/bbox_mAP' not in metrics:  # a model that has hardly trained
+        print('No object was found above the score threshold: an AP of 0 by definition.')
+    print(f"box AP     {metrics.get('coco/bbox_mAP', 0):.3f} (IoU .50:.95, held-out images)")
+    print(f"mask AP    {metrics.get('coco/segm_mAP', 0):.3f}")
 else:
-    print(f"mIoU over the {metrics['classes_present']:.0f} classes present "
-          f"{metrics['mIoU_present'] / 100:.3f}   (held-out images)")
-    print(f"mIoU of the majority class everywhere {metrics['mIoU_majority'] / 100:.3f}")
+    print(f"mIoU       {metrics['mIoU_present'] / 100:.3f} over the "
+          f"{metrics['classes_present']:.0f} classes present (held-out images)")
+    print(f"baseline   {metrics['mIoU_majority'] / 100:.3f} with the majority class everywhere")
 PY
 total=$((SECONDS - started))
 clock() { printf '%d min %02d s' $(($1 / 60)) $(($1 % 60)); }

@@ -43,8 +43,8 @@ KINDS = [
 CLASSES = ("wall", "floor", *(kind.name for kind in KINDS if kind.name != OTHER))
 
 # H, W in pixels.
-SIZES = ((128, 160), (160, 128), (128, 128))
-HALF_RANGE = (14.0, 36.0)
+SIZES = ((96, 128), (128, 96), (112, 112))
+HALF_RANGE = (14.0, 32.0)
 FOLDERS = {"train": "training", "val": "validation"}
 _SPLIT_SEED = {"train": 2, "val": 3}
 
@@ -70,7 +70,7 @@ def make_scene(index: int, split: str, photographs: dict[str, np.ndarray],
     labels = np.full(size, ADE20K_LABELS["wall"], dtype=np.uint8)
     _lay_floor(canvas, labels, rng)
 
-    wanted = rng.randint(len(KINDS), size=rng.randint(3, 7)).tolist()
+    wanted = rng.randint(len(KINDS), size=rng.randint(2, 5)).tolist()
     placed = drawing.place_objects(rng, KINDS, wanted, size, HALF_RANGE)
     for item in placed:
         drawing.paint(canvas, item, rng)
