@@ -1,16 +1,25 @@
 """Plain ``nn.Module`` building blocks; no registry, no mmengine."""
 from .attention import Attention
 from .conv import ConvBlock, ConvStem, Downsample
+from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
+from .directional import LocalVimMixer, VimMixer
 from .drop_path import DropPath, drop_path_or_identity
 from .linear import token_linear
+from .linear2d import Linear2d, map_linear
 from .mixer import MambaVisionMixer
 from .mlp import Mlp
-from .norm import LayerNorm2d
+from .norm import LayerNorm2d, PortableSyncBatchNorm
+from .pool import MapPool
+from .precision import at_least_float32
 from .recompute import recomputed
+from .rope import Rope2d, resize_grid, rotate
+from .ss2d import SS2D, LocalSS2D
 from .window import window_partition, window_unpartition
 
 __all__ = [
-    'Attention', 'ConvBlock', 'ConvStem', 'Downsample', 'DropPath', 'LayerNorm2d',
-    'MambaVisionMixer', 'Mlp', 'drop_path_or_identity', 'recomputed', 'token_linear',
-    'window_partition', 'window_unpartition'
+    'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
+    'Downsample', 'DropPath', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
+    'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'Rope2d', 'VimMixer',
+    'at_least_float32', 'drop_path_or_identity', 'map_linear', 'merge_directions', 'recomputed',
+    'resize_grid', 'rotate', 'token_linear', 'window_partition', 'window_unpartition'
 ]

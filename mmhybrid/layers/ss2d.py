@@ -114,9 +114,12 @@ class SS2D(nn.Module):
             u, proj = at_least_float32(u), at_least_float32(proj)
             precision = torch.autocast(x.device.type, enabled=False)
         with precision:
-            return cross_selective_scan(
+            y = cross_selective_scan(
                 u, proj, self.dt_projs_weight, -torch.exp(at_least_float32(self.A_logs)), self.Ds,
                 self.dt_projs_bias.flatten(), plan, merge=merge, backend=self.backend)
+        # what follows has the precision of its weights
+        dtype = self.out_norm.weight.dtype
+        return y.to(dtype) if merge else [y_k.to(dtype) for y_k in y]
 
 
 class LocalSS2D(SS2D):

@@ -155,6 +155,26 @@ def test_recomputing_changes_nothing(cls, arguments):
 
 
 @each_backbone
+@pytest.mark.parametrize('way', ['autocast', 'whole'])
+def test_half_precision(cls, arguments, way):
+    model = build(cls, arguments).train()
+    x = make_input(0, (2, 3, 64, 48))
+    with torch.no_grad():
+        exact = model(x)
+    if way == 'whole':
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast('cpu', torch.bfloat16, enabled=way == 'autocast'):
+        maps = model(x)
+    for y, want in zip(maps, exact, strict=True):
+        error = float((y.detach().float() - want).norm() / want.norm())
+        assert error < 0.1, f'off by {error:.3f}'
+    loss_of([y.float() for y in maps]).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert bool(torch.isfinite(parameter.grad).all()), name
+
+
+@each_backbone
 @pytest.mark.parametrize('frozen', [-1, 0, 2, 4])
 def test_frozen_stages(cls, arguments, frozen):
     model = build(cls, arguments, frozen_stages=frozen, drop_path_rate=0.2)

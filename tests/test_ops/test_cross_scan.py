@@ -178,6 +178,24 @@ def test_tables_made_in_inference_mode_serve_training():
     assert torch.equal(x.grad, torch.full_like(x, 2))
 
 
+def test_tables_made_on_the_meta_device_are_real():
+    _CACHE.clear()
+    with torch.device('meta'):
+        plan = scan_plan(('v', 'w2_flip'), 3, 3)
+    assert plan.orders[1].order.tolist()[:5] == [0, 1, 3, 4, 2]
+    assert scan_plan(('v',), 3, 3, 'meta').orders[0].take(torch.ones(2, 9, device='meta')).is_meta
+
+
+def test_a_tracer_leaves_no_tables_behind():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    _CACHE.clear()
+    with FakeTensorMode():
+        shapes = [s.shape for s in cross_scan(torch.ones(1, 2, 3, 4), ('v', 'w2'))]
+    assert shapes == [(1, 2, 12), (1, 2, 16)]
+    x = torch.arange(12.).view(1, 1, 3, 4)
+    assert cross_scan(x, ('v',))[0].flatten().tolist() == x.mT.flatten().tolist()
+
+
 @pytest.mark.parametrize(('call', 'message'), [
     (lambda: scan_plan(('h', 'diagonal'), 4, 4), "unknown scan direction 'diagonal'.*w7"),
     (lambda: scan_plan(('w0',), 4, 4), "unknown scan direction 'w0'"),

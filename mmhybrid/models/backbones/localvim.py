@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmhybrid.layers.directional import LocalVimMixer
+from mmhybrid.layers import LocalVimMixer
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmhybrid.layers.ss2d import LocalSS2D
+from mmhybrid.layers import LocalSS2D
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

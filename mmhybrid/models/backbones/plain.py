@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.layers import drop_path_or_identity, recomputed
-from mmhybrid.layers.rope import Rope2d, resize_grid, rotate
+from mmhybrid.layers import Rope2d, drop_path_or_identity, recomputed, resize_grid, rotate
 
 from .base import DenseBackbone, check_flags, check_integers, check_rate
 

@@ -11,9 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmhybrid.layers.directional import VimMixer
-from mmhybrid.layers.norm import PortableSyncBatchNorm
-from mmhybrid.layers.pool import MapPool
+from mmhybrid.layers import MapPool, PortableSyncBatchNorm, VimMixer
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

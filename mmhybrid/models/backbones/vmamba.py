@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.layers import LayerNorm2d, Mlp, drop_path_or_identity
-from mmhybrid.layers.linear2d import map_linear
-from mmhybrid.layers.ss2d import SS2D
+from mmhybrid.layers import SS2D, LayerNorm2d, Mlp, drop_path_or_identity, map_linear
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmhybrid.layers import LayerNorm2d
-from mmhybrid.layers.pool import MapPool
+from mmhybrid.layers import LayerNorm2d, MapPool
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

@@ -5,6 +5,7 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,13 +59,12 @@ class ScanOrder:
         exact: whether restoring undoes taking (not so for the released column restore).
     """
 
-    def __init__(self, order: Tensor, inverse: Tensor, place: Tensor, unplace: Tensor,
-                 device: torch.device):
-        self.length = order.numel()
-        tokens = torch.arange(place.numel())
-        self.exact = bool(torch.equal(place, inverse))
-        self.identity = self.exact and bool(torch.equal(tokens, order))
-        self.order, self.place = order.int().to(device), place.int().to(device)
+    def __init__(self, order: np.ndarray, inverse: np.ndarray, place: np.ndarray,
+                 unplace: np.ndarray, device: torch.device):
+        self.length = order.size
+        self.exact = np.array_equal(place, inverse)
+        self.identity = self.exact and np.array_equal(order, np.arange(place.size))
+        self.order, self.place = _tensor(order, device), _tensor(place, device)
         # Each table travels with the one that its gradient reads.
         self._take = _Table(order, device), _Table(inverse, device)
         self._restore = _Table(place, device), _Table(unplace, device)
@@ -81,10 +81,10 @@ class ScanOrder:
 class _Table:
     """A gather index; positions that read nothing (-1) become zeros."""
 
-    def __init__(self, index: Tensor, device: torch.device):
-        empty = (index < 0).nonzero()[:, 0]
-        self.index = index.clamp_min(0).int().to(device)
-        self.empty = empty.to(device) if empty.numel() else None
+    def __init__(self, index: np.ndarray, device: torch.device):
+        empty = np.flatnonzero(index < 0)
+        self.index = _tensor(index.clip(min=0), device)
+        self.empty = _tensor(empty, device).long() if empty.size else None
 
     def __call__(self, x: Tensor) -> Tensor:
         # torch.gather with an expanded index: several times faster than index_select on a CPU.
@@ -198,10 +198,10 @@ def _cached_order(key: tuple) -> ScanOrder:
 def _build_order(kind, window, flip, height, width, device, restore, class_token) -> ScanOrder:
     order = _token_order(kind, window, height, width)
     if class_token is not None:
-        order = torch.where(order >= class_token, order + 1, order)
+        order = np.where(order >= class_token, order + 1, order)
         # The index counts along the walk, so from the end of the order when that is flipped.
-        at = order.numel() - class_token if flip else class_token
-        order = torch.cat([order[:at], torch.tensor([class_token]), order[at:]])
+        at = order.size - class_token if flip else class_token
+        order = np.insert(order, at, class_token)
     num_tokens = height * width + (class_token is not None)
     inverse = _inverse(order, num_tokens)
     if restore == 'exact':
@@ -210,25 +210,29 @@ def _build_order(kind, window, flip, height, width, device, restore, class_token
         raise ValueError(f"restore='released' has no meaning for a class token on a {height} x "
                          f"{width} map: the release only takes square ones; use restore='exact'")
     place = inverse if height == width else _token_order('v', 0, height, width)
-    return ScanOrder(order, inverse, place, _inverse(place, order.numel()), device)
+    return ScanOrder(order, inverse, place, _inverse(place, order.size), device)
 
 
-def _token_order(kind: str, window: int, height: int, width: int) -> Tensor:
-    """int64 (L',): the row-major token read at each position, -1 outside of the map."""
+def _token_order(kind: str, window: int, height: int, width: int) -> np.ndarray:
+    """(L',): the row-major token read at each position, -1 outside of the map."""
     if kind == 'w':
         rows, cols = -(-height // window), -(-width // window)
-        row = torch.arange(rows * window).view(rows, 1, window, 1)
-        col = torch.arange(cols * window).view(1, cols, 1, window)
-        token = torch.where((row < height) & (col < width), row * width + col, -1)
+        row = np.arange(rows * window).reshape(rows, 1, window, 1)
+        col = np.arange(cols * window).reshape(1, cols, 1, window)
+        token = np.where((row < height) & (col < width), row * width + col, -1)
         return token.reshape(-1)
-    token = torch.arange(height * width).view(height, width)
-    return (token.t() if kind == 'v' else token).reshape(-1)
+    token = np.arange(height * width).reshape(height, width)
+    return (token.T if kind == 'v' else token).reshape(-1)
 
 
-def _inverse(order: Tensor, size: int) -> Tensor:
+def _inverse(order: np.ndarray, size: int) -> np.ndarray:
     """For each of ``size`` tokens the position at which ``order`` reads it."""
-    inverse = torch.empty(size, dtype=torch.int64)
-    position = torch.arange(order.numel())
+    inverse = np.empty(size, dtype=np.int64)
     inside = order >= 0
-    inverse[order[inside]] = position[inside]
+    inverse[order[inside]] = np.flatnonzero(inside)
     return inverse
+
+
+def _tensor(table: np.ndarray, device: torch.device) -> Tensor:
+    # From numpy, so that the table has values also where torch only tracks shapes.
+    return torch.tensor(table, dtype=torch.int32, device=device)

@@ -92,7 +92,7 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
             sequences[ids] = torch.cat([plan.orders[i].take(u) for i in ids], dim=1)
         rows = torch.stack([plan.order_of(k).take(proj[:, k]) for k in ks], dim=1)
         step, b, c = rows.split([rank, N, N], dim=2)
-        delta = (_pick(dt_weight, ks) @ step).flatten(1, 2)
+        delta = (_pick(dt_weight, ks).to(step.dtype) @ step).flatten(1, 2)
         y = selective_scan(
             sequences[ids], delta, _pick(A, ks).flatten(0, 1), b, c, _pick(D, ks).flatten(),
             delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True, reverse=reverse,
