@@ -62,7 +62,7 @@ def loader(sampler, size=12, batch_size=2, num_workers=0):
 
 
 def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSampler', val=True,
-        launcher='none', hook=True, num_workers=0):
+        launcher='none', hook=True, num_workers=0, wrapper=None):
     """Train the toy; returns the runner. ``resume``: path of a checkpoint."""
     LOADED.clear()
     val_cfg = dict(
@@ -77,9 +77,11 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
                          dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.5)],
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', **checkpoint)),
         custom_hooks=[*HOOKS, *([dict(type='mmhybrid.RandomStateHook')] if hook else [])],
-        randomness=dict(seed=seed), launcher=launcher, load_from=resume, resume=bool(resume),
+        randomness=dict(seed=seed, diff_rank_seed=launcher != 'none'), launcher=launcher,
+        load_from=resume, resume=bool(resume),
         env_cfg=dict(dist_cfg=dict(backend='gloo')), default_scope='mmengine',
-        experiment_name=uuid.uuid4().hex, log_level='WARNING', **val_cfg)
+        experiment_name=uuid.uuid4().hex, log_level='WARNING', **val_cfg,
+        **(dict(cfg=dict(model_wrapper_cfg=wrapper)) if wrapper else {}))
     runner.train()
     return runner
 

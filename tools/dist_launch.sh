@@ -14,6 +14,17 @@ launch() {
     local tool=$1
     shift
     # One thread each is torchrun's own default; setting it here spares its warning.
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "${PYTHON:-python}" -m torch.distributed.run \
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$(python_of "$tools/..")" "$tools/dist_launch.py" \
         "${where[@]}" --nproc_per_node="$processes" "$tools/$tool" "$@"
+}
+
+# PYTHON, or the active environment's, or that of tools/setup_env.sh, or the one on PATH.
+python_of() {
+    if [ -n "${PYTHON:-}" ]; then
+        echo "$PYTHON"
+    elif [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$1/.venv/bin/python" ]; then
+        echo "$1/.venv/bin/python"
+    else
+        echo python
+    fi
 }

@@ -12,5 +12,16 @@ launch() {
     # shellcheck disable=SC2086  # SRUN_ARGS holds several words on purpose
     srun -p "$partition" --job-name="$job" "${gres[@]+"${gres[@]}"}" --ntasks="$gpus" \
         --ntasks-per-node="$tasks_per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" \
-        --kill-on-bad-exit=1 ${SRUN_ARGS:-} "${PYTHON:-python}" -u "$tools/$tool" "$@"
+        --kill-on-bad-exit=1 ${SRUN_ARGS:-} "$(python_of "$tools/..")" -u "$tools/$tool" "$@"
+}
+
+# PYTHON, or the active environment's, or that of tools/setup_env.sh, or the one on PATH.
+python_of() {
+    if [ -n "${PYTHON:-}" ]; then
+        echo "$PYTHON"
+    elif [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$1/.venv/bin/python" ]; then
+        echo "$1/.venv/bin/python"
+    else
+        echo python
+    fi
 }

@@ -15,6 +15,8 @@ __all__ = ['UserError', 'guard_image_files', 'run_command', 'explain']
 class UserError(ValueError):
     """Something the user can put right. The tools print its text without a traceback."""
 
+WAIT_FOR_RANK_0 = 20  # seconds
+
 
 def explain(error: BaseException) -> str | None:
     """Text to show instead of a traceback, or None for an error we know nothing about."""
@@ -57,13 +59,14 @@ def run_command(main, argv=None) -> int:
         return 130
     except Exception as error:
         text = explain(error)
-        everyone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
         if text is None or full:
             traceback.print_exc()
-        if text is not None and rank and everyone:
-            time.sleep(2)  # all ranks found the same; the launcher would stop rank 0 in mid-word
-        elif text is not None:
-            where = '' if everyone or not rank else f' (process {rank})'
+        if text is not None:
+            if rank and not together:
+                # Usually rank 0 has found the same. It tells, and then the launcher stops us.
+                time.sleep(WAIT_FOR_RANK_0)
+            where = f' (process {rank})' if rank else ''
             print(f'\nERROR{where}: {text}\n', file=sys.stderr, flush=True)
         return 1
     return 0

@@ -54,8 +54,9 @@ class ProgressHook(Hook):
         if metrics:
             runner.logger.info('Metrics\n' + metrics_table(metrics))
         else:
-            runner.logger.warning('No metric could be computed. Usually the model predicted nothing '
-                                  'above its score threshold, as one that has hardly trained does.')
+            runner.logger.warning(
+                'No metric could be computed. Usually the model predicted nothing above its score '
+                'threshold, as one that has hardly trained does.')
 
 
 def metrics_table(metrics: dict) -> str:

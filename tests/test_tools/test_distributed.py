@@ -1,0 +1,138 @@
+"""The shell scripts: torchrun and slurm, several processes on a CPU."""
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.engine.tools import test as run_test
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.skipif(has_accelerator(), reason='runs on a CPU'),
+    pytest.mark.skipif(os.name == 'nt', reason='the scripts are for a POSIX shell')]
+
+
+def start(script, *arguments, **env):
+    return subprocess.Popen(
+        ['bash', str(ROOT / 'tools' / script), *map(str, arguments)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=dict(os.environ, PYTHON=sys.executable, OMP_NUM_THREADS='1', **env))
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return str(probe.getsockname()[1])
+
+
+def checkpoint(it, path):
+    """A file with fresh weights: what the metrics are does not matter, only that they agree."""
+    cfg = Config.fromfile(it.config)
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict(), meta={}), path)
+    return path
+
+
+def metrics(work_dir):
+    file, = Path(work_dir).glob('*/*.json')
+    found = json.loads(file.read_text().splitlines()[-1])
+    return {key: value for key, value in found.items() if 'time' not in key}
+
+
+def test_two_processes_measure_what_one_does(task, tmp_path):
+    """Three images for two processes: the sampler repeats one, which must not count twice."""
+    it = task('det')
+    path = checkpoint(it, tmp_path / 'fresh.pth')
+    arguments = ['--data-root', it.data, *it.options]
+    two = start('dist_test.sh', it.config, path, 2, '--work-dir', tmp_path / 'two', *arguments)
+    run_test([it.config, str(path), '--work-dir', str(tmp_path / 'one'), *arguments])
+    output = finish(two)
+    assert re.search(r'\|\s+box \|', output) and re.search(r'\| mask \|', output)
+    assert metrics(tmp_path / 'two') == metrics(tmp_path / 'one')
+    assert 'coco/segm_mAP' in metrics(tmp_path / 'one')
+    assert not Path('.dist_test').exists()
+
+
+def test_two_processes_on_two_nodes(task, tmp_path):
+    it = task('seg')
+    path = checkpoint(it, tmp_path / 'fresh.pth')
+    arguments = ['--data-root', it.data, *it.options]
+    port = free_port()
+    nodes = [start('dist_test.sh', it.config, path, 1, '--work-dir', tmp_path / 'two', *arguments,
+                   NNODES='2', NODE_RANK=str(rank), MASTER_ADDR='127.0.0.1', PORT=port)
+             for rank in range(2)]
+    run_test([it.config, str(path), '--work-dir', str(tmp_path / 'one'), *arguments])
+    output = finish(nodes[0])
+    finish(nodes[1])
+    assert 'mIoU' in output
+    assert metrics(tmp_path / 'two') == metrics(tmp_path / 'one')
+
+
+def test_train_and_resume(task, tmp_path):
+    it = task('seg')
+    arguments = [it.config, 2, '--data-root', it.data, '--work-dir', 'w', *it.options,
+                 'val_dataloader.dataset.indices=2']
+    output = finish(start('dist_train.sh', *arguments, 'train_cfg.max_iters=2'))
+    assert 'connected through gloo' in output
+    assert 'SyncBN' not in output.partition('Metrics')[0].rpartition('gloo')[2]
+    output = finish(start('dist_train.sh', *[
+        *arguments[:2], '--resume', *arguments[2:], 'train_cfg.max_iters=3']))
+    assert 'resumed epoch: 0, iter: 2' in output
+    assert torch.load('w/iter_3.pth', weights_only=False)['meta']['iter'] == 3
+
+
+def test_slurm(task, tmp_path):
+    """A stand-in for srun starts the tasks with slurm's variables."""
+    it = task('seg')
+    path = checkpoint(it, tmp_path / 'fresh.pth')
+    srun = tmp_path / 'bin' / 'srun'
+    srun.parent.mkdir()
+    srun.write_text("""#!/usr/bin/env bash
+echo "srun $*"
+for argument in "$@"; do case $argument in --ntasks=*) tasks=${argument#*=} ;; esac; done
+while [ "$1" != "$PYTHON" ]; do shift; done
+for ((rank = 0; rank < tasks; rank++)); do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=$tasks SLURM_NODELIST=localhost "$@" &
+done
+status=0
+for job in $(jobs -p); do wait "$job" || status=$?; done
+exit $status
+""")
+    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+    output = finish(start(
+        'slurm_test.sh', 'part', 'job', it.config, path, '--data-root', it.data, '--work-dir', 'w',
+        *it.options, PATH=f'{srun.parent}{os.pathsep}{os.environ["PATH"]}', GPUS='2',
+        GPUS_PER_NODE='0', CPUS_PER_TASK='1', MASTER_PORT=free_port()))
+    assert '-p part --job-name=job --ntasks=2 --ntasks-per-node=2 --cpus-per-task=1' in output
+    assert '2 processes on the CPU' in output and 'mIoU' in output
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh',
+                                    'slurm_test.sh'])
+def test_usage(script):
+    assert f'usage: bash tools/{script}' in finish(start(script, 'only_one'), code=2)
+
+
+def test_error_in_all_processes_is_told_once(tmp_path):
+    output = finish(start('dist_train.sh', tmp_path / 'gone.py', 2), code=1)
+    assert output.count('There is no config') == 1 and 'Traceback' not in output
+    assert 'Process 0 ended with code 1' in output
