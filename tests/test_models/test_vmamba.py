@@ -220,3 +220,18 @@ def test_pretrained_is_loaded_by_init_weights_only():
 def test_published_settings_without_a_model_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         MM_VSSM(**TINY | change)
+
+
+@pytest.mark.parametrize(('arch', 'error', 'message'), [
+    ('tinny', ValueError, "arch='tinny'; did you mean 'tiny'"),
+    (dict(dim=96), ValueError, 'lacks depths'),
+    (dict(dim=96, depths=(2, 2, 2)), ValueError, 'got 3 values'),
+    (dict(dim=96, depths=(2, 2, 2, 2), mlp_ratio=-1), ValueError, 'expected a positive number'),
+    (dict(dim=96, depths=(2, 2, 2, 2), stem='v3'), ValueError, "'v3', expected one of v1, v2"),
+    (dict(dim=96, depths=(2, 2, 2, 2), gated=True), TypeError, "'gated'; did you mean 'gate'"),
+    (dict(dim=96, depths=(2, 2, 2, 2), gate=1), TypeError, "arch['gate']=1, expected True or"),
+])
+def test_wrong_architectures(arch, error, message):
+    with pytest.raises(error) as caught:
+        VMamba(arch)
+    assert message in str(caught.value)

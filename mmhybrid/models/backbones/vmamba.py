@@ -290,7 +290,8 @@ def checked_vss_architecture(arch: str | dict, known: dict[str, dict], optional:
     check_number("arch['ssm_ratio']", arch['ssm_ratio'], above=0)
     if arch['dt_rank'] is not None:
         check_integers("arch['dt_rank']", [arch['dt_rank']], 1)
-    check_number("arch['mlp_ratio']", arch['mlp_ratio'], above=-1)
+    if arch['mlp_ratio'] != 0:
+        check_number("arch['mlp_ratio']", arch['mlp_ratio'], above=0)
     check_flags(**{f"arch['{key}']": arch[key] for key in (
         'gate', 'conv_bias', 'channel_first', 'float32_scan')})
     for key, kinds in (('stem', ('v1', 'v2')), ('downsample', ('v1', 'v2', 'v3'))):
