@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import fused
+from . import cpp, fused
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
 
@@ -55,13 +55,6 @@ def _never(*_) -> None:
     return None
 
 
-def _missing_kernel(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def run(*_, **__):
-        raise AssertionError(f'the {name} backend reports a problem, so it must not be chosen')
-
-    return run
-
-
 def _run_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     dtype = A.dtype
     parts = [x if x is None else x.to(dtype) for x in (u, delta, A, B, C, D, z, delta_bias)]
@@ -73,16 +66,9 @@ def _triton_refusal(call: Call) -> str | None:
     return fused.refusal(call.device, call.dtype)
 
 
-def _cpp_problem() -> str | None:
-    return (
-        "this version of mmhybrid has no compiled CPU scan kernel; use backend='torch', "
-        'or upgrade mmhybrid'
-    )
-
-
 _BACKENDS: dict[str, Backend] = {
     'triton': Backend(fused.selective_scan_triton, fused.problem, _triton_refusal),
-    'cpp': Backend(_missing_kernel('cpp'), _cpp_problem, _never),
+    'cpp': Backend(cpp.selective_scan_cpp, cpp.problem, cpp.refusal),
     'torch': Backend(selective_scan_chunked, _never, _never),
     'reference': Backend(_run_reference, _never, _never),
 }

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operator import make_operator
+from .operator import apply_gate, gate_gradients, make_operator
 
 # State values that one elementwise operation should cover; with fewer, the call itself dominates.
 _WIDTH = 48 * 1024
@@ -153,7 +153,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     ungated = A.new_empty(0)
     if z is not None:
         ungated = y.contiguous()
-        y = ungated * F.silu(z.to(dtype))
+        y = apply_gate(ungated, z)
     return y.to(u.dtype).contiguous(), last_state.contiguous(), starts, ungated
 
 
@@ -174,10 +174,7 @@ def _backward(
     grad_y = torch.zeros_like(u, dtype=dtype) if grad_y is None else grad_y.to(dtype)
     grad_z = None
     if z is not None:
-        z = z.to(dtype)
-        gate = torch.sigmoid(z)
-        grad_z = grad_y * ungated * (gate * (1 + z * (1 - gate)))
-        grad_y = grad_y * (gate * z)
+        grad_y, grad_z = gate_gradients(grad_y, ungated, z)
 
     def pack(x, *inner):
         return _pack(x, plan, dtype, reverse).unflatten(-1, inner)

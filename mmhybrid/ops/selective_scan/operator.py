@@ -20,6 +20,18 @@ _BACKWARD = (
 )
 
 
+def apply_gate(y: Tensor, z: Tensor) -> Tensor:
+    """y * silu(z) in y's dtype."""
+    return y * torch.nn.functional.silu(z.to(y.dtype))
+
+
+def gate_gradients(grad: Tensor, ungated: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the ungated y and of z, given that of `apply_gate`'s result."""
+    z = z.to(grad.dtype)
+    gate = torch.sigmoid(z)
+    return grad * (gate * z), grad * ungated * (gate * (1 + z * (1 - gate)))
+
+
 def make_operator(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
