@@ -87,6 +87,11 @@ def available_backends() -> dict[str, BackendStatus]:
     return found
 
 
+@torch.compiler.assume_constant_result  # the compiler cannot trace os.environ everywhere
+def _wish_of_environment() -> str:
+    return os.environ.get(BACKEND_VARIABLE, 'auto')
+
+
 @functools.cache
 def _say_once(level: int, message: str) -> None:
     logger.log(level, message)
@@ -112,7 +117,7 @@ def choose_backend(
     """
     wish, source = backend, f"backend='{backend}'"
     if backend == 'auto':
-        wish = os.environ.get(BACKEND_VARIABLE, 'auto')
+        wish = _wish_of_environment()
         source = f'{BACKEND_VARIABLE}={wish}'
     if wish != 'auto' and wish not in _BACKENDS:
         raise ValueError(
@@ -133,7 +138,7 @@ def choose_backend(
         if problem is None:
             break
         passed_over.append(f'{name}: {problem}')
-    if passed_over:
+    if passed_over and not torch.compiler.is_compiling():
         # On a GPU the fallback is many times slower; on a CPU it is the ordinary way.
         level = logging.WARNING if call.device.type == 'cuda' else logging.INFO
         why = '; '.join(passed_over)
