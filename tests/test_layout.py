@@ -20,8 +20,11 @@ MAY_IMPORT = {
     "registry": set(),
     "mmcv_ops": set(),
     "config_scheme": set(),
-    "models": {"layers", "ops", "registry"},
-    "engine": {"models", "layers", "ops", "registry", "datasets", "mmcv_ops", "config_scheme"},
+    "weights": set(),
+    "models": {"layers", "ops", "registry", "weights"},
+    "engine": {
+        "models", "weights", "layers", "ops", "registry", "datasets", "mmcv_ops", "config_scheme",
+    },
     "doctor": {"ops", "mmcv_ops", "config_scheme"},
     # Runs in child processes only, and looks at everything.
     "doctor_probes": {"__init__", "ops", "mmcv_ops", "config_scheme"},

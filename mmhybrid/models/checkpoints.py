@@ -1,56 +1,66 @@
-"""Foreign checkpoint files into our modules: pure functions, and nothing goes in quietly.
+"""Weights of a file into our modules: nothing goes in quietly.
 
-A file is read without running code from it, its tensors are unwrapped and renamed, compared with
-the module one by one, and loaded only if they are the module's own.
+Tensors are compared with the module one by one, fitted where the module knows how, and loaded only
+if they are the module's own.  Finding and reading files is :mod:`mmhybrid.weights`.
 """
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
-__all__ = ['Comparison', 'compare', 'load_backbone', 'read_checkpoint', 'strip_wrappers',
-           'unwrap_state_dict']
+from mmhybrid.weights import (
+    Identity,
+    WeightsError,
+    identify,
+    kind_of,
+    read_checkpoint,
+    strip_wrappers,
+    unwrap,
+)
 
-#: Names that wrapping modules put in front of a backbone's own.
-WRAPPERS = ('module.', 'backbone.', 'encoder.', 'model.')
+__all__ = ['Comparison', 'LoadReport', 'compare', 'load_backbone', 'load_weights']
+
 #: Below this share of matching tensors a file is taken for that of another model.
 LEAST_MATCH = 0.95
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which tensors of a file fit a module; names of groups that may differ are left out.
+    """Which tensors of a file fit a module.
 
     Attributes:
         matched: names with equal shapes on both sides.
         missing: names that only the module has.
         unexpected: names that only the file has.
         disagreeing: name -> (shape in the file, shape in the module).
-        aside: number of the file's tensors that belong to other parts of a wrapping model.
+        fresh: names that only the module has, as expected: they keep their initial values.
+        unused: names that only the file has, as expected.
+        values: number of values of the matched tensors.
+        wanted: number of values of all tensors of the module, without the fresh ones.
     """
 
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     disagreeing: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
-    aside: int = 0
+    fresh: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    values: int = 0
+    wanted: int = 0
 
     @property
     def share(self) -> float:
-        """Matched names over all names of both sides, 0 to 1."""
+        """Matched names over all names of both sides that should match, 0 to 1."""
         others = len(self.missing) + len(self.unexpected) + len(self.disagreeing)
         return len(self.matched) / max(len(self.matched) + others, 1)
 
     def __str__(self) -> str:
-        text = f'{len(self.matched)} tensors matched ({100 * self.share:.1f} %)'
+        text = f'{len(self.matched)} tensors match ({100 * self.share:.1f} %)'
         if self.disagreeing:
             name, (theirs, ours) = next(iter(self.disagreeing.items()))
             text += (f'; {len(self.disagreeing)} have another shape (first: {name} is {theirs} in '
@@ -58,108 +68,47 @@ class Comparison:
         for what, names in (('missing', self.missing), ('unexpected', self.unexpected)):
             if names:
                 text += f'; {what}: {_grouped(names)}'
-        if self.aside:
-            text += f'; {self.aside} of other parts left aside'
         return text
 
 
-def read_checkpoint(path: str | os.PathLike, map_location: str = 'cpu') -> object:
-    """Read a .pth or .safetensors file without executing anything in it.
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file: its text is a table for people.
 
-    Options, loss curves and numpy numbers that trainers save beside the weights come back as empty
-    objects.
-
-    Args:
-        path: a local file.
-        map_location: device of the tensors, as in ``torch.load``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds more than tensors and plain values, or cannot be read.
-        ImportError: for a .safetensors file without the safetensors package.
+    Attributes:
+        source: as it was given.
+        module: name of the class that was loaded into.
+        holds: what the file holds, in words.
+        comparison: after fitting.
+        resized: name -> (shape in the file, shape in the module) of tensors that were resampled.
+        aside: names in the file that belong to other parts of a wrapping model.
     """
-    path = os.fspath(path)
-    if '://' in path:
-        raise ValueError(f'got the address {path} as a checkpoint, expected a local file; download '
-                         'it and give its path')
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'there is no checkpoint file {os.path.abspath(path)}; check the '
-                                'path or download the file first')
-    if path.endswith('.safetensors'):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f'reading {path} needs the safetensors package; '
-                              'run: pip install safetensors') from error
-        return load_file(path, device=map_location)
-    try:
-        with _beside_weights_ignored():
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r'GLOBAL (\S+)', str(error))
-        raise ValueError(
-            f'{path} was not loaded: it holds {culprit[1] if culprit else "something"} besides '
-            'tensors and plain values, and reading that could run code from the file. If you trust '
-            "it, keep only its weights: torch.save({'state_dict': torch.load(old, "
-            "weights_only=False)['state_dict']}, new)") from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f'{path} is not a checkpoint that torch can read ({error}); it may be '
-                         'incomplete, download it again') from error
 
+    source: str
+    module: str
+    holds: str
+    comparison: Comparison
+    resized: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
+    aside: list[str] = field(default_factory=list)
 
-def unwrap_state_dict(checkpoint: object) -> dict[str, Tensor]:
-    """Find the tensors of a checkpoint: under 'state_dict', under 'model', or the object itself.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    found = checkpoint
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            found = checkpoint[key]
-            break
-    tensors = {}
-    if isinstance(found, Mapping):
-        tensors = {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        kind = f'the keys {list(checkpoint)[:8]}' if isinstance(checkpoint, Mapping) else type(
-            checkpoint).__name__
-        raise ValueError(f'the checkpoint holds no tensors (it has {kind}), expected a state dict, '
-                         "or one under 'state_dict' or 'model'")
-    return tensors
-
-
-def strip_wrappers(state_dict: Mapping[str, Tensor], prefix: str | None = None
-                   ) -> dict[str, Tensor]:
-    """Take the backbone out of a wrapping model's tensors.
-
-    Args:
-        state_dict: tensors by name.
-        prefix: exact name of the part that is wanted, e.g. ``'backbone.'``; by default each of
-            module., backbone., encoder. and model. is removed wherever it occurs, with everything
-            that does not begin with it.
-
-    Raises:
-        ValueError: if no name begins with ``prefix``.
-    """
-    names = dict.fromkeys(state_dict)
-    if prefix:
-        prefix = prefix.rstrip('.') + '.'
-        found = {name[len(prefix):]: state_dict[name] for name in names if name.startswith(prefix)}
-        if not found:
-            raise ValueError(f'no tensor name begins with {prefix!r}; names begin with '
-                             f'{_grouped(names, depth=1)}')
-        return found
-    current = dict(state_dict)
-    stripped = True
-    while stripped:
-        stripped = False
-        for wrapper in WRAPPERS:
-            if any(name.startswith(wrapper) for name in current):
-                current = {name[len(wrapper):]: tensor for name, tensor in current.items()
-                           if name.startswith(wrapper)}
-                stripped = True
-    return current
+    def __str__(self) -> str:
+        found = self.comparison
+        rows = [('holds', self.holds), (
+            'loaded', f'{len(found.matched)} of '
+            f'{len(found.matched) + len(found.missing) + len(found.disagreeing)} tensors, '
+            f'{100 * found.values / max(found.wanted, 1):.1f} % of {found.wanted / 1e6:.2f} M '
+            f'values (match {100 * found.share:.1f} %)')]
+        rows += [('resized', f'{name} {_shape(theirs)} -> {_shape(ours)}')
+                 for name, (theirs, ours) in self.resized.items()]
+        rows += [('other shape', f'{name} {_shape(theirs)}, the model has {_shape(ours)}')
+                 for name, (theirs, ours) in list(found.disagreeing.items())[:8]]
+        rows += [(what, _grouped(names)) for what, names in (
+            ('missing', found.missing), ('unexpected', found.unexpected)) if names]
+        rows += [(what, _grouped(names, depth=1)) for what, names in (
+            ('starts fresh', found.fresh), ('not needed', found.unused),
+            ('left aside', self.aside)) if names]
+        return f'{self.module} loaded from {self.source}\n' + '\n'.join(
+            f'    {what:<12}  {text}' for what, text in rows)
 
 
 def compare(module: nn.Module, state_dict: Mapping[str, Tensor], may_differ: str | None = None
@@ -170,59 +119,178 @@ def compare(module: nn.Module, state_dict: Mapping[str, Tensor], may_differ: str
         module: where the tensors should go.
         state_dict: tensors with the module's names.
         may_differ: regular expression; names that it matches from their start may be on one side
-            only and are then not reported.
+            only.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    sizes = {name: tensor.numel() for name, tensor in module.state_dict().items()}
     free = re.compile(may_differ) if may_differ else None
 
-    def only_in(some: dict, others: dict) -> list[str]:
-        return [n for n in some if n not in others and not (free and free.match(n))]
+    def only_in(some: dict, others: dict) -> tuple[list[str], list[str]]:
+        names = [n for n in some if n not in others]
+        expected = [n for n in names if free and free.match(n)]
+        return [n for n in names if n not in expected], expected
 
+    missing, fresh = only_in(own, theirs)
+    unexpected, unused = only_in(theirs, own)
+    matched = [n for n in own if theirs.get(n) == own[n]]
     return Comparison(
-        matched=[n for n in own if theirs.get(n) == own[n]],
-        missing=only_in(own, theirs),
-        unexpected=only_in(theirs, own),
-        disagreeing={n: (theirs[n], own[n]) for n in own if n in theirs and theirs[n] != own[n]})
+        matched=matched, missing=missing, unexpected=unexpected,
+        disagreeing={n: (theirs[n], own[n]) for n in own if n in theirs and theirs[n] != own[n]},
+        fresh=fresh, unused=unused, values=sum(sizes[n] for n in matched),
+        wanted=sum(sizes[n] for n in own if n not in fresh))
 
 
-def load_backbone(module: nn.Module, path: str | os.PathLike, *, prefix: str | None = None,
-                  map_location: str = 'cpu', may_differ: str | None = None,
-                  describe: Callable[[Mapping[str, Tensor]], str] | None = None,
-                  adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-                  ) -> Comparison:
-    """Load a file into a module, or refuse it.
+def load_weights(model: nn.Module, source: str | os.PathLike, **options) -> LoadReport:
+    """Load a file into a model, whole or only its backbone, whatever the file holds.
 
-    Accepted are files whose names, after unwrapping, agree with the module's to at least 95 % and
-    whose shapes agree everywhere.
+    Files of classification networks and bare backbones go into ``model.backbone``, if there is
+    one; files of whole detectors and segmentors into the whole model.
 
     Args:
-        module: receives the weights, in place.
-        path: see :func:`read_checkpoint`.
-        prefix: see :func:`strip_wrappers`.
-        map_location: see :func:`read_checkpoint`.
-        may_differ: see :func:`compare`.
-        describe: says in words which model a state dict belongs to; used in the error message.
-        adapt: gives the file's weights the names and shapes of the module before they are compared.
+        model: receives the weights, in place.
+        source: see :func:`mmhybrid.weights.fetch`.
+        options: see :func:`load_backbone`.
 
     Returns:
         What matched and what did not.
 
     Raises:
-        ValueError: if the file belongs to another model.  The module is then unchanged.
+        WeightsError: if the file cannot be used.  The model is then unchanged.
     """
-    found = unwrap_state_dict(read_checkpoint(path, map_location))
-    state_dict = strip_wrappers(found, prefix)
-    aside = len(found) - len(state_dict)
-    if adapt:
-        state_dict = adapt(state_dict)
-    result = replace(compare(module, state_dict, may_differ), aside=aside)
-    if result.disagreeing or result.share < LEAST_MATCH:
-        hint = describe(state_dict) if describe else ''
-        raise ValueError(f'{os.fspath(path)} does not fit {type(module).__name__}: {result}. '
-                         f'{hint or "Give the file of this architecture."}')
-    module.load_state_dict({name: state_dict[name] for name in result.matched}, strict=False)
-    return result
+    backbone = getattr(model, 'backbone', None)
+    if backbone is None:
+        return load_backbone(model, source, **options)
+    checkpoint = read_checkpoint(source, options.get('map_location', 'cpu'),
+                                 options.get('trust', False))
+    whole = kind_of(unwrap(checkpoint, options.get('key'))[0]) in ('detector', 'segmentor')
+    return _load(model if whole and not options.get('prefix') else backbone, checkpoint,
+                 os.fspath(source), **options)
+
+
+def load_backbone(module: nn.Module, source: str | os.PathLike, *, prefix: str | None = None,
+                  key: str | None = None, strict: bool = True, map_location='cpu',
+                  trust: bool = False) -> LoadReport:
+    """Load a file into a backbone, or refuse it.
+
+    Accepted are files whose names, after unwrapping, agree with the module's to at least 95 % and
+    whose shapes agree everywhere, once the module has fitted what depends on the size of the grid
+    (position embeddings, rotary tables) and the first convolution was fitted to the number of
+    input channels.
+
+    Args:
+        module: receives the weights, in place.
+        source: path, http(s) address, ``hf://organisation/repository[/file][@revision]`` or short
+            name; see :func:`mmhybrid.weights.fetch`.
+        prefix: see :func:`mmhybrid.weights.strip_wrappers`.
+        key: entry of the checkpoint, e.g. 'state_dict_ema'; see :func:`mmhybrid.weights.unwrap`.
+        strict: False loads whatever fits, however little, but not nothing.
+        map_location: device on which the file is read.
+        trust: read pickles that may run code, too.
+
+    Returns:
+        What matched and what did not.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        WeightsError: if it cannot be used, saying why in one line.  The module is then unchanged.
+    """
+    checkpoint = read_checkpoint(source, map_location, trust)
+    return _load(module, checkpoint, os.fspath(source), prefix=prefix, key=key, strict=strict)
+
+
+def _load(module: nn.Module, checkpoint: object, source: str, *, prefix=None, key=None,
+          strict=True, map_location=None, trust=False) -> LoadReport:
+    found, where = unwrap(checkpoint, key)
+    if hasattr(module, 'backbone') and not prefix:
+        state_dict, removed = _without_parallel(found)
+    else:
+        state_dict, removed = strip_wrappers(found, prefix)
+    inside = {removed + name for name in state_dict}
+    aside = [name for name in found if name not in inside]
+    original = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    adapt = getattr(module, 'adapt_state_dict', None)
+    fitted = _fit_input(module, adapt(state_dict) if adapt else state_dict)
+    resized = {name: (original[name], tuple(tensor.shape)) for name, tensor in fitted.items()
+               if name in original and original[name] != tuple(tensor.shape)
+               and len(original[name]) == tensor.dim()}
+    result = compare(module, fitted, getattr(module, 'may_differ', None))
+    fits = not result.disagreeing and result.share >= LEAST_MATCH
+    if not result.matched or strict and not fits:
+        raise WeightsError(_refusal(module, original, result, source))
+    module.load_state_dict({name: fitted[name] for name in result.matched}, strict=False)
+    identity = identify(original if not hasattr(module, 'backbone')
+                        else {n: tuple(t.shape) for n, t in strip_wrappers(found)[0].items()})
+    places = [f'in {where!r}'] if where else []
+    places += [f'without {removed!r}'] if removed else []
+    holds = f'{identity or "a network of another family"}, {kind_of(found)}'
+    return LoadReport(
+        source, type(module).__name__, holds + (f' ({", ".join(places)})' if places else ''),
+        result, resized, aside)
+
+
+def _without_parallel(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    for wrapper in ('module.', '_orig_mod.'):
+        if all(name.startswith(wrapper) for name in state_dict):
+            return strip_wrappers(state_dict, wrapper)
+    return state_dict, ''
+
+
+def _fit_input(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fit a first convolution for colour images to another number of channels.
+
+    A single channel gets the sum of the three, so that a grey image gives what it gave before; more
+    channels repeat the three at 3 / channels of their weight.
+    """
+    fitted = dict(state_dict)
+    for name, own in module.state_dict().items():
+        weight = state_dict.get(name)
+        if weight is None or weight.dim() != 4 or not re.match(r'(backbone\.)?patch_embed\.', name):
+            continue
+        channels = own.shape[1]
+        if weight.shape[1] == 3 != channels and weight.shape[::2] == own.shape[::2]:
+            if channels == 1:
+                fitted[name] = weight.sum(dim=1, keepdim=True)
+            else:
+                repeated = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+                fitted[name] = repeated * (3 / channels)
+    return fitted
+
+
+def _refusal(module: nn.Module, shapes: Mapping[str, tuple], result: Comparison, source: str
+             ) -> str:
+    """Say in one line why a file does not fit."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    theirs, ours = identify(_part(shapes)), identify(_part(own))
+    wanted = str(ours) if ours else type(module).__name__
+    if theirs is None:
+        names = _grouped(shapes, depth=1)
+        return (f'{source} holds no network that is known here (its names begin with {names}), '
+                f'expected {wanted}; give a file of that network{_files(ours)}')
+    if ours is not None and theirs.family != ours.family:
+        instead = f'build the model with mmhybrid.{theirs.family}, or ' if theirs.ours else ''
+        return (f'{source} holds another family, {theirs}, expected {wanted}; {instead}give a '
+                f'file of {ours.family}{_files(ours)}')
+    if ours is not None and (theirs.variant or theirs.facts) != (ours.variant or ours.facts):
+        hint = f'set arch={theirs.variant!r}, or ' if theirs.variant else ''
+        return (f'{source} holds another variant, {theirs} ({theirs.facts}), expected {wanted} '
+                f'({ours.facts}); {hint}give a file of this variant{_files(ours)}')
+    return (f'{source} does not fit {type(module).__name__}: {result}; compare its settings, or '
+            'load whatever fits with strict=False')
+
+
+def _part(shapes: Mapping[str, tuple]) -> dict[str, tuple]:
+    inner = {n.removeprefix('backbone.'): s for n, s in shapes.items() if n.startswith('backbone.')}
+    return inner or dict(shapes)
+
+
+def _files(identity: Identity | None) -> str:
+    names = identity.released if identity else []
+    return f', e.g. {" or ".join(names[:2])}' if names else ''
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return 'x'.join(map(str, shape)) or 'one value'
 
 
 def _grouped(names, depth: int = 4, most: int = 8) -> str:
@@ -230,45 +298,3 @@ def _grouped(names, depth: int = 4, most: int = 8) -> str:
     counts = Counter('.'.join(name.split('.')[:depth]) for name in names)
     shown = [f'{group} ({count})' for group, count in list(counts.items())[:most]]
     return ', '.join(shown + ([f'and {len(counts) - most} more'] if len(counts) > most else []))
-
-
-class _Inert:
-    """Stands for an object that is not a tensor and that nobody needs: keeps and does nothing."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-# What trainers put beside the weights: timm its options, mmengine its loss curves, both numpy
-# numbers.  While a file is read, these names lead to inert classes.
-_BESIDE_WEIGHTS = (
-    'argparse.Namespace', 'pathlib.PosixPath', 'mmengine.logging.history_buffer.HistoryBuffer',
-    'builtins.getattr', '_codecs.encode', 'numpy.dtype', 'numpy.ndarray',
-    *(f'numpy.{core}.{name}' for core in ('core', '_core') for name in (
-        'multiarray.scalar', 'multiarray._reconstruct', 'numeric._frombuffer')))
-
-
-def _inert(name: str) -> type:
-    module, _, own = name.rpartition('.')
-    return type(own, (_Inert,), {'__module__': module, '__qualname__': own})
-
-
-@contextlib.contextmanager
-def _beside_weights_ignored() -> Iterator[None]:
-    """Let ``weights_only=True`` pass over what trainers add to the weights."""
-    types = [_inert(name) for name in _BESIDE_WEIGHTS]
-    if hasattr(torch.serialization, 'safe_globals'):
-        with torch.serialization.safe_globals(types):
-            yield
-        return
-    # torch 2.4 has the list but not the context
-    before = list(torch.serialization.get_safe_globals())
-    torch.serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)

@@ -5,29 +5,26 @@ from collections.abc import Callable, Mapping
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit
-from torch import Tensor
 
 from .arguments import check_names
 from .checkpoints import load_backbone
 
 __all__ = ['initialize_from_checkpoint']
 
+_OPTIONS = ('prefix', 'map_location', 'key', 'strict', 'trust')
 
-def initialize_from_checkpoint(
-        module: BaseModule, initialize_rest: Callable[[], None], *, may_differ: str | None = None,
-        describe: Callable[[Mapping[str, Tensor]], str] | None = None,
-        adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> None:
+
+def initialize_from_checkpoint(module: BaseModule, initialize_rest: Callable[[], None]) -> None:
     """Do what ``init_weights`` promises, with ``type='Pretrained'`` read by our loader.
 
     Args:
-        module: has an ``init_cfg`` in mmengine's form.
+        module: has an ``init_cfg`` in mmengine's form; an entry of type Pretrained has
+            ``checkpoint`` and optionally what :func:`mmhybrid.models.checkpoints.load_backbone`
+            takes: prefix, map_location, key, strict, trust.
         initialize_rest: ``super().init_weights`` of the caller; sees all entries but Pretrained.
-        may_differ: see :func:`mmhybrid.models.checkpoints.compare`.
-        describe: see :func:`mmhybrid.models.checkpoints.load_backbone`.
-        adapt: see :func:`mmhybrid.models.checkpoints.load_backbone`.
 
     Raises:
-        ValueError: if a checkpoint belongs to another model.
+        WeightsError: if a checkpoint cannot be used.
         FileNotFoundError: if it does not exist.
     """
     entries = module.init_cfg or []
@@ -43,11 +40,8 @@ def initialize_from_checkpoint(
     finally:
         module.init_cfg = given
     for entry in pretrained:
-        check_names(entry, ['type', 'checkpoint', 'prefix', 'map_location'],
+        check_names(entry, ['type', 'checkpoint', *_OPTIONS],
                     "init_cfg of type 'Pretrained': unknown key")
-        result = load_backbone(
-            module, entry['checkpoint'], prefix=entry.get('prefix'),
-            map_location=entry.get('map_location') or 'cpu', may_differ=may_differ,
-            describe=describe, adapt=adapt)
-        print_log(f'{type(module).__name__} loaded from {entry["checkpoint"]}: {result}',
-                  logger='current')
+        options = {key: entry[key] for key in _OPTIONS if entry.get(key) is not None}
+        report = load_backbone(module, entry['checkpoint'], **options)
+        print_log(str(report), logger='current')

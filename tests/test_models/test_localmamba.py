@@ -217,7 +217,7 @@ def test_file_of_the_other_family_is_refused(tmp_path):
     torch.save({'state_dict': source.state_dict()}, tmp_path / 'local_vssm_small.ckpt')
     init = dict(type='Pretrained', checkpoint=str(tmp_path / 'local_vssm_small.ckpt'))
     model = LocalVim(dict(dim=16, depth=2), directions=PLAIN, out_indices=(1,), init_cfg=init)
-    with pytest.raises(ValueError, match='does not fit LocalVim'):
+    with pytest.raises(ValueError, match='another family, LocalVMamba .*expected LocalVim'):
         model.init_weights()
 
 

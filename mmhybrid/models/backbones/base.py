@@ -61,13 +61,7 @@ class DenseBackbone(BaseModule):
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``; without one the weights stay as built."""
-        initialize_from_checkpoint(self, super().init_weights, may_differ=self.may_differ,
-                                   describe=self.describe_weights,
-                                   adapt=self.adapt_state_dict)
-
-    def describe_weights(self, state_dict: Mapping[str, Tensor]) -> str:
-        """Say in words which model a state dict belongs to; '' if that is not known."""
-        return ''
+        initialize_from_checkpoint(self, super().init_weights)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Give the weights of a file the names and shapes of this module.

@@ -8,7 +8,7 @@ between stages, tokens are (B * windows, L, C) inside stages 3 and 4.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -292,23 +292,6 @@ class MambaVision(StagedBackbone):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
-
-    def describe_weights(self, state_dict: Mapping[str, Tensor]) -> str:
-        """Name the variant that a state dict belongs to."""
-        return _describe_weights(state_dict)
-
-
-def _describe_weights(state_dict: Mapping[str, Tensor]) -> str:
-    """Name the variant that a state dict belongs to, for error messages."""
-    stem = state_dict.get('patch_embed.conv_down.3.weight')
-    if stem is None:
-        return 'The file holds no MambaVision backbone.'
-    blocks = {tuple(name.split('.')[1:4:2]) for name in state_dict if '.blocks.' in name}
-    depths = tuple(sum(stage == str(i) for stage, _ in blocks) for i in range(_STAGES))
-    for name, arch in ARCHITECTURES.items():
-        if (arch['dim'], arch['stem_width'], arch['depths']) == (*stem.shape[:2], depths):
-            return f"The file has the shape of arch='{name}'."
-    return f'The file has dim={stem.shape[0]} and depths={depths}, which is no published variant.'
 
 
 def _checked_architecture(arch: str | dict) -> dict:

@@ -1,0 +1,39 @@
+"""Weights of others: find them, fetch them, read them safely, say whose they are.
+
+Everything up to tensors by name; :mod:`mmhybrid.models.checkpoints` puts those into models.
+"""
+from __future__ import annotations
+
+import os
+
+from .download import sha256_of
+from .errors import WeightsError
+from .nesting import strip_wrappers, unwrap
+from .reading import TRUST_VARIABLE, check_file, file_format, read_file, safetensors_metadata
+from .recognition import Identity, identify, kind_of
+from .released import RELEASED, Released
+from .sources import fetch, is_known_source
+
+__all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
+           'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of', 'read_checkpoint',
+           'read_file', 'safetensors_metadata', 'sha256_of', 'strip_wrappers', 'unwrap']
+
+
+def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:
+    """Fetch and read a checkpoint without running anything in it.
+
+    Args:
+        source: path, http(s) address, ``hf://organisation/repository[/file][@revision]`` or short
+            name; see :func:`fetch`.
+        map_location: device of the tensors, as in ``torch.load``.
+        trust: see :func:`read_file`.
+
+    Returns:
+        What was saved.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        WeightsError: if it cannot be fetched, is damaged or could run code.
+    """
+    name = os.fspath(source)
+    return read_file(fetch(source), map_location, trust, name=name)
