@@ -19,8 +19,8 @@ assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_selective_scan_trito
 torch.set_num_threads(1)
 
 FACTORS = {
-    'length': (37, 64, 7, 2, 1),
-    'state': (8, 16, 5, 1),
+    'length': (7, 37, 2, 64, 1),
+    'state': (8, 1, 5, 16),
     'dtype': (torch.float32, torch.bfloat16, torch.float16),
     'layout': ('token', 'channel', 'mixed'),
     'order': (None, 'shared', 'per group', 'with holes'),

@@ -280,9 +280,10 @@ def _backward(
     dlast = None if dlast is None else dlast.contiguous()
     chunked = plan.n_chunks > 1
     scratch = A.new_empty(batch, -(-length // _RUN), state, channels)
-    dbc = A.new_empty(2, n_blocks, batch, groups, tokens, state)
+    places = -(-length // _RUN) * _RUN
+    dbc = A.new_empty(2, n_blocks, batch, groups, places, state)
     dchannel = A.new_empty(batch * plan.n_chunks, state + 2, channels)
-    gstates = torch.empty_like(states)
+    gstates = A.new_empty(batch, plan.n_chunks, state, channels)
 
     shared = dict(
         p_delta=delta,
@@ -340,15 +341,28 @@ def _backward(
             **_strides('ddelta', ddelta, 'bgdl'),
             **_strides('dz', None if z is None else dz, 'bgdl'),
             batch=batch,
-            tokens=tokens,
             K=_RUN,
             CHUNKED=chunked,
             HAS_DLAST=dlast is not None,
             HAS_D=D is not None,
             **shared,
         )
-        kernels.sum_over_blocks_kernel[(-(-dbc[0, 0].numel() // 256), 2)](
-            p_dbc=dbc, p_dB=dB, p_dC=dC, size=dbc[0, 0].numel(), n_blocks=n_blocks, COLS=256
+        kernels.sum_over_blocks_kernel[(-(-length * state // 256) * batch * groups, 2)](
+            p_dbc=dbc,
+            p_dB=dB,
+            p_dC=dC,
+            p_order=order,
+            order_sg=_order_step(order),
+            batch=batch,
+            groups=groups,
+            length=length,
+            tokens=tokens,
+            n_blocks=n_blocks,
+            N=state,
+            K=_RUN,
+            COLS=256,
+            ORDER=order is not None,
+            REVERSE=reverse,
         )
         kernels.sum_over_chunks_kernel[(-(-channels // 32), state + 2)](
             p_dchannel=dchannel,

@@ -15,7 +15,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Numbers that follow the size of the image: a kernel is compiled once for all their values.
-_SIZES = ['groups', 'length', 'chunk', 'n_chunks', 'n_blocks', 'order_sg']
+_SIZES = [
+    'batch', 'groups', 'length', 'chunk', 'n_chunks', 'n_blocks', 'order_sg',
+    'B_sb', 'B_sg', 'B_sl', 'C_sb', 'C_sg', 'C_sl',
+]  # fmt: skip
 
 # What one launch of the forward kernel is for.
 SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
@@ -319,7 +322,7 @@ def scan_backward_aggregate_kernel(
     tl.store(p_sum + (i_b * n_chunks + i_c) * channels + o_d, b_sum, mask=m_d)
 
 
-@triton.jit(do_not_specialize=_SIZES + ['batch', 'tokens'])
+@triton.jit(do_not_specialize=_SIZES)
 def scan_backward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_order, p_dout,
     p_state, p_gstate, p_dlast, p_scratch, p_du, p_ddelta, p_dz, p_dbc, p_dchannel,
@@ -328,7 +331,7 @@ def scan_backward_kernel(
     z_sb, z_sg, z_sd, z_sl, dout_sb, dout_sg, dout_sd, dout_sl,
     du_sb, du_sg, du_sd, du_sl, ddelta_sb, ddelta_sg, ddelta_sd, ddelta_sl,
     dz_sb, dz_sg, dz_sd, dz_sl, order_sg,
-    batch, heads, groups, length, tokens, chunk, n_chunks, n_blocks,
+    batch, heads, groups, length, chunk, n_chunks, n_blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, CHUNKED: tl.constexpr,
     HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
@@ -337,9 +340,10 @@ def scan_backward_kernel(
 
     A first sweep stores the state at every K-th token in p_scratch (B, ceil(L / K), N, D); the
     second goes back over the runs of K tokens and rebuilds their states in registers. The sums
-    over channels go to p_dbc (2, blocks, B, G, L, N) and the sums over tokens to
-    p_dchannel (B, NC, N + 2, D) (A, then D, then the bias), where a second pass adds them up in a
-    fixed order: no atomics, so every run gives the same bits.
+    over channels go to p_dbc (2, blocks, B, G, places, N), with a place for every token of every
+    run, and the sums over tokens to p_dchannel (B, NC, N + 2, D) (A, then D, then the bias). A
+    second pass adds them up in a fixed order: no atomics, so every run gives the same bits.
+    p_gstate (B, NC, N, D) holds the gradient of the state that leaves each chunk.
     """
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % n_blocks
@@ -365,8 +369,9 @@ def scan_backward_kernel(
     channels = groups.to(tl.int64) * heads
     p_A += o_d * N
     p_scratch += i_b * tl.cdiv(length, K) * N * channels + o_d
-    p_dB = p_dbc + ((i_block * batch + i_b) * groups + i_g) * tokens * N
-    p_dC = p_dB + n_blocks.to(tl.int64) * batch * groups * tokens * N
+    places = tl.cdiv(length, K) * K
+    p_dB = p_dbc + ((i_block * batch + i_b) * groups + i_g) * places * N
+    p_dC = p_dB + n_blocks.to(tl.int64) * batch * groups * places * N
 
     b_bias = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
@@ -374,23 +379,22 @@ def scan_backward_kernel(
     b_skip = tl.zeros([BLOCK], tl.float32)
     if HAS_D:
         b_skip = _load(p_D + o_d, m_d, EVEN)
+    o_chunk = (i_b * n_chunks + i_c) * N * channels + o_d
+    p_gstate += o_chunk
+    p_dchannel += (i_b * n_chunks + i_c) * (N + 2) * channels + o_d
     b_A = ()
     b_h = ()
-    b_g = ()
-    b_dA = ()
     for n in tl.static_range(N):
         b_A = b_A + (_load(p_A + n, m_d, EVEN) * LOG2E,)
-        b_dA = b_dA + (tl.zeros([BLOCK], tl.float32),)
         if CHUNKED:
-            o_state = ((i_b * n_chunks + i_c) * N + n) * channels + o_d
-            b_h = b_h + (_load(p_state + o_state, m_d, EVEN),)
-            b_g = b_g + (_load(p_gstate + o_state, m_d, EVEN),)
+            b_h = b_h + (_load(p_state + o_chunk + n * channels, m_d, EVEN),)
         else:
             b_h = b_h + (tl.zeros([BLOCK], tl.float32),)
+            b_g = tl.zeros([BLOCK], tl.float32)
             if HAS_DLAST:
-                b_g = b_g + (_load(p_dlast + (i_b * channels + o_d) * N + n, m_d, EVEN),)
-            else:
-                b_g = b_g + (tl.zeros([BLOCK], tl.float32),)
+                b_g = _load(p_dlast + (i_b * channels + o_d) * N + n, m_d, EVEN)
+            tl.store(p_gstate + n * channels, b_g, mask=m_d)
+        tl.store(p_dchannel + n * channels, tl.zeros([BLOCK], tl.float32), mask=m_d)
     b_dD = tl.zeros([BLOCK], tl.float32)
     b_dbias = tl.zeros([BLOCK], tl.float32)
 
@@ -422,131 +426,140 @@ def scan_backward_kernel(
 
     for i in range(0, n_subs):
         s0 = first + (n_subs - 1 - i) * K
-        token_k = ()
-        store_k = ()
-        u_k = ()
-        raw_k = ()
         delta_k = ()
-        dout_k = ()
+        x_k = ()
         dy_k = ()
-        z_k = ()
         dx_k = ()
         dd_k = ()
         y_k = ()
         for k in tl.static_range(K):
             token, live = _token(p_order, s0 + k, length, ORDER, REVERSE)
-            store = live & (s0 + k < length)
             b_u = _load(p_u + token * u_sl, m_d, EVEN)
             b_delta = _load(p_delta + token * delta_sl, m_d, EVEN)
-            b_dout = _load(p_dout + token * dout_sl, m_d, EVEN)
+            b_dy = _load(p_dout + token * dout_sl, m_d, EVEN)
             if ORDER:
                 b_u = tl.where(live, b_u, 0.0)
                 b_delta = tl.where(live, b_delta, 0.0)
-            b_dy = tl.where(store, b_dout, 0.0)
+            b_dy = tl.where(live & (s0 + k < length), b_dy, 0.0)
             if HAS_Z:
                 b_z = _load(p_z + token * z_sl, m_d, EVEN)
                 b_dy = b_dy * b_z * _sigmoid(b_z)
-                z_k = z_k + (b_z,)
-                dout_k = dout_k + (b_dout,)
                 y_k = y_k + (b_skip * b_u,)
-            token_k = token_k + (token,)
-            store_k = store_k + (store,)
-            u_k = u_k + (b_u,)
-            raw_k = raw_k + (b_delta,)
             b_delta = _step(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
-            delta_k = delta_k + (tl.where(s0 + k < length, b_delta, 0.0),)
+            b_delta = tl.where(s0 + k < length, b_delta, 0.0)
+            if HAS_D:
+                b_dD += b_dy * b_u
+            delta_k = delta_k + (b_delta,)
+            x_k = x_k + (b_delta * b_u,)
             dy_k = dy_k + (b_dy,)
             dx_k = dx_k + (tl.zeros([BLOCK], tl.float32),)
             dd_k = dd_k + (tl.zeros([BLOCK], tl.float32),)
 
-        g_n = ()
-        dA_n = ()
-        for n in tl.static_range(N):
-            b_state = _load(p_scratch + (s0 // K * N + n) * channels, m_d, EVEN)
+        # A loop that is not unrolled: the code stays small for any N, and what belongs to one state
+        # (its value before the run, its gradient, dA) waits in memory, touched once per K tokens.
+        for i_n in range(0, N):
+            b_An = _load(p_A + i_n, m_d, EVEN) * LOG2E
+            b_state = _load(p_scratch + (s0 // K * N + i_n) * channels, m_d, EVEN)
+            b_g = _load(p_gstate + i_n * channels, m_d, EVEN)
+            b_dA = _load(p_dchannel + i_n * channels, m_d, EVEN)
+            B_k = ()
+            C_k = ()
+            for k in tl.static_range(K):
+                token, live = _token(p_order, s0 + k, length, ORDER, REVERSE)
+                B_k = B_k + (tl.load(p_B + i_n * B_sn + token * B_sl).to(tl.float32),)
+                C_k = C_k + (tl.load(p_C + i_n * C_sn + token * C_sl).to(tl.float32),)
             decay_k = ()
             before_k = ()
             ynew_k = ()
             for k in tl.static_range(K):
-                o_n = token_k[k]
-                b_B = tl.load(p_B + n * B_sn + o_n * B_sl).to(tl.float32)
-                b_C = tl.load(p_C + n * C_sn + o_n * C_sl).to(tl.float32)
-                b_decay = tl.exp2(b_A[n] * delta_k[k])
-                before_k = before_k + (b_decay * b_state,)
-                b_state = b_decay * b_state + delta_k[k] * u_k[k] * b_B
+                b_decay = tl.exp2(b_An * delta_k[k])
+                b_state = b_decay * b_state
+                before_k = before_k + (b_state,)
+                b_state += x_k[k] * B_k[k]
                 decay_k = decay_k + (b_decay,)
-                b_sum = tl.sum(dy_k[k] * b_state, axis=0)
-                tl.store(p_dC + o_n * N + n, b_sum, mask=store_k[k])
+                tl.store(p_dC + (s0 + k) * N + i_n, tl.sum(dy_k[k] * b_state, axis=0))
                 if HAS_Z:
-                    ynew_k = ynew_k + (y_k[k] + b_C * b_state,)
+                    ynew_k = ynew_k + (y_k[k] + C_k[k] * b_state,)
             if HAS_Z:
                 y_k = ynew_k
-            b_gn = b_g[n]
-            b_dAn = b_dA[n]
             dxnew_k = ()
             ddnew_k = ()
             for j in tl.static_range(K):
-                o_n = token_k[K - 1 - j]
-                b_B = tl.load(p_B + n * B_sn + o_n * B_sl).to(tl.float32)
-                b_C = tl.load(p_C + n * C_sn + o_n * C_sl).to(tl.float32)
-                b_gn += dy_k[K - 1 - j] * b_C
-                b_sum = tl.sum(b_gn * (delta_k[K - 1 - j] * u_k[K - 1 - j]), axis=0)
-                tl.store(p_dB + o_n * N + n, b_sum, mask=store_k[K - 1 - j])
-                b_q = b_gn * before_k[K - 1 - j]
-                b_dAn += b_q * delta_k[K - 1 - j]
-                dxnew_k = (dx_k[K - 1 - j] + b_gn * b_B,) + dxnew_k
-                ddnew_k = (dd_k[K - 1 - j] + b_q * b_A[n],) + ddnew_k
-                b_gn = b_gn * decay_k[K - 1 - j]
+                b_g += dy_k[K - 1 - j] * C_k[K - 1 - j]
+                o_dB = (s0 + K - 1 - j) * N + i_n
+                tl.store(p_dB + o_dB, tl.sum(b_g * x_k[K - 1 - j], axis=0))
+                b_q = b_g * before_k[K - 1 - j]
+                b_dA += b_q * delta_k[K - 1 - j]
+                dxnew_k = (dx_k[K - 1 - j] + b_g * B_k[K - 1 - j],) + dxnew_k
+                ddnew_k = (dd_k[K - 1 - j] + b_q * b_An,) + ddnew_k
+                b_g = b_g * decay_k[K - 1 - j]
             dx_k = dxnew_k
             dd_k = ddnew_k
-            g_n = g_n + (b_gn,)
-            dA_n = dA_n + (b_dAn,)
-        b_g = g_n
-        b_dA = dA_n
+            tl.store(p_gstate + i_n * channels, b_g, mask=m_d)
+            tl.store(p_dchannel + i_n * channels, b_dA, mask=m_d)
+        tl.debug_barrier()
 
+        # What the loop over states did not need is read again rather than kept in registers.
         for k in tl.static_range(K):
-            m_store = m_d & store_k[k]
-            o_n = token_k[k]
+            token, live = _token(p_order, s0 + k, length, ORDER, REVERSE)
+            m_store = m_d & live & (s0 + k < length)
             b_du = dx_k[k] * delta_k[k] + b_skip * dy_k[k]
-            tl.store(p_du + o_n * du_sl, b_du.to(p_du.dtype.element_ty), mask=m_store)
-            b_ddelta = dd_k[k] * (1.0 / LOG2E) + dx_k[k] * u_k[k]
+            b_u = _load(p_u + token * u_sl, m_d, EVEN)
+            if ORDER:
+                b_u = tl.where(live, b_u, 0.0)
+            b_ddelta = dd_k[k] * (1.0 / LOG2E) + dx_k[k] * b_u
             if SOFTPLUS:
-                b_ddelta = b_ddelta * _sigmoid(raw_k[k] + b_bias)
-            tl.store(
-                p_ddelta + o_n * ddelta_sl, b_ddelta.to(p_ddelta.dtype.element_ty), mask=m_store
-            )
+                b_raw = _load(p_delta + token * delta_sl, m_d, EVEN)
+                if ORDER:
+                    b_raw = tl.where(live, b_raw, 0.0)
+                b_ddelta = b_ddelta * _sigmoid(b_raw + b_bias)
             if HAS_BIAS:
                 b_dbias += tl.where(s0 + k < length, b_ddelta, 0.0)
-            if HAS_D:
-                b_dD += dy_k[k] * u_k[k]
             if HAS_Z:
-                b_sig = _sigmoid(z_k[k])
-                b_dz = dout_k[k] * y_k[k] * b_sig * (1.0 + z_k[k] * (1.0 - b_sig))
-                tl.store(p_dz + o_n * dz_sl, b_dz.to(p_dz.dtype.element_ty), mask=m_store)
+                b_z = _load(p_z + token * z_sl, m_d, EVEN)
+                b_sig = _sigmoid(b_z)
+                b_dz = _load(p_dout + token * dout_sl, m_d, EVEN)
+                b_dz = b_dz * y_k[k] * b_sig * (1.0 + b_z * (1.0 - b_sig))
+                tl.store(p_dz + token * dz_sl, b_dz.to(p_dz.dtype.element_ty), mask=m_store)
+            tl.store(p_du + token * du_sl, b_du.to(p_du.dtype.element_ty), mask=m_store)
+            tl.store(
+                p_ddelta + token * ddelta_sl, b_ddelta.to(p_ddelta.dtype.element_ty), mask=m_store
+            )
 
-    p_dchannel += (i_b * n_chunks + i_c) * (N + 2) * channels + o_d
-    for n in tl.static_range(N):
-        tl.store(p_dchannel + n * channels, b_dA[n], mask=m_d)
     tl.store(p_dchannel + N * channels, b_dD, mask=m_d)
     tl.store(p_dchannel + (N + 1) * channels, b_dbias, mask=m_d)
 
 
-@triton.jit(do_not_specialize=['n_blocks'])
+@triton.jit(do_not_specialize=['batch', 'groups', 'length', 'tokens', 'n_blocks', 'order_sg'])
 def sum_over_blocks_kernel(
-    p_dbc, p_dB, p_dC, size, n_blocks, COLS: tl.constexpr
-):
-    """dB and dC: the sum of p_dbc (2, blocks, size) over the blocks of channels."""
+    p_dbc, p_dB, p_dC, p_order, order_sg, batch, groups, length, tokens, n_blocks,
+    N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """dB and dC (B, G, L, N): the sum of p_dbc over the blocks, moved from places to tokens."""
     which = tl.program_id(1)
-    size = size.to(tl.int64)
-    o = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
-    mask = o < size
-    p_dbc += which * n_blocks * size + o
+    places = tl.cdiv(length, K) * K
+    cuts = tl.cdiv(length * N, COLS)
+    i_bg = (tl.program_id(0) // cuts).to(tl.int64)
+    o = (tl.program_id(0) % cuts).to(tl.int64) * COLS + tl.arange(0, COLS)
+    place = o // N
+    mask = place < length
+    size = places.to(tl.int64) * N
+    p_dbc += (which * n_blocks * batch * groups + i_bg) * size + o
     total = tl.zeros([COLS], tl.float32)
-    for i in range(0, n_blocks):
-        total += tl.load(p_dbc + i * size, mask=mask, other=0.0)
+    for _ in range(0, n_blocks):
+        total += tl.load(p_dbc, mask=mask, other=0.0)
+        p_dbc += batch * groups * size
+    if REVERSE:
+        place = length - 1 - place
+    if ORDER:
+        place = tl.load(p_order + i_bg % groups * order_sg + place, mask=mask, other=-1)
+        mask = mask & (place >= 0)
+    to = (i_bg * tokens + place) * N + o % N
     if which == 0:
-        tl.store(p_dB + o, total.to(p_dB.dtype.element_ty), mask=mask)
+        tl.store(p_dB + to, total.to(p_dB.dtype.element_ty), mask=mask)
     else:
-        tl.store(p_dC + o, total.to(p_dC.dtype.element_ty), mask=mask)
+        tl.store(p_dC + to, total.to(p_dC.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['rows'])

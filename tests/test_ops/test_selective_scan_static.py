@@ -1,0 +1,243 @@
+"""What the Triton scan becomes on a GPU, read from the machine code: no GPU is needed for that.
+
+The launchers run on meta tensors with recorders in place of the kernels; every recorded launch is
+compiled as Triton would compile it, and the program is disassembled.
+"""
+
+import collections
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmhybrid.ops.selective_scan import fused
+
+triton = pytest.importorskip('triton', reason='the Triton scan needs Triton')
+if tuple(int(x) for x in triton.__version__.split('.')[:2]) < fused.MINIMUM_TRITON:
+    pytest.skip(f'Triton {triton.__version__} is too old for the scan', allow_module_level=True)
+if fused.interpreting():
+    pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
+CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
+if not CUOBJDUMP.exists():
+    pytest.skip('this Triton has no disassembler for NVIDIA GPUs', allow_module_level=True)
+
+TYPES = {
+    torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32',
+}  # fmt: skip
+KERNELS = [
+    'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_aggregate_kernel',
+    'scan_backward_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
+]  # fmt: skip
+DETECTION = dict(batch=2, heads=320, length=3136, state=8)
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+    previous = os.environ.get('TRITON_CACHE_DIR')
+    os.environ['TRITON_CACHE_DIR'] = str(tmp_path_factory.mktemp('triton'))
+    yield importlib.import_module('mmhybrid.ops.selective_scan.triton_kernels')
+    if previous is None:
+        del os.environ['TRITON_CACHE_DIR']
+    else:
+        os.environ['TRITON_CACHE_DIR'] = previous
+
+
+def launches(
+    kernels, monkeypatch, *, batch, heads, length, state, groups=1, dtype=torch.bfloat16,
+    token_major=True, gate=False, bias=False, softplus=False, order=False, reverse=False, last=False
+):  # fmt: skip
+    """The launches of one forward and backward pass: a list of (kernel, arguments)."""
+    calls = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda **arguments: calls.append((self.kernel, arguments))
+
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+
+    def tokens(channels):
+        shape = (batch, groups, channels, length)
+        if token_major:
+            shape = (batch, length, groups, channels)
+        x = torch.zeros(shape, dtype=dtype, device='meta')
+        return x.movedim(1, -1) if token_major else x
+
+    def parameter(*shape):
+        return torch.zeros(shape, device='meta')
+
+    u, B = tokens(heads), tokens(state)
+    inputs = (
+        u, u, parameter(groups * heads, state), B, B, parameter(groups * heads),
+        u if gate else None, parameter(groups * heads) if bias else None,
+        torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None,
+    )  # fmt: skip
+    out, state_last, states = fused._forward(*inputs, softplus, reverse, 0)
+    dlast = state_last if last else None
+    fused._backward(out, dlast, *inputs, states, softplus, reverse, 0)
+    monkeypatch.undo()
+    return calls
+
+
+def specialisation(kernel, arguments):
+    """Signature, constants and attributes, by the rules of Triton's launcher."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        special = not parameter.do_not_specialize
+        one = special and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name], constants[parameter.name] = 'constexpr', value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+        else:
+            signature[parameter.name] = 'i32' if value < 2**31 else 'i64'
+        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    return signature, constants, attributes
+
+
+Program = collections.namedtuple('Program', 'registers stack shared loops opcodes')
+
+
+def build(kernel, arguments, capability, folder):
+    signature, constants, attributes = specialisation(kernel, arguments)
+    compiled = triton.compile(
+        triton.compiler.ASTSource(kernel, signature, constants, attributes),
+        target=triton.backends.compiler.GPUTarget('cuda', capability, 32),
+        options={'num_warps': arguments.get('num_warps', 4)},
+    )
+    path = folder / 'kernel.cubin'
+    path.write_bytes(compiled.asm['cubin'])
+
+    def dump(what):
+        done = subprocess.run([CUOBJDUMP, what, path], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    usage = dump('--dump-resource-usage')
+    line = r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);'
+    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(line, dump('--dump-sass'))]
+    assert code, 'the disassembly has no instructions: has its format changed?'
+    loops = []
+    for at, op, rest in code:
+        target = re.search(r'0x([0-9a-f]+)', rest) if op.startswith('BRA') else None
+        if target and int(target[1], 16) < at:
+            body = [other for where, other, _ in code if int(target[1], 16) <= where <= at]
+            loops.append(collections.Counter(body))
+    return Program(
+        *(int(re.search(name + r':(\d+)', usage)[1]) for name in ('REG', 'STACK', 'SHARED')),
+        sorted(loops, key=lambda loop: loop.total()),
+        collections.Counter(op for _, op, _ in code),
+    )
+
+
+def count(opcodes, *families):
+    return sum(n for op, n in opcodes.items() if op.split('.')[0] in families)
+
+
+def exponentials(loop, arguments, tokens):
+    """MUFU.EX2 per token and channel: an instruction serves 32 channels."""
+    return loop['MUFU.EX2'] * 32 / (tokens * arguments['BLOCK'])
+
+
+def check_forward(program, arguments, expected):
+    """Registers and instructions of the forward sweeps and of their mirror image."""
+    assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
+    # Channel-major, the two channels of a thread are far apart and need an address each.
+    assert program.registers <= (128 if arguments['delta_sd'] == 1 else 160)
+    assert count(program.opcodes, 'BAR', 'STS', 'LDS', 'LDSM') == 0
+    assert program.shared == 0
+    (loop,) = program.loops
+    assert count(loop, 'SHFL') == 0  # parameters and last states may be shuffled, tokens not
+    assert exponentials(loop, arguments, arguments['UNROLL']) == expected
+
+
+def check_backward(program, arguments, expected):
+    assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
+    assert program.registers <= 255
+    assert count(program.opcodes, 'ATOM', 'ATOMG', 'RED', 'REDG') == 0
+    if arguments['N'] == 1:
+        return
+    inner, *_ = program.loops
+    assert exponentials(inner, arguments, arguments['K']) == 1  # one state at a time
+    sweep = [loop for loop in program.loops if loop['SHFL.BFLY'] == 0 and loop['MUFU.EX2']]
+    assert [exponentials(loop, arguments, arguments['K']) for loop in sweep] == [expected]
+
+
+VARIANTS = {
+    'plain': {},
+    'softplus': dict(softplus=True, bias=True),
+    'everything': dict(gate=True, softplus=True, bias=True, order=True, reverse=True, last=True),
+    'channel-major float32': dict(token_major=False, dtype=torch.float32),
+    'ragged channels': dict(heads=200, groups=2),
+    'one state': dict(state=1, softplus=True, bias=True),
+    'sixteen states': dict(state=16, gate=True, softplus=True, bias=True),
+    'one launch': dict(batch=128, length=49, last=True, gate=True),
+}
+QUICK = {('plain', 90), ('everything', 90), ('one state', 90), ('one launch', 90),
+         ('softplus', 80), ('softplus', 100)}  # fmt: skip
+ALL = [
+    pytest.param(name, capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
+    for name in VARIANTS
+    for capability in (80, 90, 100)
+]
+
+
+@pytest.mark.parametrize(('variant', 'capability'), ALL)
+def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
+    shape = DETECTION | VARIANTS[variant]
+    calls = launches(kernels, monkeypatch, **shape)
+    names = [kernel.fn.__name__ for kernel, _ in calls]
+    chunked = 'scan_carry_kernel' in names
+    assert chunked == (variant != 'one launch')
+    assert len(names) == (3 + 5 if chunked else 1 + 3)
+    for kernel, arguments in calls:
+        name = kernel.fn.__name__
+        program = build(kernel, arguments, capability, tmp_path)
+        assert program.stack == 0, f'{name} spills'
+        step = shape['state'] + shape.get('softplus', False)
+        gate = shape.get('gate', False)
+        if name == 'scan_forward_kernel':
+            final = arguments['MODE'] != kernels.AGGREGATE.value
+            check_forward(program, arguments, step + (gate and final))
+        elif name == 'scan_backward_aggregate_kernel':
+            check_forward(program, arguments, step + gate)
+        elif name == 'scan_backward_kernel':
+            check_backward(program, arguments, step)
+
+
+def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
+    def programs(token_major):
+        found = set()
+        for batch, length in ((1, 49), (2, 3136), (3, 97), (2, 4096), (128, 49), (1, 12543)):
+            shape = DETECTION | dict(batch=batch, length=length, token_major=token_major)
+            for kernel, arguments in launches(kernels, monkeypatch, **shape):
+                found.add((kernel.fn.__name__, repr(specialisation(kernel, arguments))))
+        return collections.Counter(name for name, _ in found)
+
+    # Three modes of the forward kernel, two of the backward one (whole or in chunks).
+    expected = dict.fromkeys(KERNELS, 1) | {
+        'scan_forward_kernel': 3, 'scan_backward_kernel': 2, 'scan_carry_kernel': 2,
+    }  # fmt: skip
+    assert programs(token_major=True) == expected
+    # Channel-major strides are the length: its divisibility by sixteen matters, nothing else.
+    for name, number in programs(token_major=False).items():
+        assert number <= 2 * expected[name], name
+
+
+def test_neighbouring_channels_are_loaded_together(kernels, monkeypatch, tmp_path):
+    calls = launches(kernels, monkeypatch, **DETECTION)
+    kernel, arguments = calls[2]
+    assert arguments['MODE'] == kernels.FINAL.value
+    (loop,) = build(kernel, arguments, 90, tmp_path).loops
+    # u and delta: pairs of bfloat16 in one 32-bit load per token; y: one 32-bit store.
+    assert loop['LDG.E'] == 2 * arguments['UNROLL']
+    assert loop['STG.E'] == arguments['UNROLL']
