@@ -13,6 +13,7 @@ import torch
 
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.selective_scan import fused
+from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_selective_scan_triton.py instead'
@@ -294,6 +295,24 @@ def test_output_keeps_the_layout_of_the_input():
         inputs = make_inputs(SMALL | {'layout': layout})
         y = selective_scan(*inputs.values(), delta_softplus=True, backend='triton')
         assert y.stride(inner) == 1, layout
+
+
+def test_public_function_with_an_order():
+    case = SMALL | {'groups': 2, 'order': 'with holes', 'length': 6}
+    inputs, results = make_inputs(case), []
+    for name in ('u', 'delta', 'z'):
+        inputs[name] = inputs[name].unflatten(1, (2, 4))
+    for backend in ('triton', 'reference'):
+        leaves = {k: x.detach().requires_grad_() for k, x in inputs.items()}
+        y, last = selective_scan_ordered(
+            **leaves, delta_softplus=True, return_last_state=True, order=make_order(case)[0],
+            reverse=True, backend=backend,
+        )  # fmt: skip
+        grads = torch.autograd.grad(y.square().sum() + last.sum(), list(leaves.values()))
+        named = dict(zip(leaves, grads, strict=True))
+        results.append({'y': y.detach(), 'last state': last.detach()} | named)
+    for name, x in results[0].items():
+        assert_close(name, x, results[1][name], 2e-6)
 
 
 # The contract with PyTorch.
