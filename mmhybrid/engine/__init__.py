@@ -1,4 +1,5 @@
 """Everything around the training loop. Importing it registers what configs name."""
+from . import checkpoint_schemes
 from .amp import AmpOptimWrapper
 from .dump import DumpSegmentation
 from .errors import UserError
@@ -11,3 +12,5 @@ __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'DumpSegmentation', 'HybridOptimWrapperConstructor',
     'ProgressHook', 'RandomStateHook', 'UserError',
 ]
+
+checkpoint_schemes.install()

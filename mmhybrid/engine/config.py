@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from mmhybrid.weights import RELEASED, is_known_source
+
 from .amp import has_accelerator
 from .errors import UserError
 
@@ -151,9 +153,10 @@ def apply_pretrained(cfg: Config, path: str | None) -> list[str]:
         if backbone is None:
             raise UserError('--pretrained sets model.backbone.init_cfg, and this model has no '
                             'backbone. Use --cfg-options load_from=... instead.')
-        if not is_remote(path) and not osp.isfile(osp.expanduser(path)):
+        elsewhere = is_remote(path) or is_known_source(path)
+        if not elsewhere and not osp.isfile(osp.expanduser(path)):
             raise UserError(f'--pretrained {path} does not exist.{_published(cfg)}')
-        path = path if is_remote(path) else osp.expanduser(path)
+        path = path if elsewhere else osp.expanduser(path)
         cfg.pretrained = path
         backbone.init_cfg = ConfigDict(type='Pretrained', checkpoint=path)
         return []
@@ -168,9 +171,10 @@ def _published(cfg: Config) -> str:
     known = cfg.get('published_checkpoint')
     if not known:
         return ' To start the backbone from a file, pass --pretrained PATH.'
-    return (f' The published recipe starts from {known["name"]} (licence {known["licence"]}); '
-            f'download it yourself, e.g. wget {known["url"]} , and pass '
-            f'--pretrained {known["name"]}')
+    short = next((row.name for row in RELEASED.values() if row.file == known['name']), None)
+    return (f' The published recipe starts from {known["name"]} (licence {known["licence"]}): '
+            f'--pretrained {short or "URL"} fetches it from {known["url"]} , or download it and '
+            'pass its path.')
 
 
 def apply_amp(cfg: Config, wanted: bool) -> list[str]:

@@ -9,6 +9,8 @@ import traceback
 
 import torch
 
+from mmhybrid.weights import WeightsError
+
 __all__ = ['UserError', 'guard_image_files', 'run_command', 'explain']
 
 
@@ -24,6 +26,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError) or f'{UserError.__qualname__}: ' in text:
         # A data loading worker passes an error on as text, at the end of its own traceback.
         return text.rpartition(f'{UserError.__qualname__}: ')[2].strip()
+    if isinstance(error, WeightsError):
+        return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller batches '
                 '(--cfg-options train_dataloader.batch_size=1), mixed precision (--amp), or '

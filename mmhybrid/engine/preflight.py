@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import os.path as osp
-import zipfile
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop
+
+from mmhybrid.weights import WeightsError, check_file, is_known_source
 
 from ..registry import HOOKS
 from .config import is_remote
@@ -191,8 +192,9 @@ def _check_categories(dataset, classes, split) -> list[str]:
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
-    """Raise UserError if ``path`` is no complete PyTorch file. Server paths pass."""
-    if is_remote(path):
+    """Raise UserError if ``path`` is no complete file of weights. Addresses and names pass."""
+    path = osp.expanduser(path)
+    if is_remote(path) or is_known_source(path):
         return
     if not osp.isfile(path):
         folder = osp.dirname(path) or '.'
@@ -200,11 +202,10 @@ def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
             if osp.isdir(folder) else []
         there = f' {folder} holds {", ".join(files[-5:])}.' if files else ''
         raise UserError(f'The {what} {path} does not exist.{there}')
-    with open(path, 'rb') as file:
-        head = file.read(2)
-    if not zipfile.is_zipfile(path) and head != b'\x80\x02':
-        raise UserError(f'The {what} {path} ({osp.getsize(path)} bytes) is no PyTorch file, or it '
-                        'was cut off while it was written or downloaded. Fetch it again.')
+    try:
+        check_file(path)
+    except WeightsError as error:
+        raise UserError(f'The {what} {error}.') from error
 
 
 @HOOKS.register_module()

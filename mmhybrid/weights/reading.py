@@ -59,15 +59,18 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
     trust = trust or os.environ.get(TRUST_VARIABLE, '0') not in ('', '0')
     allowed_names()  # not within the try statement: an error of ours is no damaged file
     try:
+        if not trust:
+            _check_pickles(file, kind, name)
+        file.seek(0)
         if trust:
             _log.warning('%s is read with everything its pickle may do, because it is trusted',
                          name)
             return torch.load(file, map_location=map_location, weights_only=False)
-        _check_pickles(file, kind, name)
-        file.seek(0)
         with harmless_globals():
             return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        if trust:
+            raise WeightsError(f'{name} is damaged ({error}); {_AGAIN}') from error
         culprit = re.search(r'GLOBAL (\S+)', str(error))
         raise WeightsError(
             f'{name} was not loaded: it contains {culprit[1] if culprit else error}, and reading '

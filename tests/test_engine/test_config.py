@@ -113,7 +113,7 @@ def test_pretrained(tmp_path):
     cfg, _ = load_config(COCO)
     warning, = apply_pretrained(cfg, None)
     for part in ('random weights', 'mambavision_tiny_1k.pth.tar', 'https://', 'CC-BY-NC-SA',
-                 '--pretrained'):
+                 '--pretrained mambavision-t-1k '):
         assert part in warning
     assert cfg.model.backbone.get('init_cfg') is None
     with pytest.raises(UserError, match='nowhere.pth does not exist'):
@@ -123,6 +123,9 @@ def test_pretrained(tmp_path):
     assert apply_pretrained(cfg, str(file)) == []
     assert cfg.pretrained == str(file)
     assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint=str(file))
+    for source in ('mambavision-t-1k', 'hf://org/repository', 'https://example.org/w.pth'):
+        assert apply_pretrained(cfg, source) == []
+        assert cfg.model.backbone.init_cfg.checkpoint == source
 
 
 def test_pretrained_as_an_option(tmp_path):

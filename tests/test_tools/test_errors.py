@@ -58,7 +58,7 @@ def test_missing_and_damaged_checkpoint(task, fails, tmp_path):
     text = fails(run_test, it.config, tmp_path / 'epoch_4.pth', '--data-root', it.data)
     assert 'epoch_4.pth does not exist' in text and 'epoch_3.pth' in text
     text = fails(run_test, it.config, tmp_path / 'epoch_3.pth', '--data-root', it.data)
-    assert 'epoch_3.pth (12 bytes)' in text and 'Fetch it again' in text
+    assert 'epoch_3.pth is cut off' in text and '12 bytes' in text and 'fetch it again' in text
     text = fails(run_train, it.config, '--resume', 'gone.pth', '--data-root', it.data)
     assert 'gone.pth does not exist' in text
 
@@ -161,7 +161,7 @@ def test_options_that_do_not_fit(task, fails, tmp_path):
     text = fails(run_train, it.config, '--data-root', it.data, '--launcher', 'pytorch')
     assert 'dist_train.sh' in text
     text = fails(run_test, it.config, __file__, '--out', 'results.txt')
-    assert 'no PyTorch file' in text
+    assert 'no file of weights' in text
 
 
 def test_traceback_on_request(task, capfd, monkeypatch):
