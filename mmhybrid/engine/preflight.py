@@ -26,6 +26,7 @@ __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'che
 
 LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
            'test': ('test_dataloader', 'test_evaluator')}
+OWN_CLASSES = ('rpn_head', 'semantic_head', 'backbone', 'train_cfg', 'test_cfg')
 MAX_JSON = 64 * 2**20  # bytes; larger annotation files (COCO train) take too long to read twice
 
 
@@ -137,9 +138,9 @@ def _num_classes(node, path='model'):
             here = f'{path}.{key}'
             if key == 'num_classes' and isinstance(value, int):
                 yield path, value
-            # The region proposal network tells objects from background, whatever the classes;
-            # a loss or assigner may count in its own way.
-            elif key not in ('rpn_head', 'backbone', 'train_cfg', 'test_cfg') and 'loss' not in key:
+            # The region proposal network tells objects from background, whatever the classes; a
+            # semantic head beside a detector, a loss or an assigner may count in its own way.
+            elif key not in OWN_CLASSES and 'loss' not in key:
                 yield from _num_classes(value, here)
     elif isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
