@@ -135,7 +135,8 @@ tta_pipeline = [
 def test_amp_and_scaled_learning_rate(task, tmp_path):
     it = task('seg')
     run_train([it.config, '--data-root', it.data, '--work-dir', str(tmp_path), '--amp',
-               '--auto-scale-lr', *it.options, 'train_cfg.max_iters=1', 'auto_scale_lr.base_batch_size=8'])
+               '--auto-scale-lr', *it.options, 'train_cfg.max_iters=1',
+               'auto_scale_lr.base_batch_size=8'])
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert 'Scaling the original LR by 0.25' in log
     assert 'Mixed precision (float16)' in log or torch.cuda.is_available()
