@@ -11,10 +11,12 @@ from mmhybrid.ops.cross_scan import (
     cross_restore,
     cross_scan,
     cross_selective_scan,
+    scan,
     scan_plan,
 )
 from mmhybrid.ops.cross_scan.orders import _CACHE, _MAX_CACHED_ORDERS
 from mmhybrid.ops.cross_scan.reference import order_reference, restore_reference
+from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
 DATA = Path(__file__).parents[1] / 'data'
@@ -119,11 +121,21 @@ def literal_scan(u, proj, dt_weight, A, D, dt_bias, directions, size, restore):
     return results
 
 
+@pytest.mark.parametrize('way', ['reordered', 'through tables'])
 @pytest.mark.parametrize('restore', ['exact', 'released'])
 @pytest.mark.parametrize('directions', [
     ('h', 'v', 'h_flip', 'v_flip'), ('h', 'h_flip'), ('h_flip', 'v', 'w2', 'w7_flip'), ('v_flip',),
     DIRECTIONS], ids=lambda d: f'{len(d)}-{d[-1]}')
-def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore):
+def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore, way, monkeypatch):
+    calls = []
+    if way == 'through tables':  # what a backend that reads through tables is given
+
+        def ordered(*args, backend, **kwargs):
+            calls.append(kwargs['order'])
+            return selective_scan_ordered(*args, backend='reference', **kwargs)
+
+        monkeypatch.setattr(scan, 'choose_backend', lambda *_: 'triton')
+        monkeypatch.setattr(scan, 'selective_scan_ordered', ordered)
     size, B, channels, N, R = (4, 5), 2, 3, 2, 2
     K, L = len(directions), size[0] * size[1]
     torch.manual_seed(K)
@@ -133,11 +145,13 @@ def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore)
         D=torch.randn(K * channels), dt_bias=torch.randn(K * channels))
     inputs = {name: x.double().requires_grad_() for name, x in inputs.items()}
     plan = scan_plan(directions, *size, restore=restore)
+    tables = way == 'through tables' and all(order.exact for order in plan.orders)
     expected = literal_scan(*inputs.values(), directions, size, restore)
     for k, y in enumerate(cross_selective_scan(*inputs.values(), plan, merge=False)):
         torch.testing.assert_close(y, expected[k], msg=lambda m, k=k: f'{directions[k]}: {m}')
     merged = cross_selective_scan(*inputs.values(), plan)
     torch.testing.assert_close(merged, sum(expected))
+    assert bool(calls) == tables
     weight = torch.randn_like(merged)
     got = torch.autograd.grad((merged * weight).sum(), inputs.values())
     want = torch.autograd.grad((sum(expected) * weight).sum(), inputs.values())

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..selective_scan import selective_scan
+from ..selective_scan import choose_backend, selective_scan
+from ..selective_scan.ordered import selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
 __all__ = ['cross_merge', 'cross_restore', 'cross_scan', 'cross_selective_scan']
@@ -54,8 +55,8 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
 
     Everything that goes in is row-major and exists once: the step, input and output projections
     act token by token, so they commute with any order.  Directions are given by the plan alone
-    (an order table and a flag), therefore a kernel can read and write through the table and no
-    copy per direction has to exist; this implementation reorders the tokens before the scan.
+    (an order table and a flag): the Triton kernels read and write through the table and no copy
+    per direction exists; for other backends the tokens are reordered before the scan.
 
     Symbols: B batch, K directions, D channels, L tokens, N states, R rank of the step.
 
@@ -84,6 +85,11 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
             'scan_plan(directions, height, width) of this map')
     A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
     N = A.shape[-1]
+    dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+    through_tables = choose_backend(backend, u.device, dtype, N) == 'triton'
+    if through_tables and all(order.exact for order in plan.orders):
+        ys = _scan_through_tables(u, proj, dt_weight, A, D, dt_bias, plan, backend)
+        return sum(ys[1:], ys[0]) if merge else ys
     sequences: dict[tuple[int, ...], Tensor] = {}
     ys: list[Tensor | None] = [None] * K
     for reverse, _, ks in plan.groups():
@@ -105,6 +111,24 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
     merged = [plan.orders[i].restore(sum(y for k, y in enumerate(ys) if plan.order_ids[k] == i))
               for i in range(len(plan.orders))]
     return sum(merged[1:], merged[0])
+
+
+def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                         dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
+    """K results (B, D, L) in row-major order; see :func:`cross_selective_scan`."""
+    rank, N = dt_weight.shape[2], A.shape[-1]
+    ys: list[Tensor | None] = [None] * len(plan.directions)
+    for reverse, _, ks in plan.groups():
+        step, b, c = _pick(proj.transpose(0, 1), ks).transpose(0, 1).split([rank, N, N], dim=2)
+        y = selective_scan_ordered(
+            u.unsqueeze(1).expand(-1, len(ks), -1, -1), _pick(dt_weight, ks).to(step.dtype) @ step,
+            _pick(A, ks).flatten(0, 1), b, c, _pick(D, ks).flatten(),
+            delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True,
+            order=torch.stack([plan.order_of(k).order for k in ks]), reverse=reverse,
+            backend=backend)
+        for k, y_k in zip(ks, y.unbind(1), strict=True):
+            ys[k] = y_k
+    return ys
 
 
 def _pick(t: Tensor, ks: list[int]) -> Tensor:
