@@ -297,6 +297,23 @@ def test_output_keeps_the_layout_of_the_input():
         assert y.stride(inner) == 1, layout
 
 
+def test_output_lands_in_a_view():
+    """The left half of a token-major buffer, as a mixer concatenates its two branches."""
+    inputs = make_inputs(SMALL)
+    for name in ('u', 'delta', 'z'):
+        inputs[name] = inputs[name].unflatten(1, (1, 4))
+    for dtype in (torch.float32, torch.bfloat16):
+        buffer = torch.full((2, 13, 8), 7.0, dtype=dtype)
+        view = buffer[..., :4].transpose(1, 2).unflatten(1, (1, 4))
+        last = fused.scan_into(view, *inputs.values(), None, True, False)
+        y, last_y = fused.scan_grouped(*inputs.values(), None, True, False)
+        assert_close('view', view, y, STORED[dtype])
+        assert torch.equal(last, last_y)
+        assert torch.equal(buffer[..., 4:], torch.full((2, 13, 4), 7.0, dtype=dtype))
+    with pytest.raises(ValueError, match='expects a view like u'):
+        fused.scan_into(view[..., :5], *inputs.values())
+
+
 def test_public_function_with_an_order():
     case = SMALL | {'groups': 2, 'order': 'with holes', 'length': 6}
     inputs, results = make_inputs(case), []
@@ -334,6 +351,8 @@ def test_opcheck(chunk):
     torch.library.opcheck(forward.default, (*tensors, *rest))
     tensors = [x.detach() for x in tensors]
     y, last, states = forward(*tensors, *rest)
+    into = torch.ops.mmhybrid.selective_scan_triton_into.default
+    torch.library.opcheck(into, (torch.zeros_like(y), *tensors, *rest))
     backward = torch.ops.mmhybrid.selective_scan_triton_backward.default
     order, *flags = rest
     torch.library.opcheck(backward, (y, last, *tensors, order, states, *flags))

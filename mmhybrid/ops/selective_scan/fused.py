@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'selective_scan_triton']
+__all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'scan_into', 'selective_scan_triton']
 
 #: The lowest Triton with which the tests of the kernels have passed.
 MINIMUM_TRITON = (3, 6)
@@ -396,8 +396,18 @@ _library.define(
     f'selective_scan_triton_backward(Tensor dout, Tensor? dlast, {_INPUTS}, Tensor states, '
     f'{_FLAGS}) -> ({", ".join(["Tensor"] * 8)})'
 )
+_library.define(
+    f'selective_scan_triton_into(Tensor(a!) into, {_INPUTS}, {_FLAGS}) -> Tensor last'
+)
+
+
+def _forward_into(into, *inputs):
+    return _forward(*inputs, out=into)[1]
+
+
 for _device in ('CPU', 'CUDA', 'XPU'):
     _library.impl('selective_scan_triton', _forward, _device)
+    _library.impl('selective_scan_triton_into', _forward_into, _device)
     _library.impl('selective_scan_triton_backward', _backward, _device)
 
 
@@ -409,6 +419,11 @@ def _forward_fake(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse,
         A.new_empty(batch, *A.shape),
         A.new_empty(_state_shape(u, A, order, chunk)),
     )
+
+
+@torch.library.register_fake('mmhybrid::selective_scan_triton_into', lib=_library)
+def _forward_into_fake(into, u, delta, A, *_):
+    return A.new_empty(u.shape[0], *A.shape)
 
 
 @torch.library.register_fake('mmhybrid::selective_scan_triton_backward', lib=_library)
@@ -491,6 +506,43 @@ def scan_grouped(
     if z is not None:
         total = total * torch.nn.functional.silu(z.float())
     return total.to(u.dtype), torch.cat(lasts, dim=2)
+
+
+def scan_into(
+    into: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    order: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+) -> Tensor:
+    """Write y into a view of u's shape (B, G, H, L), such as half of a concat buffer.
+
+    For code that needs no gradient or supplies its own: autograd does not see the write. Arguments
+    as in :func:`selective_scan_ordered`, with float32 parameters and N up to ``MAX_STATE``.
+
+    Returns:
+        The last state, (B, D, N).
+
+    Raises:
+        ValueError: ``into`` has another shape, or N is too large.
+    """
+    if into.shape != u.shape:
+        raise ValueError(
+            f'scan_into expects a view like u, {tuple(u.shape)}, to write into, '
+            f'got {tuple(into.shape)}.'
+        )
+    if A.shape[1] > MAX_STATE:
+        raise ValueError(f'scan_into takes at most {MAX_STATE} states, got N = {A.shape[1]}.')
+    return torch.ops.mmhybrid.selective_scan_triton_into(
+        into, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse, 0
+    )
 
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
