@@ -11,6 +11,7 @@ from .backbones import (
     VisionMambaSeg,
     VMamba,
 )
+from .checkpoints import load_weights
 from .classifiers import (
     LocalVimClassifier,
     LocalVMambaClassifier,
@@ -23,4 +24,4 @@ from .necks import SimpleFPN
 __all__ = ['LocalVMamba', 'LocalVMambaClassifier', 'LocalVim', 'LocalVimClassifier',
            'MM_LocalVSSM', 'MM_LocalVim', 'MM_VSSM', 'MM_mamba_vision', 'MambaVision',
            'MambaVisionClassifier', 'SimpleFPN', 'VMamba', 'VMambaClassifier', 'Vim',
-           'VimClassifier', 'VisionMambaSeg']
+           'VimClassifier', 'VisionMambaSeg', 'load_weights']

@@ -10,6 +10,7 @@ The list has what released files and mmengine's own checkpoints contain, and no 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import pathlib
 import pickle
@@ -20,7 +21,7 @@ from typing import BinaryIO
 
 import torch
 
-__all__ = ['allowed_names', 'check_pickle', 'harmless_globals']
+__all__ = ['Refused', 'allowed_names', 'check_pickle', 'harmless_globals']
 
 # Instructions that torch's restricted reader knows, in the words of pickletools.
 _INSTRUCTIONS = frozenset(
@@ -35,6 +36,10 @@ _TORCH = frozenset(
      'torch.Tensor', 'torch.nn.parameter.Parameter', 'torch._utils._rebuild_tensor',
      'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_parameter',
      'torch.storage.UntypedStorage', 'torch.storage.TypedStorage'))
+
+
+class Refused(pickle.UnpicklingError):
+    """A pickle mentions something that is not harmless; the message is its name."""
 
 
 def _is_tensor_type(name: str) -> bool:
@@ -53,7 +58,7 @@ def check_pickle(stream: BinaryIO) -> None:
     """Read one pickle without executing it; the stream is left behind it.
 
     Raises:
-        pickle.UnpicklingError: naming the first thing in it that is not harmless.
+        Refused: naming the first thing in it that is not harmless.
         EOFError, ValueError: if it is cut off or no pickle.
     """
     allowed = allowed_names()
@@ -61,11 +66,11 @@ def check_pickle(stream: BinaryIO) -> None:
         if instruction.name == 'GLOBAL':
             name = _today(*argument.split(' ', 1))
             if name not in allowed and name not in _TORCH and not _is_tensor_type(name):
-                raise pickle.UnpicklingError(name)
+                raise Refused(name)
         elif instruction.name == 'PROTO' and argument != 2:
-            raise pickle.UnpicklingError(f'pickle protocol {argument}')
+            raise Refused(f'pickle protocol {argument}')
         elif instruction.name not in _INSTRUCTIONS:
-            raise pickle.UnpicklingError(f'the pickle instruction {instruction.name}')
+            raise Refused(f'the pickle instruction {instruction.name}')
 
 
 def _today(module: str, name: str) -> str:
@@ -89,17 +94,20 @@ class _Values:
         pass
 
 
-class _Dict(dict):
-    """Stands for a kind of dictionary."""
+class _Dict:
+    """Stands for a kind of dictionary.
 
-    def __setstate__(self, state):
-        pass
+    torch's reader puts entries into ordinary dictionaries only, so it becomes one at once.
+    """
+
+    def __new__(cls, *args):
+        return collections.OrderedDict(*args)
 
 
 def _encode(text: str, encoding: str = 'latin1') -> bytes:
     # Bytes of protocol 2.  Looking an encoding up imports a module by that name.
     if encoding not in ('latin1', 'latin-1'):
-        raise pickle.UnpicklingError(f'an encoding {encoding!r}')
+        raise Refused(f'an encoding {encoding!r}')
     return text.encode('latin1')
 
 
@@ -108,7 +116,7 @@ def _getattr(owner: object, name: str) -> Callable:
     methods = getattr(owner, '_statistics_methods', None)
     if getattr(owner, '__name__', '') != 'HistoryBuffer' or not isinstance(methods, dict) \
             or name not in ('min', 'max', 'current', 'mean', *methods):
-        raise pickle.UnpicklingError(f'getattr(..., {name!r})')
+        raise Refused(f'getattr(..., {name!r})')
     return getattr(owner, name)
 
 
@@ -140,7 +148,6 @@ def _harmless() -> dict[str, Callable]:
     table = {
         'argparse.Namespace': argparse.Namespace,
         'builtins.set': set,
-        'collections.defaultdict': _stand_in('collections.defaultdict', _Dict),
         'yacs.config.CfgNode': _stand_in('yacs.config.CfgNode', _Dict),
         'mmengine.config.config.ConfigDict': _stand_in('mmengine.config.config.ConfigDict', _Dict),
         'builtins.getattr': _forwarded('builtins.getattr', _getattr),

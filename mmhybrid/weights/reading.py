@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import torch
 
-from .allowed import allowed_names, check_pickle, harmless_globals
+from .allowed import Refused, allowed_names, check_pickle, harmless_globals
 from .errors import WeightsError
 
 __all__ = ['TRUST_VARIABLE', 'check_file', 'file_format', 'read_file', 'safetensors_metadata']
@@ -69,20 +69,29 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
         with harmless_globals():
             return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if trust:
-            raise WeightsError(f'{name} is damaged ({error}); {_AGAIN}') from error
-        culprit = re.search(r'GLOBAL (\S+)', str(error))
+        # torch's reader raises this for a file that ends too early, too, and it wraps errors of
+        # the harmless functions in pages of advice.
+        within = re.search(r'GLOBAL (\S+)|(getattr\(.*\)|an encoding .*)', str(error))
+        culprit = str(error) if isinstance(error, Refused) else (
+            within and (within[1] or within[2]))
+        if trust or culprit is None:
+            raise WeightsError(f'{name} is cut off or damaged ({_last_line(error)}); {_AGAIN}'
+                               ) from error
         raise WeightsError(
-            f'{name} was not loaded: it contains {culprit[1] if culprit else error}, and reading '
-            'that could run code from the file. Only if you trust where it comes from: set '
+            f'{name} was not loaded: it contains {culprit}, and reading that could run code from '
+            'the file. Only if you trust where it comes from: set '
             f'{TRUST_VARIABLE}=1, or convert it once with tools/convert_checkpoint.py --trust'
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
             OverflowError, struct.error) as error:
         if isinstance(error, WeightsError):
             raise
-        reason = str(error).strip().split('\n')[0]
-        raise WeightsError(f'{name} is cut off or damaged ({reason}); {_AGAIN}') from error
+        raise WeightsError(f'{name} is cut off or damaged ({_last_line(error)}); {_AGAIN}'
+                           ) from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split('\n')[-1].strip()
 
 
 def check_file(path: str | os.PathLike) -> str:
