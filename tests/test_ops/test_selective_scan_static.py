@@ -60,6 +60,7 @@ def launches(
         def __getitem__(self, grid):
             return lambda **arguments: calls.append((self.kernel, arguments))
 
+    monkeypatch.setattr(fused, '_COPY_ABOVE', 1 << 62)  # strides as they come
     for name in KERNELS:
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
 

@@ -23,7 +23,8 @@ MAX_STATE = 16
 _LATENCY, _TWO_LAUNCHES, _WARPS = 80, 8000, 16
 # Tokens between two checkpoints of the state in the backward pass.
 _RUN = 4
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements from which on a channel-major tensor is copied to token-major.
+_COPY_ABOVE = 1 << 18
 
 
 def interpreting() -> bool:
@@ -132,13 +133,22 @@ def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
     return {f'{name}_s{axis}': step for axis, step in zip(axes, steps, strict=True)}
 
 
-def _dense(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised (..., channels, L) that is token-major or channel-major as ``like`` is."""
-    *outer, channels, length = shape
-    dtype = dtype or like.dtype
-    if like.stride(-1) > like.stride(-2):
-        return like.new_empty((outer[0], length, *outer[1:], channels), dtype=dtype).movedim(1, -1)
-    return like.new_empty(shape, dtype=dtype)
+def _dense(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised (B, ..., channels, L) whose channels are neighbours in memory."""
+    batch, *inner, length = shape
+    return like.new_empty((batch, length, *inner)).movedim(1, -1)
+
+
+def _lanes(x: Tensor | None) -> Tensor | None:
+    """Copy a large (B, G, H, L) whose channels are far apart.
+
+    A warp reads 32 channels at once; spread over memory they cost 32 accesses instead of one or
+    two, which is far more than a copy. Small tensors stay in the cache and gain nothing.
+    """
+    if x is None or x.stride(2) <= 1 or x.numel() < _COPY_ABOVE:
+        return x
+    copy = x[:, :1] if x.stride(1) == 0 else x  # groups that share a tensor share its copy
+    return copy.transpose(2, 3).contiguous().transpose(2, 3).expand(x.shape)
 
 
 def _length(u: Tensor, order: Tensor | None) -> int:
@@ -167,6 +177,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chun
     states = A.new_empty(_state_shape(u, A, order, chunk))
     if u.numel() == 0 or length == 0:
         return out, last.zero_(), states
+    u, delta, z = _lanes(u), _lanes(delta), _lanes(z)
     plan = _plan(u, state, length, chunk)
     n_blocks = -(-heads // plan.block)
     sums = A.new_empty(batch, states.shape[1], channels)
@@ -275,6 +286,7 @@ def _backward(
         for grad in grads:
             grad.zero_()
         return grads
+    u, delta, z, dout = _lanes(u), _lanes(delta), _lanes(z), _lanes(dout)
     plan = _plan(u, state, length, chunk)
     n_blocks = -(-heads // plan.block)
     dlast = None if dlast is None else dlast.contiguous()
