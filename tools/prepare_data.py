@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val", type=int, help="mini sets: number of validation images")
     parser.add_argument("--seed", type=int, help="mini sets: another seed gives other images")
     parser.add_argument("--force", action="store_true",
-                        help="mini sets: replace a different generated set")
+                        help="mini sets: replace a generated set that is there")
     args = parser.parse_args(argv)
     if args.dataset not in CONFIGS:
         given = [f"--{name}" for name in OPTIONS if getattr(args, name) is not None]
@@ -93,7 +93,12 @@ def generate(args: argparse.Namespace, folder: Path) -> int:
         return 1
     if written:
         print(f"{args.dataset} written to {folder}/ in {time.monotonic() - start:.0f} s.")
-    else:
+    else:  # whole, too? without opening images this takes no time
+        verify = verify_coco if args.dataset == "mini-coco" else verify_ade20k
+        report = verify(folder, samples=0)
+        if not report.ok:
+            print("prepare_data: " + " ".join(report.problems), file=sys.stderr)
+            return 1
         print(f"{args.dataset} is already in {folder}/, nothing to do.")
     print(f"Use it with: {CONFIGS[args.dataset]} --cfg-options data_root={folder}/")
     return 0

@@ -101,7 +101,7 @@ def write_mini_coco(folder: str | Path, train: int = TRAIN, val: int = VAL, seed
         train: Number of training images.
         val: Number of validation images.
         seed: Another seed gives other images.
-        force: Replace a different generated set.
+        force: Replace a generated set that is there.
         progress: Called as progress(done, total) after each image.
 
     Returns:

@@ -31,10 +31,10 @@ def needs_writing(folder: Path, recipe: dict, force: bool = False) -> bool:
     Args:
         folder: Where the set goes.
         recipe: What it is made of (kind, counts, seed, version).
-        force: Replace a different generated set.
+        force: Replace a generated set, be it the same or another.
 
     Returns:
-        False when the same set is already there.
+        False when the same set is already there and `force` is off.
 
     Raises:
         FileExistsError: Something else is there and `force` is off, or it is not a generated set
@@ -43,7 +43,7 @@ def needs_writing(folder: Path, recipe: dict, force: bool = False) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return True
     found = existing_recipe(folder)
-    if found == recipe:
+    if found == recipe and not force:
         return False
     if found is None:
         raise FileExistsError(

@@ -27,6 +27,8 @@ _COCO_URLS = {
 }
 _ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (923 MB)"
 
+_GENERATE = "Generate the set again: tools/prepare_data.py with --force"
+
 # Images opened per folder; opening all of COCO takes the better part of an hour.
 SAMPLES = 200
 _NAMED = 5
@@ -87,19 +89,20 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
     """
     folder, report = Path(folder), Report()
     recipe = existing_recipe(folder) or {}
-    if counts is None and recipe.get("kind") == "mini-coco":
-        counts = {"train2017": recipe["train"], "val2017": recipe["val"]}
-    real = counts is None
+    urls = _COCO_URLS
+    if recipe.get("kind") == "mini-coco":
+        counts = counts or {"train2017": recipe["train"], "val2017": recipe["val"]}
+        urls = dict.fromkeys(_COCO_URLS)
     counts = counts or COCO_COUNTS
-    _check_coco_layout(folder, counts, report)
+    _check_coco_layout(folder, counts, urls, report)
     total, done = len(counts) * (samples + 1), 0
     for split, expected in counts.items():
         path = folder / "annotations" / f"instances_{split}.json"
-        document = _read_coco_json(path, report)
+        document = _read_coco_json(path, urls, report)
         done += 1
         if progress is not None:
             progress(done, total)
-        images = _check_coco_document(document, path, expected, real, report)
+        images = _check_coco_document(document, path, expected, urls, report)
         if not (folder / split).is_dir():
             continue
         present = _files(folder / split)
@@ -108,13 +111,13 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
         if missing:
             report.problems.append(
                 f"{folder / split}: {len(missing)} of {len(wanted)} images named in {path.name} "
-                f"are missing ({_some(missing)}). Unpack {_COCO_URLS[split]} again.")
+                f"are missing ({_some(missing)}). {_remedy(urls[split])}.")
         elif wanted:
             report.facts.append(f"{split}: all {len(wanted)} images are there")
         elif len(present) != expected:
             report.problems.append(
-                f"{folder / split}: {len(present)} files, expected {expected} images. Unpack "
-                f"{_COCO_URLS[split]} again.")
+                f"{folder / split}: {len(present)} files, expected {expected} images. "
+                f"{_remedy(urls[split])}.")
         broken, opened = [], 0
         for name in _spread(sorted(wanted.keys() & present), samples):
             broken += _check_coco_image(folder / split / name, wanted[name])
@@ -125,7 +128,7 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
         if broken:
             report.problems.append(
                 f"{folder / split}: {len(broken)} of {opened} sampled images are wrong: "
-                f"{_some(broken)}. Delete them and unpack {_COCO_URLS[split]} again.")
+                f"{_some(broken)}. {_remedy(urls[split])}.")
         elif opened:
             report.facts.append(f"{split}: {opened} sampled images decode at the stated size")
     if progress is not None:
@@ -133,51 +136,56 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
     return report
 
 
-def _check_coco_layout(folder: Path, splits: Iterable[str], report: Report) -> None:
-    missing, urls = [], []
+def _remedy(url: str | None) -> str:
+    """What to do about a part that is there but wrong; without an address it was generated."""
+    return f"Fetch {url} again and unpack it over what is there" if url else _GENERATE
+
+
+def _check_coco_layout(folder: Path, splits: Iterable[str], urls: dict[str, str | None],
+                       report: Report) -> None:
+    missing, needed = [], []
     for split in splits:
         if not (folder / "annotations" / f"instances_{split}.json").is_file():
             missing.append(f"annotations/instances_{split}.json")
-            urls.append(_COCO_URLS["annotations"])
+            needed.append(urls["annotations"])
         if not (folder / split).is_dir():
             missing.append(f"{split}/")
-            urls.append(_COCO_URLS[split])
+            needed.append(urls[split])
     if missing:
-        report.problems.append(
-            f"{folder} lacks {', '.join(missing)}. Fetch {', '.join(dict.fromkeys(urls))} and "
-            f"unpack in {folder}.")
+        fetch = (f"Fetch {', '.join(dict.fromkeys(needed))} and unpack in {folder}"
+                 if all(needed) else _GENERATE)
+        report.problems.append(f"{folder} lacks {', '.join(missing)}. {fetch}.")
 
 
-def _read_coco_json(path: Path, report: Report) -> dict:
+def _read_coco_json(path: Path, urls: dict[str, str | None], report: Report) -> dict:
     if not path.is_file():
         return {}
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:
         report.problems.append(
-            f"{path} is not valid JSON ({error}); perhaps the download was cut short. Fetch "
-            f"{_COCO_URLS['annotations']} again.")
+            f"{path} is not valid JSON ({error}); perhaps it was cut short. "
+            f"{_remedy(urls['annotations'])}.")
         return {}
     lacking = [key for key in ("images", "annotations", "categories")
                if not isinstance(document, dict) or not isinstance(document.get(key), list)]
     if lacking:
         report.problems.append(
             f"{path} lacks the list(s) {', '.join(lacking)}; expected an instances file of COCO. "
-            f"Fetch {_COCO_URLS['annotations']} again.")
+            f"{_remedy(urls['annotations'])}.")
         return {}
     return document
 
 
-def _check_coco_document(document: dict, path: Path, expected: int, real: bool,
-                         report: Report) -> list[dict]:
+def _check_coco_document(document: dict, path: Path, expected: int,
+                         urls: dict[str, str | None], report: Report) -> list[dict]:
     images = document.get("images", [])
     if not document:
         return []
     if len(images) != expected:
         report.problems.append(
             f"{path} lists {len(images)} images, expected {expected}. "
-            + (f"Fetch {_COCO_URLS['annotations']} again." if real
-               else "Generate the set again with --force."))
+            f"{_remedy(urls['annotations'])}.")
     names = {category.get("id"): category.get("name") for category in document["categories"]}
     wanted = {category["id"]: category["name"] for category in COCO_CATEGORIES}
     if names != wanted:
@@ -191,8 +199,8 @@ def _check_coco_document(document: dict, path: Path, expected: int, real: bool,
     stray = sum(annotation["image_id"] not in ids for annotation in document["annotations"])
     if stray:
         report.problems.append(
-            f"{path}: {stray} annotations belong to images that are not listed. Fetch "
-            f"{_COCO_URLS['annotations']} again.")
+            f"{path}: {stray} annotations belong to images that are not listed. "
+            f"{_remedy(urls['annotations'])}.")
     if len(images) == expected and names == wanted and not stray:
         report.facts.append(f"{path.name}: {len(images)} images, "
                             f"{len(document['annotations'])} annotations, 80 categories")
@@ -226,18 +234,18 @@ def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samp
     """
     folder, report = Path(folder), Report()
     recipe = existing_recipe(folder) or {}
-    if counts is None and recipe.get("kind") == "mini-ade20k":
-        counts = {"training": recipe["train"], "validation": recipe["val"]}
+    url = _ADE20K_URL
+    if recipe.get("kind") == "mini-ade20k":
+        counts = counts or {"training": recipe["train"], "validation": recipe["val"]}
+        url = None
     counts = counts or ADE20K_COUNTS
-    if not folder.is_dir():
-        report.problems.append(_ade20k_missing(folder, "nothing is there"))
-        return report
     total, done = len(counts) * samples, 0
+    missing: list[str] = []
     for split, expected in counts.items():
         images, labels = folder / "images" / split, folder / "annotations" / split
-        absent = [str(path.relative_to(folder)) for path in (images, labels) if not path.is_dir()]
+        absent = [f"{path.relative_to(folder)}/" for path in (images, labels) if not path.is_dir()]
+        missing += absent
         if absent:
-            report.problems.append(_ade20k_missing(folder, f"{' and '.join(absent)} missing"))
             done += samples
             continue
         stems = {kind: {Path(name).stem for name in _files(where) if name.endswith(suffix)}
@@ -247,12 +255,12 @@ def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samp
         if lonely:
             report.problems.append(
                 f"{folder}: {len(lonely)} {split} images or annotations lack their counterpart "
-                f"({_some(lonely)}). Unpack {_ADE20K_URL} again.")
+                f"({_some(lonely)}). {_remedy(url)}.")
         pairs = sorted(stems["images"] & stems["annotations"])
         if len(pairs) != expected:
             report.problems.append(
                 f"{folder}: {len(pairs)} {split} pairs of image and annotation, expected "
-                f"{expected}. Unpack {_ADE20K_URL} again.")
+                f"{expected}. {_remedy(url)}.")
         elif not lonely:
             report.facts.append(f"{split}: all {expected} pairs of image and annotation are there")
         broken, opened = [], 0
@@ -265,19 +273,17 @@ def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samp
         if broken:
             report.problems.append(
                 f"{folder}: {len(broken)} of {opened} sampled {split} pairs are wrong: "
-                f"{_some(broken)}. Delete them and unpack {_ADE20K_URL} again.")
+                f"{_some(broken)}. {_remedy(url)}.")
         elif opened:
             report.facts.append(f"{split}: {opened} sampled pairs decode, agree in size, and have "
                                 "labels 0 to 150")
+    if missing:
+        fetch = (f"Fetch {url} and unpack it in {folder.parent}, so that "
+                 f"{folder}/images/training/ADE_train_00000001.jpg exists" if url else _GENERATE)
+        report.problems.append(f"{folder} lacks {', '.join(missing)}. {fetch}.")
     if progress is not None:
         progress(total, total)
     return report
-
-
-def _ade20k_missing(folder: Path, what: str) -> str:
-    return (f"{folder}: {what}. Fetch {_ADE20K_URL} and unpack it in {folder.parent}, so that "
-            f"{folder}/images/training/ADE_train_00000001.jpg and "
-            f"{folder}/annotations/training/ADE_train_00000001.png exist.")
 
 
 def _check_ade20k_pair(image: Path, annotation: Path) -> list[str]:

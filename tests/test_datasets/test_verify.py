@@ -68,14 +68,17 @@ def test_nothing_there_says_what_to_fetch(tmp_path):
     for part in ('train2017.zip', 'val2017.zip', 'annotations_trainval2017.zip', 'unpack in'):
         assert part in problem
     problem = _only(verify_ade20k(tmp_path / 'ade' / 'ADEChallengeData2016'))
-    assert 'ADEChallengeData2016.zip' in problem and 'ADE_train_00000001.png' in problem
+    assert 'ADEChallengeData2016.zip' in problem and 'ADE_train_00000001.jpg exists' in problem
 
 
 def test_coco_missing_folder(coco):
     shutil.rmtree(coco / 'val2017')
     problem = _only(verify_coco(coco))
-    assert 'lacks val2017/' in problem and 'val2017.zip' in problem
-    assert 'train2017' not in problem
+    assert 'lacks val2017/' in problem and 'val2017.zip' not in problem
+    assert 'train2017' not in problem and '--force' in problem
+    (coco / 'mini_set.json').unlink()
+    problems = verify_coco(coco, counts={'train2017': 5, 'val2017': 4}).problems
+    assert len(problems) == 1 and 'val2017.zip' in problems[0]
 
 
 def test_coco_missing_image(coco):
@@ -129,7 +132,7 @@ def test_ade_missing_annotation(ade):
 
 def test_ade_missing_folder(ade):
     shutil.rmtree(ade / 'annotations' / 'validation')
-    assert 'annotations/validation missing' in _only(verify_ade20k(ade))
+    assert 'lacks annotations/validation/. Generate' in _only(verify_ade20k(ade))
 
 
 @pytest.mark.parametrize('content, complaint', [

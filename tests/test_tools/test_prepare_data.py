@@ -31,6 +31,17 @@ def test_mini_sets(dataset, folder, tmp_path, capsys):
     assert marker['seed'] == 3
 
 
+def test_a_damaged_mini_set_is_noticed_and_can_be_made_again(tmp_path, capsys):
+    command = ['mini-coco', '--root', str(tmp_path), '--train', '2', '--val', '1']
+    prepare_data.main(command)
+    image = tmp_path / 'mini_coco' / 'train2017' / '000000000002.jpg'
+    image.unlink()
+    assert prepare_data.main(command) == 1
+    err = capsys.readouterr().err
+    assert '000000000002.jpg' in err and '--force' in err
+    assert prepare_data.main([*command, '--force']) == 0 and image.is_file()
+
+
 def test_the_configs_read_where_the_tool_writes():
     from mmengine.config import Config
     for dataset, config in prepare_data.CONFIGS.items():
