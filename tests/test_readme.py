@@ -1,4 +1,5 @@
 """The README's commands run as they are written; only training is shortened."""
+import json
 import os
 import re
 import shlex
@@ -123,3 +124,13 @@ def test_backbone_table_is_measured():
         with torch.device('meta'):
             model = MambaVision(name)
         assert sum(p.numel() for p in model.parameters()) == int(count.replace(',', '')), name
+
+
+def test_config_table_is_measured():
+    """Every config has a row, with the parameter count of tests/data/recipes.json."""
+    recipes = json.loads((ROOT / 'tests/data/recipes.json').read_text())
+    rows = dict(re.findall(r'^\| `(\w+)\.py` \| [^|]*\| ([\d,]+) \|', README, re.M))
+    names = {path.stem for path in (ROOT / 'configs').glob('*.py')}
+    assert set(rows) == {name for name in names if '_mini_' not in name}
+    for name, count in rows.items():
+        assert int(count.replace(',', '')) == recipes[name]['parameters'], name
