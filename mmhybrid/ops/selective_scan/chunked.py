@@ -10,6 +10,7 @@ temporary memory. Packed tensors are (blocks, T, K, B, ...) and states (..., B, 
 last, so that every operation runs over contiguous memory. README.md has the mathematics.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,20 +34,31 @@ class Plan(NamedTuple):
     chunks: int
 
 
+@functools.lru_cache(maxsize=256)
 def make_plan(length: int, width: int) -> Plan:
     """Choose the cut for L tokens of ``width`` = B * D * N state values each."""
-    per_block = max(1, min(length, _BLOCK // width))
-    per_block = -(-length // -(-length // per_block))  # equal blocks
+    most = max(1, min(length, _BLOCK // width))  # tokens per block
     # A block costs about 2 * T + K operations for its K * T tokens: least at K = sqrt(2 * K * T).
-    chunks = min(round((2 * per_block) ** 0.5), _WIDTH // width)
+    chunks = min(round((2 * most) ** 0.5), _WIDTH // width)
     if chunks < 6:  # two sweeps over chunks would cost more than one over the tokens
-        chunks = 1
-    steps = -(-per_block // chunks)
+        shapes = [(steps, 1) for steps in range(most // 2 + 1, most + 1)]
+    else:
+        shapes = [(steps, k) for k in range(chunks // 2, chunks + 1)
+                  for steps in range(most // (2 * k) + 1, -(-most // k) + 1)]  # fmt: skip
+
+    def cost(shape):
+        steps, k = shape
+        blocks = -(-length // (steps * k))
+        padded = blocks * steps * k - length
+        # In operations; padding means that every input is copied once more.
+        return blocks * (2 * steps + k + 16) * (1.1 if padded else 1.0)
+
+    steps, chunks = min(shapes, key=cost)
     return Plan(-(-length // (chunks * steps)), steps, chunks)
 
 
 def _plan_for(u: Tensor, A: Tensor) -> Plan:
-    return make_plan(u.shape[2], u.shape[0] * A.numel())
+    return make_plan(int(u.shape[2]), int(u.shape[0] * A.numel()))
 
 
 def _pack(x: Tensor, plan: Plan, dtype: torch.dtype, reverse: bool) -> Tensor:
@@ -93,16 +105,14 @@ def _sweep_end(start: Tensor, decays: Sequence[Tensor], gains: Sequence[Tensor])
 
 
 def _chunk_starts(
-    start: Tensor, totals: Sequence[Tensor], ends: Sequence[Tensor], starts: Sequence[Tensor]
-) -> Tensor:
-    """Fill in the true start of every chunk and give that of the one after the last.
+    rows: Sequence[Tensor], totals: Sequence[Tensor], ends: Sequence[Tensor]
+) -> None:
+    """Fill in rows[1:], the true starts of the chunks that follow; rows[0] is given.
 
     ``totals`` are the chunks' whole decays, ``ends`` what they leave when they start from zero.
     """
-    for total, end, row in zip(totals, ends, starts, strict=True):
-        row.copy_(start)
-        start = torch.addcmul(end, total, row)
-    return start
+    for row, following, total, end in zip(rows, rows[1:], totals, ends, strict=False):
+        torch.addcmul(end, total, row, out=following)
 
 
 def _matmul(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -127,34 +137,34 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     A = A.view(groups, -1, state).transpose(1, 2).contiguous()
 
     y = torch.empty_like(u_)
-    starts = A.new_empty((plan.blocks, plan.chunks, *size))
+    starts = A.new_empty((plan.blocks * plan.chunks + 1, *size))  # and the end, as the last row
+    starts[0] = 0
     decay = A.new_empty((plan.steps, plan.chunks, *size))
     h = torch.empty_like(decay)
-    carry = A.new_zeros(size)
     decays, states = decay.unbind(), h.unbind()
     for i in range(plan.blocks):
         torch.mul(delta[i], A, out=decay).exp_()
         torch.mul(delta[i] * u_[i], B[i], out=h)
+        rows = starts[i * plan.chunks : (i + 1) * plan.chunks + 1]
         if plan.chunks > 1:
             ends = _sweep_end(h[0], decays[1:], states[1:])
             totals = torch.exp(delta[i].sum(0) * A)
-            carry = _chunk_starts(carry, totals.unbind(), ends.unbind(), starts[i].unbind())
-        else:
-            starts[i, 0] = carry
-        _sweep(starts[i], decays, states)
+            _chunk_starts(rows.unbind(), totals.unbind(), ends.unbind())
+        _sweep(rows[:-1], decays, states)
         if plan.chunks == 1:
-            carry = h[-1, 0].clone()
+            rows[1] = h[-1, 0]
         _matmul(C[i], h, out=y[i])
     if D is not None:
         y.addcmul_(u_, D.view(groups, 1, -1))
 
     y = _unpack(y.flatten(-3), length, reverse)
-    last_state = carry.transpose(-1, -2).reshape(batch, channels, state)
+    last_state = starts[-1].transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    last_state = last_state.view(batch, channels, state)
     ungated = A.new_empty(0)
     if z is not None:
         ungated = y.contiguous()
         y = apply_gate(ungated, z)
-    return y.to(u.dtype).contiguous(), last_state.contiguous(), starts, ungated
+    return y.to(u.dtype).contiguous(), last_state, starts, ungated
 
 
 def _backward(
@@ -190,33 +200,33 @@ def _backward(
 
     decay = A.new_empty((plan.steps, plan.chunks, *size))
     h, g = torch.empty_like(decay), torch.empty_like(decay)
-    incoming = A.new_empty((plan.chunks, *size))
+    incoming = A.new_empty((plan.chunks + 1, *size))  # of the chunks, and of the next block's last
+    first, last = incoming[0], incoming[-1]
     grad_input = torch.empty_like(u)  # of delta * u
     grad_delta = torch.empty_like(u)
     grad_B, grad_C = torch.empty_like(B_column), torch.empty_like(C)
     grad_A = torch.zeros_like(A)
-    carry = A.new_zeros(size)
+    last.zero_()
     if grad_last_state is not None:
-        carry += grad_last_state.view(batch, groups, -1, state).transpose(-1, -2)
+        last += grad_last_state.view(batch, groups, -1, state).transpose(-1, -2)
     decays, states, adjoints = decay.unbind(), h.unbind(), g.unbind()
     backwards, decays_after = adjoints[-2::-1], decays[:0:-1]
     for i in reversed(range(plan.blocks)):
         torch.mul(delta[i], A, out=decay).exp_()
         gain = delta[i] * u[i]
         torch.mul(gain, B_column[i], out=h)
-        _sweep(starts[i], decays, states)
+        start = starts[i * plan.chunks : (i + 1) * plan.chunks]
+        _sweep(start, decays, states)
         torch.mul(grad_y[i], C[i], out=g)
         if plan.chunks > 1:
             ends = _sweep_end(g[-1], decays_after, backwards) * decay[0]
             totals = torch.exp(delta[i].sum(0) * A)
-            rows = (x.unbind()[::-1] for x in (totals, ends, incoming))
-            carry = _chunk_starts(carry, *rows)
-        else:
-            incoming[0] = carry
-        g[-1].add_(incoming)
+            _chunk_starts(*(x.unbind()[::-1] for x in (incoming, totals, ends)))
+        g[-1].add_(incoming[1:])
         _sweep(g[-1], decays_after, backwards)
         if plan.chunks == 1:
-            carry = torch.mul(decay[0, 0], g[0, 0])
+            torch.mul(decay[0, 0], g[0, 0], out=first)
+        last.copy_(first)
 
         _matmul(h, grad_y[i].transpose(-1, -2), out=grad_C[i])
         _matmul(g, gain.transpose(-1, -2), out=grad_B[i])
@@ -224,7 +234,7 @@ def _backward(
         # The gradient of delta * A is g_t * decay_t * h_{t-1}.
         decay.mul_(g)
         decay[1:].mul_(h[:-1])
-        decay[0].mul_(starts[i])
+        decay[0].mul_(start)
         torch.sum(torch.mul(decay, A, out=h), -2, keepdim=True, out=grad_delta[i])
         grad_A += torch.mul(decay, delta[i], out=h).sum((0, 1, 2))
 
@@ -258,7 +268,8 @@ def _backward(
 def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     plan = _plan_for(u, A)
     groups, state = B.shape[1:3]
-    return plan.blocks, plan.chunks, u.shape[0], groups, state, u.shape[1] // groups
+    rows = plan.blocks * plan.chunks + 1
+    return rows, u.shape[0], groups, state, u.shape[1] // groups
 
 
 selective_scan_chunked = make_operator(

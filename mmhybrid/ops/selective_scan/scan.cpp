@@ -145,7 +145,8 @@ template <int S> inline void exchange(vec* r) {
     }
 }
 template <int S> inline void fold(vec* r) {
-  for (int i = 0; i < W; i += 2 * S) r[i] = take_low<S>(r[i], r[i + S]) + take_high<S>(r[i], r[i + S]);
+  for (int i = 0; i < W; i += 2 * S)
+    r[i] = take_low<S>(r[i], r[i + S]) + take_high<S>(r[i], r[i + S]);
 }
 #endif
 
