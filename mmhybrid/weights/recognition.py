@@ -130,7 +130,7 @@ def _depths(shapes: Mapping[str, tuple[int, ...]], stages: str) -> tuple[int, ..
 _KINDS = (
     ('detector', r'(.*\.)?(rpn_head|roi_head|bbox_head|roi_heads|proposal_generator|mask_head)\.'),
     ('segmentor', r'(.*\.)?(decode_head|auxiliary_head)\.'),
-    ('classification', r'(module\.|model\.|encoder\.|backbone\.)*(head|classifier)\.'),
+    ('classification', r'((module|_orig_mod|model|encoder|backbone|net)\.)*(head|classifier)\.'),
 )
 
 

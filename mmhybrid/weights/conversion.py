@@ -1,0 +1,186 @@
+"""Checkpoints in other containers: clean safetensors or mm files, slim ones, and back again.
+
+A clean file has the weights under the model's own names and says where they are from.  What was
+taken away, the entry and the prefix, is noted in it, so that the original naming can be restored.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .download import sha256_of
+from .errors import WeightsError
+from .nesting import strip_wrappers, unwrap
+from .reading import read_file, safetensors_metadata
+from .recognition import identify, kind_of
+from .released import RELEASED
+from .sources import fetch
+
+__all__ = ['convert', 'provenance_of', 'publish', 'restore']
+
+_KEPT = ('dataset_meta', 'cfg', 'epoch', 'iter', 'mmengine_version')  # of mmengine's meta
+_NOTE = 'mmhybrid'  # entry of an mm file's meta, prefix of safetensors' keys
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | None = None,
+            licence: str | None = None, trust: bool = False) -> dict[str, str]:
+    """Write the weights of a file cleanly, with their provenance.
+
+    Args:
+        source: see :func:`mmhybrid.weights.fetch`.
+        target: file to write; its suffix .safetensors or .pth decides the format.
+        key: entry to take; see :func:`mmhybrid.weights.unwrap`.
+        licence: of the weights; known for published files.
+        trust: see :func:`mmhybrid.weights.read_file`.
+
+    Returns:
+        The provenance: source, sha256, licence, family, arch, kind and how to restore the original.
+
+    Raises:
+        WeightsError: if the source cannot be read or the target has another suffix.
+    """
+    path, target = fetch(source), _checked_target(target)
+    found, where = unwrap(read_file(path, trust=trust, name=os.fspath(source)), key)
+    kind = kind_of(found)
+    # A whole detector stays whole; only what wraps the model is taken away.
+    state_dict, prefix = strip_wrappers(found) if kind not in ('detector', 'segmentor') else (
+        _without_parallel(found))
+    aside = sorted(set(found) - {prefix + name for name in state_dict})
+    if aside:
+        raise WeightsError(f'{source} holds tensors beside the model that would be lost '
+                           f'({", ".join(aside[:3])}); load the part that you want with '
+                           'load_weights and save that')
+    inner = strip_wrappers(state_dict)[0]
+    identity = identify({name: tuple(t.shape) for name, t in inner.items()})
+    row = _released(os.fspath(source), path)
+    facts = dict(
+        source=path.name if os.path.isfile(source) else os.fspath(source), sha256=sha256_of(path),
+        published=row.address if row else '',
+        licence=licence or (row.licence if row else 'unknown'),
+        repository=row.source if row else '', kind=kind,
+        family=identity.family if identity else '', arch=(identity and identity.variant) or '',
+        original=json.dumps(dict(entry=where, prefix=prefix)))
+    facts = {name: value for name, value in facts.items() if value}
+    _write(state_dict, target, facts)
+    return facts
+
+
+def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Write a converted file under its original names and entry, as a .pth file.
+
+    Raises:
+        WeightsError: if the file was not written by :func:`convert`.
+    """
+    path = fetch(source)
+    facts = provenance_of(path)
+    if 'original' not in facts:
+        raise WeightsError(f'{source} does not say how it was named originally; expected a file '
+                           'that tools/convert_checkpoint.py wrote')
+    original = json.loads(facts['original'])
+    state_dict = {original['prefix'] + name: tensor
+                  for name, tensor in unwrap(read_file(path))[0].items()}
+    for entry in reversed(original['entry'].split('.') if original['entry'] else []):
+        state_dict = {entry: state_dict}
+    _save(state_dict, Path(target))
+
+
+def provenance_of(path: str | os.PathLike) -> dict[str, str]:
+    """Read what :func:`convert` noted in a file; nothing for other files."""
+    metadata = safetensors_metadata(path)
+    if metadata:
+        return {name.partition('.')[2]: value for name, value in metadata.items()
+                if name.startswith(f'{_NOTE}.')}
+    checkpoint = read_file(path)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    return dict(meta.get(_NOTE, {})) if isinstance(meta, Mapping) else {}
+
+
+def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool = False) -> Path:
+    """Slim a checkpoint of training: weights and their description, no optimizer and no curves.
+
+    Where ``EMAHook`` was on, the averaged weights are what mmengine saves as the model.
+
+    Args:
+        source: file that mmengine wrote.
+        target: file to write; the first eight digits of its SHA-256 are added to its name, so that
+            downloads can be checked.
+        trust: see :func:`mmhybrid.weights.read_file`.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        WeightsError: if the source cannot be read or the target has another suffix.
+    """
+    path, target = fetch(source), _checked_target(target)
+    checkpoint = read_file(path, trust=trust, name=os.fspath(source))
+    found, where = unwrap(checkpoint)
+    state_dict, _ = _without_parallel(found)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) and where else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    kept = {name: meta[name] for name in _KEPT if name in meta}
+    if target.suffix == '.safetensors':
+        names = kept.get('dataset_meta', {}).get('classes') or ()
+        _write(state_dict, target, dict(classes=json.dumps(list(names))) if names else {})
+    else:
+        _save(dict(meta=kept, state_dict=_own(state_dict)), target)
+    final = target.with_name(f'{target.stem}-{sha256_of(target)[:8]}{target.suffix}')
+    os.replace(target, final)
+    return final
+
+
+def _checked_target(target: str | os.PathLike) -> Path:
+    target = Path(target)
+    if target.suffix not in ('.safetensors', '.pth'):
+        raise WeightsError(f'got {target} to write to, expected a name that ends in .safetensors '
+                           'or .pth')
+    return target
+
+
+def _without_parallel(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    removed = ''
+    for wrapper in ('module.', '_orig_mod.'):
+        if all(name.startswith(wrapper) for name in state_dict):
+            state_dict, _ = strip_wrappers(state_dict, wrapper)
+            removed += wrapper
+    return state_dict, removed
+
+
+def _released(source: str, path: Path):
+    for row in RELEASED.values():
+        if source.lower() == row.name or row.address == source or row.file and (
+                path.name == row.file or path.name.endswith(f'-{row.file}')):
+            return row
+    return None
+
+
+def _own(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give every tensor memory of its own and no more than it needs."""
+    return {name: tensor.detach().cpu().clone().contiguous()
+            for name, tensor in state_dict.items()}
+
+
+def _write(state_dict: Mapping[str, Tensor], target: Path, facts: dict[str, str]) -> None:
+    if target.suffix == '.pth':
+        _save(dict(meta={_NOTE: facts}, state_dict=_own(state_dict)), target)
+        return
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError('writing .safetensors needs that package; run: pip install safetensors, '
+                          'or write a .pth file') from error
+    part = target.with_name(target.name + '.part')
+    metadata = {f'{_NOTE}.{name}': value for name, value in facts.items()}
+    save_file(_own(state_dict), part, metadata={'format': 'pt', **metadata})
+    os.replace(part, target)
+
+
+def _save(value: object, target: Path) -> None:
+    part = target.with_name(target.name + '.part')
+    torch.save(value, part)
+    os.replace(part, target)
