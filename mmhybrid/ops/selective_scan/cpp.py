@@ -73,12 +73,17 @@ def _openmp_of_torch() -> str | None:
     Linking to this very file lets kernel and PyTorch share one team of threads; two teams would
     keep each other from the cores.
     """
+    found = []
     with contextlib.suppress(OSError):
         for line in Path('/proc/self/maps').read_text().splitlines():
-            path = line.split()[-1]
-            if Path(path).name.startswith('libgomp') and Path(path).exists():
-                return path
-    return None
+            path = Path(line.split()[-1])
+            if path.name.startswith('libgomp') and path.exists():
+                found.append(path)
+    # Other packages may have brought their own; PyTorch's lies with PyTorch, or is the system's.
+    home = Path(torch.__file__).parent
+    homes = (home, home.with_name('torch.libs'))
+    found.sort(key=lambda path: not any(x in path.parents for x in homes))
+    return str(found[0]) if found else None
 
 
 def _attempts() -> list[tuple[str, ...]]:
