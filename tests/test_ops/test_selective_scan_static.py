@@ -29,8 +29,8 @@ TYPES = {
     torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32',
 }  # fmt: skip
 KERNELS = [
-    'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_aggregate_kernel',
-    'scan_backward_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
+    'scan_forward_kernel', 'scan_tile_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
+    'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
 ]  # fmt: skip
 DETECTION = dict(batch=2, heads=320, length=3136, state=8)
 
@@ -161,6 +161,17 @@ def check_forward(program, arguments, expected):
     assert exponentials(loop, arguments, arguments['UNROLL']) == expected
 
 
+def check_tile(program, arguments, first, second):
+    """Two sweeps without shared memory or shuffles; the scan over the rows is between them."""
+    assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
+    assert program.registers * arguments['num_warps'] * 32 <= 65536
+    sweeps = [loop for loop in program.loops if loop['LDG.E.U16']]
+    per_warp = arguments['ROWS'] / arguments['num_warps']
+    assert [exponentials(loop, arguments, per_warp) for loop in sweeps] == [first, second]
+    for loop in sweeps:
+        assert count(loop, 'BAR', 'STS', 'LDS', 'SHFL') == 0
+
+
 def check_backward(program, arguments, expected):
     assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
     assert program.registers <= 255
@@ -181,9 +192,10 @@ VARIANTS = {
     'ragged channels': dict(heads=200, groups=2),
     'one state': dict(state=1, softplus=True, bias=True),
     'sixteen states': dict(state=16, gate=True, softplus=True, bias=True),
+    'tile': dict(length=1024, gate=True, softplus=True, bias=True),
     'one launch': dict(batch=128, length=49, last=True, gate=True),
 }
-QUICK = {('plain', 90), ('everything', 90), ('one state', 90), ('one launch', 90),
+QUICK = {('plain', 90), ('everything', 90), ('tile', 90), ('one state', 90), ('one launch', 90),
          ('softplus', 80), ('softplus', 100)}  # fmt: skip
 ALL = [
     pytest.param(name, capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
@@ -197,9 +209,9 @@ def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
     shape = DETECTION | VARIANTS[variant]
     calls = launches(kernels, monkeypatch, **shape)
     names = [kernel.fn.__name__ for kernel, _ in calls]
-    chunked = 'scan_carry_kernel' in names
-    assert chunked == (variant != 'one launch')
-    assert len(names) == (3 + 5 if chunked else 1 + 3)
+    assert ('scan_tile_kernel' in names) == (variant == 'tile')
+    launched = {'one launch': 1 + 3, 'tile': 1 + 5}.get(variant, 3 + 5)
+    assert len(names) == launched, names
     for kernel, arguments in calls:
         name = kernel.fn.__name__
         program = build(kernel, arguments, capability, tmp_path)
@@ -209,6 +221,8 @@ def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
         if name == 'scan_forward_kernel':
             final = arguments['MODE'] != kernels.AGGREGATE.value
             check_forward(program, arguments, step + (gate and final))
+        elif name == 'scan_tile_kernel':
+            check_tile(program, arguments, step, step + gate)
         elif name == 'scan_backward_aggregate_kernel':
             check_forward(program, arguments, step + gate)
         elif name == 'scan_backward_kernel':
@@ -216,9 +230,11 @@ def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
 
 
 def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
+    sizes = ((1, 49), (2, 3136), (3, 97), (2, 4096), (128, 49), (1, 12543), (8, 1000))
+
     def programs(token_major):
         found = set()
-        for batch, length in ((1, 49), (2, 3136), (3, 97), (2, 4096), (128, 49), (1, 12543)):
+        for batch, length in sizes:
             shape = DETECTION | dict(batch=batch, length=length, token_major=token_major)
             for kernel, arguments in launches(kernels, monkeypatch, **shape):
                 found.add((kernel.fn.__name__, repr(specialisation(kernel, arguments))))
@@ -227,6 +243,7 @@ def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
     # Three modes of the forward kernel, two of the backward one (whole or in chunks).
     expected = dict.fromkeys(KERNELS, 1) | {
         'scan_forward_kernel': 3, 'scan_backward_kernel': 2, 'scan_carry_kernel': 2,
+        'scan_tile_kernel': 2,
     }  # fmt: skip
     assert programs(token_major=True) == expected
     # Channel-major strides are the length: its divisibility by sixteen matters, nothing else.

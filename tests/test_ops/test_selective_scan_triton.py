@@ -56,6 +56,8 @@ def test_plan_follows_the_shape():
             plan = fused.launch_plan(batch, 1, heads, length, 8, 132, chunk)
             assert plan.chunk % plan.unroll == 0
             assert (plan.n_chunks - 1) * plan.chunk < length <= plan.n_chunks * plan.chunk
+            assert plan.tile == 0 or plan.n_chunks <= 64
+    assert fused.launch_plan(2, 1, 320, 1024, 8, 132).tile == 8
     # Many short sequences need one launch, few long ones fill the machine with chunks.
     assert fused.launch_plan(128, 1, 320, 49, 8, 132).n_chunks == 1
     detection = fused.launch_plan(2, 1, 160, 12544, 8, 132)

@@ -25,7 +25,7 @@ FACTORS = {
     'dtype': (torch.float32, torch.bfloat16, torch.float16),
     'layout': ('token', 'channel', 'mixed'),
     'order': (None, 'shared', 'per group', 'with holes'),
-    'chunk': (0, 8, 20),  # 0: what the heuristics choose
+    'chunk': (0, 8, -8, 20),  # 0: what the heuristics choose; negative: one launch of a tile
     'heads': (3, 33),  # one ragged block, and a full block with a ragged one
     'groups': (1, 2),
     'reverse': (False, True),
@@ -198,7 +198,9 @@ def check_case(case):
     for (name, x), grad, expected in zip(present.items(), grads, grads_exact, strict=True):
         assert grad.dtype == x.dtype
         expected = torch.zeros_like(x) if expected is None else expected
-        assert_close(f'gradient of {name}', grad, expected, STORED[x.dtype])
+        # Sums over tokens cancel, and their error is that of the terms.
+        cancels = 3 if name in ('A', 'D', 'delta_bias') else 1
+        assert_close(f'gradient of {name}', grad, expected, cancels * STORED[x.dtype])
 
 
 CASES = list(pairwise(FACTORS))
@@ -232,7 +234,7 @@ def gradients(case, chunk=0):
 
 def test_chunks_do_not_change_the_result():
     whole = gradients(SMALL, chunk=16)
-    for chunk in (4, 8, 12):
+    for chunk in (4, 8, 12, -4):
         for name, x in gradients(SMALL, chunk).items():
             assert_close(f'{name} at chunk {chunk}', x, whole[name], 5e-7)
 

@@ -15,12 +15,14 @@ from torch import Tensor
 __all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'scan_into', 'selective_scan_triton']
 
 #: The lowest Triton with which the tests of the kernels have passed.
-MINIMUM_TRITON = (3, 6)
+MINIMUM_TRITON = (3, 3)
 #: States that one kernel keeps in registers; a larger N is computed in parts of this size.
 MAX_STATE = 16
 # What the heuristics assume of a GPU: cycles of a step that no other instruction of its warp can
 # hide, cycles of two more launches, and the warps that keep one multiprocessor busy.
 _LATENCY, _TWO_LAUNCHES, _WARPS = 80, 8000, 16
+# Chunks that one program holds side by side when it takes a whole sequence.
+_TILE_ROWS = 64
 # Tokens between two checkpoints of the state in the backward pass.
 _RUN = 4
 # Elements from which on a channel-major tensor is copied to token-major.
@@ -72,13 +74,16 @@ class LaunchPlan(NamedTuple):
         block: channels of one program, which is one warp.
         unroll: tokens whose loads are in flight together.
         chunk: tokens of one program, a multiple of ``unroll`` and of the backward's run.
-        n_chunks: programs along the sequence; 1 needs one launch, more need three.
+        n_chunks: chunks of the sequence; 1 needs one launch, more need three.
+        tile: channels of a program that takes all chunks in one launch, for short sequences; 0
+            for programs of one chunk each.
     """
 
     block: int
     unroll: int
     chunk: int
     n_chunks: int
+    tile: int
 
 
 def launch_plan(
@@ -93,12 +98,15 @@ def launch_plan(
         length: L.
         state: N.
         processors: multiprocessors of the GPU.
-        chunk: tokens per chunk if not 0, rounded up; for tests and tuning.
+        chunk: tokens per chunk if not 0, rounded up, and negative to ask for a tile; for tests and
+            for tuning.
     """
     # Sixty-four channels share one load of B and C; a block that is less than half full, or whose
     # states would fill the registers, is not worth it.
     block = 64 if state <= 8 and (heads % 64 == 0 or heads % 64 > 32) else 32
     unroll = 8 if state <= 2 else 4
+    tile = chunk < 0
+    chunk = abs(chunk)
     if chunk == 0:
         programs = max(1, batch * groups * -(-heads // block))
         # Cycles per token, where a warp takes eight for an exponential of 32 channels: of one
@@ -109,11 +117,18 @@ def launch_plan(
         cut = 2 * length * programs * exponentials // (4 * processors) + _TWO_LAUNCHES
         pieces = 1 if whole <= cut else -(-_WARPS * processors // programs)
         chunk = max(32, -(-length // pieces))
+        if pieces > 1 and _TILE_ROWS < length <= 32 * _TILE_ROWS:
+            tile, chunk = True, -(-length // _TILE_ROWS)
     step = max(unroll, _RUN)
     chunk = max(step, -(-chunk // step) * step)
     if chunk >= length:
         chunk = max(step, -(-length // step) * step)
-    return LaunchPlan(block, unroll, chunk, max(1, -(-length // chunk)))
+    n_chunks = max(1, -(-length // chunk))
+    if tile and 1 < n_chunks <= _TILE_ROWS and state <= 8:
+        # Sixteen channels load better, eight spread over more multiprocessors.
+        width = 16 if batch * groups * -(-heads // 16) >= processors else 8
+        return LaunchPlan(block, unroll, chunk, n_chunks, width)
+    return LaunchPlan(block, unroll, chunk, n_chunks, 0)
 
 
 @functools.cache
@@ -179,53 +194,67 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chun
         return out, last.zero_(), states
     u, delta, z = _lanes(u), _lanes(delta), _lanes(z)
     plan = _plan(u, state, length, chunk)
-    n_blocks = -(-heads // plan.block)
     sums = A.new_empty(batch, states.shape[1], channels)
 
+    shared = dict(
+        p_u=u,
+        p_delta=delta,
+        p_A=A,
+        p_B=B,
+        p_C=C,
+        p_D=D,
+        p_z=z,
+        p_bias=delta_bias,
+        p_order=order,
+        p_out=out,
+        p_last=last,
+        p_state=states,
+        **_strides('u', u, 'bgdl'),
+        **_strides('delta', delta, 'bgdl'),
+        **_strides('B', B, 'bgnl'),
+        **_strides('C', C, 'bgnl'),
+        **_strides('z', z, 'bgdl'),
+        **_strides('out', out, 'bgdl'),
+        order_sg=_order_step(order),
+        heads=heads,
+        groups=groups,
+        length=length,
+        chunk=plan.chunk,
+        n_chunks=plan.n_chunks,
+        N=state,
+        HAS_D=D is not None,
+        HAS_Z=z is not None,
+        HAS_BIAS=delta_bias is not None,
+        SOFTPLUS=softplus,
+        ORDER=order is not None,
+        REVERSE=reverse,
+    )
+
     def launch(mode):
+        n_blocks = -(-heads // plan.block)
         kernels.scan_forward_kernel[(batch * plan.n_chunks * groups * n_blocks,)](
-            p_u=u,
-            p_delta=delta,
-            p_A=A,
-            p_B=B,
-            p_C=C,
-            p_D=D,
-            p_z=z,
-            p_bias=delta_bias,
-            p_order=order,
-            p_out=out,
-            p_last=last,
-            p_state=states,
             p_sum=sums,
-            **_strides('u', u, 'bgdl'),
-            **_strides('delta', delta, 'bgdl'),
-            **_strides('B', B, 'bgnl'),
-            **_strides('C', C, 'bgnl'),
-            **_strides('z', z, 'bgdl'),
-            **_strides('out', out, 'bgdl'),
-            order_sg=_order_step(order),
-            heads=heads,
-            groups=groups,
-            length=length,
-            chunk=plan.chunk,
-            n_chunks=plan.n_chunks,
             n_blocks=n_blocks,
-            N=state,
             BLOCK=plan.block,
             UNROLL=plan.unroll,
             MODE=mode,
-            HAS_D=D is not None,
-            HAS_Z=z is not None,
-            HAS_BIAS=delta_bias is not None,
-            SOFTPLUS=softplus,
-            ORDER=order is not None,
-            REVERSE=reverse,
             EVEN=heads % plan.block == 0,
             num_warps=1,
+            **shared,
         )
 
     with torch.cuda.device_of(u):
-        if plan.n_chunks == 1:
+        if plan.tile:
+            n_blocks = -(-heads // plan.tile)
+            kernels.scan_tile_kernel[(batch * groups * n_blocks,)](
+                n_blocks=n_blocks,
+                BLOCK=plan.tile,
+                ROWS=_TILE_ROWS,
+                EVEN=heads % plan.tile == 0,
+                num_warps=_TILE_ROWS * plan.tile // 64,  # two values per thread
+                **shared,
+            )
+        elif plan.n_chunks == 1:
             launch(kernels.SINGLE.value)
         else:
             launch(kernels.AGGREGATE.value)

@@ -243,6 +243,124 @@ def scan_carry_kernel(
             b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
 
 
+@triton.jit
+def _compose(decay, state, next_decay, next_state):
+    """Two stretches of tokens as one: h -> next_decay (decay h + state) + next_state."""
+    return decay * next_decay, next_decay * state + next_state
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def scan_tile_kernel(
+    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_order, p_out, p_last, p_state,
+    u_sb, u_sg, u_sd, u_sl, delta_sb, delta_sg, delta_sd, delta_sl,
+    B_sb, B_sg, B_sn, B_sl, C_sb, C_sg, C_sn, C_sl,
+    z_sb, z_sg, z_sd, z_sl, out_sb, out_sg, out_sd, out_sl, order_sg,
+    heads, groups, length, chunk, n_chunks, n_blocks,
+    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The forward scan in one launch: a row of the tile is a chunk, a column a channel.
+
+    Both sweeps of the chunked scan, with one scan over the rows in between for the states that
+    enter them (p_state, as the carry kernel leaves it). For short sequences, where three launches
+    cost more than the work. n_chunks <= ROWS.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_block = pid % n_blocks
+    i_g = (pid // n_blocks) % groups
+    i_b = pid // (n_blocks * groups)
+
+    o_h = (i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64))[None, :]
+    o_r = tl.arange(0, ROWS)[:, None]
+    m_d = o_h < heads
+    o_d = i_g * heads + o_h
+    p_u += i_b * u_sb + i_g * u_sg + o_h * u_sd
+    p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
+    p_B += i_b * B_sb + i_g * B_sg
+    p_C += i_b * C_sb + i_g * C_sg
+    p_out += i_b * out_sb + i_g * out_sg + o_h * out_sd
+    if HAS_Z:
+        p_z += i_b * z_sb + i_g * z_sg + o_h * z_sd
+    if ORDER:
+        p_order += i_g * order_sg
+    channels = groups.to(tl.int64) * heads
+    p_A += o_d * N
+
+    b_bias = tl.zeros([1, BLOCK], tl.float32)
+    if HAS_BIAS:
+        b_bias = _load(p_bias + o_d, m_d, EVEN)
+    b_skip = tl.zeros([1, BLOCK], tl.float32)
+    if HAS_D:
+        b_skip = _load(p_D + o_d, m_d, EVEN)
+    b_A = ()
+    b_h = ()
+    for n in tl.static_range(N):
+        b_A = b_A + (_load(p_A + n, m_d, EVEN) * LOG2E,)
+        b_h = b_h + (tl.zeros([ROWS, BLOCK], tl.float32),)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+
+    for t in range(0, chunk):
+        s = o_r * chunk + t
+        token, live = _token(p_order, s, length, ORDER, REVERSE)
+        b_u = _load(p_u + token * u_sl, m_d & (o_r >= 0), EVEN)
+        b_delta = _load(p_delta + token * delta_sl, m_d & (o_r >= 0), EVEN)
+        if ORDER:
+            b_u = tl.where(live, b_u, 0.0)
+            b_delta = tl.where(live, b_delta, 0.0)
+        b_delta = _step(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
+        b_delta = tl.where(s < length, b_delta, 0.0)
+        b_x = b_delta * b_u
+        b_sum += b_delta
+        b_next = ()
+        for n in tl.static_range(N):
+            b_B = tl.load(p_B + n * B_sn + token * B_sl).to(tl.float32)
+            b_next = b_next + (tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B,)
+        b_h = b_next
+
+    # A row starts from what all rows before it leave: an inclusive scan, moved down by one row.
+    o_above = tl.broadcast_to(tl.maximum(o_r - 1, 0), [ROWS, BLOCK])
+    p_state += (i_b * n_chunks + o_r) * N * channels + o_d
+    b_next = ()
+    for n in tl.static_range(N):
+        _, b_through = tl.associative_scan((tl.exp2(b_A[n] * b_sum), b_h[n]), 0, _compose)
+        b_start = tl.where(o_r > 0, tl.gather(b_through, o_above, 0), 0.0)
+        tl.store(p_state + n * channels, b_start, mask=m_d & (o_r < n_chunks))
+        b_next = b_next + (b_start,)
+    b_h = b_next
+
+    for t in range(0, chunk):
+        s = o_r * chunk + t
+        token, live = _token(p_order, s, length, ORDER, REVERSE)
+        b_u = _load(p_u + token * u_sl, m_d & (o_r >= 0), EVEN)
+        b_delta = _load(p_delta + token * delta_sl, m_d & (o_r >= 0), EVEN)
+        if ORDER:
+            b_u = tl.where(live, b_u, 0.0)
+            b_delta = tl.where(live, b_delta, 0.0)
+        b_delta = _step(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
+        b_delta = tl.where(s < length, b_delta, 0.0)
+        b_x = b_delta * b_u
+        b_y = b_skip * b_u
+        b_next = ()
+        for n in tl.static_range(N):
+            b_B = tl.load(p_B + n * B_sn + token * B_sl).to(tl.float32)
+            b_C = tl.load(p_C + n * C_sn + token * C_sl).to(tl.float32)
+            b_state = tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B
+            b_y += b_state * b_C
+            b_next = b_next + (b_state,)
+        b_h = b_next
+        if HAS_Z:
+            b_z = _load(p_z + token * z_sl, m_d & (o_r >= 0), EVEN)
+            b_y = b_y * b_z * _sigmoid(b_z)
+        tl.store(
+            p_out + token * out_sl, b_y.to(p_out.dtype.element_ty), mask=m_d & live & (s < length)
+        )
+
+    p_last += (i_b * channels + o_d) * N
+    for n in tl.static_range(N):
+        tl.store(p_last + n + o_r * 0, b_h[n], mask=m_d & (o_r == ROWS - 1))
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scan_backward_aggregate_kernel(
     p_delta, p_A, p_C, p_z, p_bias, p_order, p_dout, p_state, p_sum,
