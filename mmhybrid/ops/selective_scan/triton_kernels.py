@@ -576,7 +576,8 @@ def scan_backward_kernel(
         # A loop that is not unrolled: the code stays small for any N, and what belongs to one state
         # (its value before the run, its gradient, dA) waits in memory, touched once per K tokens.
         for i_n in range(0, N):
-            b_An = _load(p_A + i_n, m_d, EVEN) * LOG2E
+            b_rate = _load(p_A + i_n, m_d, EVEN)
+            b_An = b_rate * LOG2E
             b_state = _load(p_scratch + (s0 // K * N + i_n) * channels, m_d, EVEN)
             b_g = _load(p_gstate + i_n * channels, m_d, EVEN)
             b_dA = _load(p_dchannel + i_n * channels, m_d, EVEN)
@@ -609,7 +610,7 @@ def scan_backward_kernel(
                 b_q = b_g * before_k[K - 1 - j]
                 b_dA += b_q * delta_k[K - 1 - j]
                 dxnew_k = (dx_k[K - 1 - j] + b_g * B_k[K - 1 - j],) + dxnew_k
-                ddnew_k = (dd_k[K - 1 - j] + b_q * b_An,) + ddnew_k
+                ddnew_k = (dd_k[K - 1 - j] + b_q * b_rate,) + ddnew_k
                 b_g = b_g * decay_k[K - 1 - j]
             dx_k = dxnew_k
             dd_k = ddnew_k
@@ -625,7 +626,7 @@ def scan_backward_kernel(
             b_u = _load(p_u + token * u_sl, m_d, EVEN)
             if ORDER:
                 b_u = tl.where(live, b_u, 0.0)
-            b_ddelta = dd_k[k] * (1.0 / LOG2E) + dx_k[k] * b_u
+            b_ddelta = dd_k[k] + dx_k[k] * b_u
             if SOFTPLUS:
                 b_raw = _load(p_delta + token * delta_sl, m_d, EVEN)
                 if ORDER:
