@@ -39,4 +39,6 @@ echo "[tests] ruff" >&2
 echo "[tests] codespell" >&2
 "$python" -m codespell_lib .
 echo "[tests] pytest ($stack stack)" >&2
-exec "$python" -m pytest ${arguments[@]+"${arguments[@]}"}
+# Two processes of one thread each; a file stays in one process, because its tests share set-up.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$python" -m pytest -n 2 --dist loadfile --durations 15 ${arguments[@]+"${arguments[@]}"}
