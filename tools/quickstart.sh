@@ -78,9 +78,9 @@ if [[ "$task" == help ]]; then
 fi
 if ((${#shortened[@]})); then options+=(--cfg-options "${shortened[@]}"); fi
 
-# Idle threads sleep instead of spinning: on a machine that does other things as well, spinning
+# Idle threads soon sleep instead of spinning: on a machine that does other things as well, spinning
 # threads hold up the working ones, and an iteration takes several times as long.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 started=$SECONDS
 say "1/5 environment"
