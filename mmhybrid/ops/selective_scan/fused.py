@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'scan_into', 'selective_scan_triton']
 
 #: The lowest Triton with which the tests of the kernels have passed.
-MINIMUM_TRITON = (3, 3)
+MINIMUM_TRITON = (3, 6)
 #: States that one kernel keeps in registers; a larger N is computed in parts of this size.
 MAX_STATE = 16
 # What the heuristics assume of a GPU: cycles of a step that no other instruction of its warp can
