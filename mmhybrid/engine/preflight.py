@@ -16,8 +16,17 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS
 from mmengine.runner import BaseLoop
 
-from mmhybrid.weights import WeightsError, check_file, is_known_source
+from mmhybrid.weights import (
+    WeightsError,
+    check_file,
+    fetch,
+    is_known_source,
+    kind_of,
+    unwrap,
+)
 
+from ..models.backbones.base import DenseBackbone
+from ..models.checkpoints import fit_weights
 from ..registry import HOOKS
 from .config import is_remote
 from .errors import UserError
@@ -193,9 +202,15 @@ def _check_categories(dataset, classes, split) -> list[str]:
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
-    """Raise UserError if ``path`` is no complete file of weights. Addresses and names pass."""
+    """Raise UserError if ``path`` is no complete file of weights; fetch it if it is elsewhere."""
     path = osp.expanduser(path)
-    if is_remote(path) or is_known_source(path):
+    if is_known_source(path):
+        try:
+            fetch(path)
+        except (WeightsError, OSError) as error:
+            raise UserError(f'The {what} {error}.') from error
+        return
+    if is_remote(path):
         return
     if not osp.isfile(path):
         folder = osp.dirname(path) or '.'
@@ -211,16 +226,42 @@ def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
 
 @HOOKS.register_module()
 class CheckpointCheckHook(Hook):
-    """Refuses a checkpoint that does not fit the model, when testing or resuming.
+    """Refuses a checkpoint that does not fit the model.
 
-    Starting a new training from a checkpoint (``load_from``) may leave parts out on purpose, for
-    example a head for other classes; there mmengine's report in the log is enough.
+    When testing or resuming, everything must be there.  Starting a new training from a checkpoint
+    (``load_from``) may leave parts out on purpose, for example a head for other classes; there a
+    backbone of this package must fit, and a file of the backbone alone goes into the backbone.
+
+    Args:
+        strict: False starts a new training from whatever fits.
     """
+
+    def __init__(self, strict: bool = True):
+        self.strict = strict
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compare names and shapes."""
         if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
-            return
+            self._start(runner, checkpoint)
+        else:
+            self._continue(runner, checkpoint)
+
+    def _start(self, runner, checkpoint: dict) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        backbone = getattr(model, 'backbone', None)
+        if not isinstance(backbone, DenseBackbone):
+            return  # mmengine's report in the log is all there is
+        weights, report = fit_weights(backbone, checkpoint, str(runner._load_from),
+                                      strict=self.strict)
+        runner.logger.info(str(report))
+        if kind_of(unwrap(checkpoint)[0]) in ('classification', 'backbone'):
+            meta = checkpoint.get('meta')
+            checkpoint.clear()
+            checkpoint['state_dict'] = {f'backbone.{name}': t for name, t in weights.items()}
+            if meta is not None:
+                checkpoint['meta'] = meta
+
+    def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         state = checkpoint.get('state_dict', checkpoint)
         given = {key.removeprefix('module.'): tuple(value.shape)

@@ -53,6 +53,8 @@ def train(argv: list[str] | None = None) -> None:
     warnings += apply_pretrained(cfg, args.pretrained)
     if cfg.get('load_from'):
         check_checkpoint_file(cfg.load_from)
+    elif cfg.get('pretrained'):
+        check_checkpoint_file(cfg.pretrained, 'pretrained checkpoint')
     splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     runner = _build(cfg, args, splits, notes, warnings)
     runner.train()

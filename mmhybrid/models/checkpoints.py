@@ -23,7 +23,7 @@ from mmhybrid.weights import (
     unwrap,
 )
 
-__all__ = ['Comparison', 'LoadReport', 'compare', 'load_backbone', 'load_weights']
+__all__ = ['Comparison', 'LoadReport', 'compare', 'fit_weights', 'load_backbone', 'load_weights']
 
 #: Below this share of matching tensors a file is taken for that of another model.
 LEAST_MATCH = 0.95
@@ -59,6 +59,11 @@ class Comparison:
         others = len(self.missing) + len(self.unexpected) + len(self.disagreeing)
         return len(self.matched) / max(len(self.matched) + others, 1)
 
+    @property
+    def fits(self) -> bool:
+        """Whether the file is taken for the module's own."""
+        return not self.disagreeing and self.share >= LEAST_MATCH
+
     def __str__(self) -> str:
         text = f'{len(self.matched)} tensors match ({100 * self.share:.1f} %)'
         if self.disagreeing:
@@ -90,6 +95,11 @@ class LoadReport:
     comparison: Comparison
     resized: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
     aside: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the file was taken for the module's own."""
+        return self.comparison.fits
 
     def __str__(self) -> str:
         found = self.comparison
@@ -199,13 +209,28 @@ def load_backbone(module: nn.Module, source: str | os.PathLike, *, prefix: str |
     return _load(module, checkpoint, os.fspath(source), prefix=prefix, key=key, strict=strict)
 
 
-def _load(module: nn.Module, checkpoint: object, source: str, *, prefix=None, key=None,
-          strict=True, map_location=None, trust=False) -> LoadReport:
+def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: str | None = None,
+                key: str | None = None, strict: bool = True
+                ) -> tuple[dict[str, Tensor], LoadReport]:
+    """Bring the weights of a checkpoint into the form of a module without loading them.
+
+    Args:
+        module: whole model, backbone or classifier.
+        checkpoint: what a file holds.
+        source: what messages call it.
+        prefix: see :func:`load_backbone`.
+        key: see :func:`load_backbone`.
+        strict: see :func:`load_backbone`.
+
+    Returns:
+        The tensors that match, and the report.
+
+    Raises:
+        WeightsError: if they do not fit.
+    """
     found, where = unwrap(checkpoint, key)
-    if hasattr(module, 'backbone') and not prefix:
-        state_dict, removed = _without_parallel(found)
-    else:
-        state_dict, removed = strip_wrappers(found, prefix)
+    whole = hasattr(module, 'backbone') and not prefix
+    state_dict, removed = _without_parallel(found) if whole else strip_wrappers(found, prefix)
     inside = {removed + name for name in state_dict}
     aside = [name for name in found if name not in inside]
     original = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -215,18 +240,23 @@ def _load(module: nn.Module, checkpoint: object, source: str, *, prefix=None, ke
                if name in original and original[name] != tuple(tensor.shape)
                and len(original[name]) == tensor.dim()}
     result = compare(module, fitted, getattr(module, 'may_differ', None))
-    fits = not result.disagreeing and result.share >= LEAST_MATCH
-    if not result.matched or strict and not fits:
+    if not result.matched or strict and not result.fits:
         raise WeightsError(_refusal(module, original, result, source))
-    module.load_state_dict({name: fitted[name] for name in result.matched}, strict=False)
-    identity = identify(original if not hasattr(module, 'backbone')
-                        else {n: tuple(t.shape) for n, t in strip_wrappers(found)[0].items()})
+    identity = identify(_part(original) if whole else original)
     places = [f'in {where!r}'] if where else []
     places += [f'without {removed!r}'] if removed else []
     holds = f'{identity or "a network of another family"}, {kind_of(found)}'
-    return LoadReport(
+    report = LoadReport(
         source, type(module).__name__, holds + (f' ({", ".join(places)})' if places else ''),
         result, resized, aside)
+    return {name: fitted[name] for name in result.matched}, report
+
+
+def _load(module: nn.Module, checkpoint: object, source: str, *, map_location=None, trust=False,
+          **options) -> LoadReport:
+    weights, report = fit_weights(module, checkpoint, source, **options)
+    module.load_state_dict(weights, strict=False)
+    return report
 
 
 def _without_parallel(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -271,10 +301,10 @@ def _refusal(module: nn.Module, shapes: Mapping[str, tuple], result: Comparison,
         instead = f'build the model with mmhybrid.{theirs.family}, or ' if theirs.ours else ''
         return (f'{source} holds another family, {theirs}, expected {wanted}; {instead}give a '
                 f'file of {ours.family}{_files(ours)}')
-    if ours is not None and (theirs.variant or theirs.facts) != (ours.variant or ours.facts):
+    if ours is not None and theirs.facts and theirs.facts != ours.facts:
         hint = f'set arch={theirs.variant!r}, or ' if theirs.variant else ''
-        return (f'{source} holds another variant, {theirs} ({theirs.facts}), expected {wanted} '
-                f'({ours.facts}); {hint}give a file of this variant{_files(ours)}')
+        return (f'{source} holds another variant, {_in_full(theirs)}, expected {_in_full(ours)}; '
+                f'{hint}give a file of this variant{_files(ours)}')
     return (f'{source} does not fit {type(module).__name__}: {result}; compare its settings, or '
             'load whatever fits with strict=False')
 
@@ -282,6 +312,10 @@ def _refusal(module: nn.Module, shapes: Mapping[str, tuple], result: Comparison,
 def _part(shapes: Mapping[str, tuple]) -> dict[str, tuple]:
     inner = {n.removeprefix('backbone.'): s for n, s in shapes.items() if n.startswith('backbone.')}
     return inner or dict(shapes)
+
+
+def _in_full(identity: Identity) -> str:
+    return f'{identity} ({identity.facts})' if identity.variant else str(identity)
 
 
 def _files(identity: Identity | None) -> str:

@@ -1,6 +1,7 @@
 """mmengine's ``init_cfg`` over our checkpoint loader."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from mmengine.logging import print_log
@@ -44,4 +45,5 @@ def initialize_from_checkpoint(module: BaseModule, initialize_rest: Callable[[],
                     "init_cfg of type 'Pretrained': unknown key")
         options = {key: entry[key] for key in _OPTIONS if entry.get(key) is not None}
         report = load_backbone(module, entry['checkpoint'], **options)
-        print_log(str(report), logger='current')
+        level = logging.INFO if report.fits else logging.WARNING
+        print_log(str(report), logger='current', level=level)

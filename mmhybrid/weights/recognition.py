@@ -54,7 +54,7 @@ class Identity:
     Attributes:
         family: registered class of the backbone, or the name of a foreign network.
         variant: ``arch`` of a published variant, None for another one.
-        facts: what distinguishes variants, in words.
+        facts: what distinguishes variants, in words; '' if parts are missing.
         ours: whether this package has the family.
     """
 
@@ -98,7 +98,7 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Identity | None:
     try:
         facts = _facts(family, shapes)
     except (KeyError, IndexError, ZeroDivisionError):
-        return Identity(family, facts='missing parts')
+        return Identity(family)  # parts are missing
     words = ', '.join(f'{key}={value}'
                       for key, value in zip(_FACT_NAMES[family], facts, strict=True))
     return Identity(family, VARIANTS[family].get(facts), words)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from released_files import Hostile
 
 from mmhybrid.engine.errors import explain, run_command
 from mmhybrid.engine.tools import test as run_test
@@ -61,6 +62,12 @@ def test_missing_and_damaged_checkpoint(task, fails, tmp_path):
     assert 'epoch_3.pth is cut off' in text and '12 bytes' in text and 'fetch it again' in text
     text = fails(run_train, it.config, '--resume', 'gone.pth', '--data-root', it.data)
     assert 'gone.pth does not exist' in text
+    torch.save(dict(state_dict={}, more=Hostile(tmp_path / 'ran')), tmp_path / 'bad.pth')
+    for tool, *argv in ((run_test, 'bad.pth'), (run_train, '--resume', 'bad.pth'),
+                        (run_train, '--pretrained', 'bad.pth')):
+        text = fails(tool, it.config, *argv, '--data-root', it.data, '--work-dir', tmp_path)
+        assert 'mkdir, and reading that could run code' in text
+        assert not (tmp_path / 'ran').exists()
 
 
 @pytest.mark.parametrize('kind', ['det', 'seg'])

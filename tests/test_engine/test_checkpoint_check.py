@@ -1,0 +1,84 @@
+"""A new training starts from a checkpoint that fits, or not at all."""
+import logging
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+import torch
+from mmengine.runner import BaseLoop, Runner
+from released_files import FAMILIES, NESTINGS, dense, prefixed, weights
+from torch import nn
+
+from mmhybrid.engine import CheckpointCheckHook, UserError
+from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.weights import WeightsError
+
+
+class Whole(nn.Module):
+    def __init__(self, family, classes=2):
+        super().__init__()
+        self.backbone = dense(family)
+        self.decode_head = nn.Conv2d(8, classes, 1)
+
+
+def start(model, path, strict=True):
+    """What Runner does with load_from."""
+    runner = SimpleNamespace(model=model, _train_loop=Mock(spec=BaseLoop), _resume=False,
+                             _load_from=str(path), logger=logging.getLogger('test'))
+    hook = CheckpointCheckHook(strict=strict)
+    runner.call_hook = lambda name, **given: getattr(hook, name)(runner, **given)
+    Runner.load_checkpoint(runner, str(path))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('nesting', ['timm', 'module', 'bare'])
+def test_classification_files_go_into_the_backbone(nesting, family, tmp_path, caplog):
+    model, right = Whole(family), weights(family)
+    torch.save(NESTINGS[nesting](right), tmp_path / 'w.pth')
+    with caplog.at_level(logging.INFO, 'test'):
+        start(model, tmp_path / 'w.pth')
+    state = model.backbone.state_dict()
+    shared = [name for name in right if name in state and name != 'pos_embed']
+    assert len(shared) > 20
+    assert all(torch.equal(state[name], right[name]) for name in shared)
+    assert f'{family} loaded from {tmp_path}/w.pth' in caplog.text
+
+
+def test_whole_models_may_have_other_heads(tmp_path):
+    source, model = Whole('VMamba', classes=5), Whole('VMamba')
+    before = model.decode_head.weight.clone()
+    torch.save(dict(state_dict=source.state_dict(), meta={}), tmp_path / 'seg.pth')
+    start(model, tmp_path / 'seg.pth')
+    name = 'layers.1.blocks.0.op.Ds'
+    assert torch.equal(model.backbone.state_dict()[name], source.backbone.state_dict()[name])
+    assert torch.equal(model.decode_head.weight, before)
+
+
+def test_other_networks_are_refused(tmp_path):
+    torch.save(NESTINGS['deit'](weights('Vim')), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='another family, Vim .*expected VMamba'):
+        start(Whole('VMamba'), tmp_path / 'w.pth')
+    torch.save(dict(state_dict=Whole('VMamba').state_dict()), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='another family, VMamba .*expected LocalVMamba'):
+        start(Whole('LocalVMamba'), tmp_path / 'w.pth')
+    part = dict(list(prefixed('backbone.', weights('VMamba')).items())[::3])
+    torch.save(dict(state_dict=part), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='strict=False'):
+        start(Whole('VMamba'), tmp_path / 'w.pth')
+    start(Whole('VMamba'), tmp_path / 'w.pth', strict=False)
+
+
+def test_files_are_looked_at_before_the_run(tmp_path, monkeypatch):
+    torch.save(weights('VMamba'), tmp_path / 'w.pth')
+    check_checkpoint_file(str(tmp_path / 'w.pth'))
+    (tmp_path / 'page.pth').write_text('<html>')
+    with pytest.raises(UserError, match='The checkpoint .*page.pth is a web page'):
+        check_checkpoint_file(str(tmp_path / 'page.pth'))
+    with pytest.raises(UserError, match='The checkpoint localvim-s has no address'):
+        check_checkpoint_file('localvim-s')
+    asked = []
+    monkeypatch.setattr('mmhybrid.engine.preflight.fetch', asked.append)
+    check_checkpoint_file('mambavision-t-1k')
+    check_checkpoint_file('https://example.org/w.pth')
+    check_checkpoint_file('s3://bucket/w.pth')  # mmengine's own affair
+    assert asked == ['mambavision-t-1k', 'https://example.org/w.pth']
