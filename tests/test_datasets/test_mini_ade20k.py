@@ -66,7 +66,7 @@ def test_mmseg_reads_it_with_zero_reduced(folder):
     dataset = DATASETS.build(dict(
         type='mmseg.ADE20KDataset', data_root=str(folder),
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=[dict(type='mmseg.LoadImageFromFile'),
+        pipeline=[dict(type='LoadImageFromFile'),
                   dict(type='mmseg.LoadAnnotations', reduce_zero_label=True),
                   dict(type='mmseg.PackSegInputs')]))
     assert len(dataset) == VAL
