@@ -60,5 +60,6 @@ class PresentIoUMetric(IoUMetric):
             for column in zip(*results, strict=True))
         metrics['mIoU_present'] = round(100 * present_iou(intersection, union, truth), 2)
         metrics['mIoU_majority'] = round(100 * majority_iou(truth), 2)
-        metrics['classes_present'] = int((truth > 0).sum())
+        # A float, because mmengine 0.10.7 writes whole numbers as null to its metrics file.
+        metrics['classes_present'] = float((truth > 0).sum())
         return metrics
