@@ -9,15 +9,15 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-MIM_EXTENSION = ("configs", "tools", "model-index.yml")
-PTH_NAME = "mmhybrid_config_scheme.pth"
+MIM_EXTENSION = ('configs', 'tools', 'model-index.yml')
+PTH_NAME = 'mmhybrid_config_scheme.pth'
 
 
 def pth_line(source):
     """Squeeze a module into one line that site.py executes: it runs lines starting with import."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
+        body = getattr(node, 'body', None)
         if isinstance(body, list) and isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
                 del body[0]
@@ -27,13 +27,13 @@ def pth_line(source):
 
 def copy_mim_extension(package):
     """Put configs, tools and the model index under ``package/.mim``, as mm packages do."""
-    target = package / ".mim"
+    target = package / '.mim'
     shutil.rmtree(target, ignore_errors=True)  # an earlier build may have left deleted configs
     target.mkdir(parents=True)
     for name in MIM_EXTENSION:
         source = ROOT / name
         if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+            ignore = shutil.ignore_patterns('__pycache__', '*.pyc')
             shutil.copytree(source, target / name, ignore=ignore)
         elif source.is_file():
             shutil.copy2(source, target / name)
@@ -41,7 +41,7 @@ def copy_mim_extension(package):
 
 def link_mim_extension(package):
     """The same for an editable install: links, so that edits are seen."""
-    target = package / ".mim"
+    target = package / '.mim'
     target.mkdir(exist_ok=True)
     for name in MIM_EXTENSION:
         link = target / name
@@ -50,10 +50,10 @@ def link_mim_extension(package):
         if link.is_dir():
             shutil.rmtree(link)
         try:
-            link.symlink_to(Path("..", "..", name), target_is_directory=(ROOT / name).is_dir())
+            link.symlink_to(Path('..', '..', name), target_is_directory=(ROOT / name).is_dir())
         except OSError:
             # No permission for links (Windows): mmhybrid then reads the checkout's configs.
-            print(f"Could not link {link}; the configs are read from {ROOT / name}.")
+            print(f'Could not link {link}; the configs are read from {ROOT / name}.')
 
 
 class BuildWithExtension(build_py):
@@ -62,16 +62,16 @@ class BuildWithExtension(build_py):
     def run(self):
         """Build the packages, then the additions."""
         super().run()
-        if getattr(self, "editable_mode", False):
-            link_mim_extension(ROOT / "mmhybrid")
+        if getattr(self, 'editable_mode', False):
+            link_mim_extension(ROOT / 'mmhybrid')
             # setuptools points install_lib at the unpacked editable wheel.
-            site_packages = self.get_finalized_command("install").install_lib
+            site_packages = self.get_finalized_command('install').install_lib
         else:
-            copy_mim_extension(Path(self.build_lib, "mmhybrid"))
+            copy_mim_extension(Path(self.build_lib, 'mmhybrid'))
             site_packages = self.build_lib
-        hook = (ROOT / "mmhybrid" / "_startup_hook.py").read_text(encoding="utf-8")
+        hook = (ROOT / 'mmhybrid' / '_startup_hook.py').read_text(encoding='utf-8')
         os.makedirs(site_packages, exist_ok=True)
-        Path(site_packages, PTH_NAME).write_text(pth_line(hook), encoding="utf-8")
+        Path(site_packages, PTH_NAME).write_text(pth_line(hook), encoding='utf-8')
 
 
-setup(cmdclass={"build_py": BuildWithExtension})
+setup(cmdclass={'build_py': BuildWithExtension})

@@ -14,7 +14,7 @@ import sys
 class ConfigSchemeHook:
     """Finder that finds as the others do, and adds a step after one module has been executed."""
 
-    module = "mmengine.config.config"
+    module = 'mmengine.config.config'
     searching = False
 
     def find_spec(self, fullname, path=None, target=None):
@@ -25,10 +25,10 @@ class ConfigSchemeHook:
         self.searching = True
         try:
             for finder in sys.meta_path:
-                if finder is self or not hasattr(finder, "find_spec"):
+                if finder is self or not hasattr(finder, 'find_spec'):
                     continue
                 spec = finder.find_spec(fullname, path, target)
-                if spec is not None and hasattr(spec.loader, "exec_module"):
+                if spec is not None and hasattr(spec.loader, 'exec_module'):
                     self.add_step(spec.loader)
                     return spec
         finally:
@@ -49,12 +49,12 @@ class ConfigSchemeHook:
 
     def teach(self, module):
         """Wrap ``Config._get_cfg_path`` (a static method) for our prefix."""
-        original = getattr(getattr(module, "Config", None), "_get_cfg_path", None)
+        original = getattr(getattr(module, 'Config', None), '_get_cfg_path', None)
         if original is None:
             return
 
         def get_cfg_path(cfg_path, filename):
-            if cfg_path.startswith("mmhybrid::"):
+            if cfg_path.startswith('mmhybrid::'):
                 from mmhybrid import config_scheme
 
                 return config_scheme.resolve(cfg_path), None
@@ -65,5 +65,5 @@ class ConfigSchemeHook:
 
 
 # site.py runs the .pth files of a virtual environment twice, each time in a new namespace.
-if not any(type(finder).__name__ == "ConfigSchemeHook" for finder in sys.meta_path):
+if not any(type(finder).__name__ == 'ConfigSchemeHook' for finder in sys.meta_path):
     sys.meta_path.insert(0, ConfigSchemeHook())

@@ -12,7 +12,7 @@ when ``mmengine.config.config`` is imported.
 import functools
 from pathlib import Path
 
-PREFIX = "mmhybrid::"
+PREFIX = 'mmhybrid::'
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -22,14 +22,14 @@ def config_dir():
     Raises:
         FileNotFoundError: neither exists.
     """
-    candidates = (_PACKAGE / ".mim" / "configs", _PACKAGE.parent / "configs")
+    candidates = (_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs')
     for folder in candidates:
         if folder.is_dir():
             return folder
     raise FileNotFoundError(
-        "The configs of mmhybrid are neither in "
-        + " nor in ".join(str(folder) for folder in candidates)
-        + ". The installation is incomplete: install mmhybrid again with pip."
+        'The configs of mmhybrid are neither in '
+        + ' nor in '.join(str(folder) for folder in candidates)
+        + '. The installation is incomplete: install mmhybrid again with pip.'
     )
 
 
@@ -46,7 +46,7 @@ def resolve(reference):
     Raises:
         FileNotFoundError: there is no such config; the message names the nearest ones.
     """
-    name = reference.removeprefix(PREFIX).removeprefix("configs/")
+    name = reference.removeprefix(PREFIX).removeprefix('configs/')
     folder = config_dir()
     path = folder / name
     if path.is_file():
@@ -54,12 +54,12 @@ def resolve(reference):
 
     import difflib
 
-    known = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob("*.py"))
+    known = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob('*.py'))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
     raise FileNotFoundError(
         f"'{reference}' names no config of mmhybrid (looked in {folder}). Did you mean "
-        + " or ".join(f"'{PREFIX}{n}'" for n in near)
-        + "?"
+        + ' or '.join(f"'{PREFIX}{n}'" for n in near)
+        + '?'
     )
 
 
@@ -70,7 +70,7 @@ def wrap(config_class):
         config_class (type): ``mmengine.config.Config``.
     """
     original = config_class._get_cfg_path
-    if getattr(original, "resolves_mmhybrid", False):
+    if getattr(original, 'resolves_mmhybrid', False):
         return
 
     @functools.wraps(original)

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 
-MARK = "mmhybrid-doctor:"
+MARK = 'mmhybrid-doctor:'
 
 
 # ---------------------------------------------------------------- without mm packages
@@ -19,7 +19,7 @@ def torch():
     """Version and CUDA build of torch."""
     import torch
 
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    return {'version': torch.__version__, 'cuda': torch.version.cuda, 'hip': torch.version.hip}
 
 
 def gpu():
@@ -27,9 +27,9 @@ def gpu():
     import torch
 
     if not torch.cuda.is_available():
-        return {"names": []}
-    assert float(torch.ones(8, device="cuda").sum()) == 8
-    return {"names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+        return {'names': []}
+    assert float(torch.ones(8, device='cuda').sum()) == 8
+    return {'names': [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 
 
 def torchvision():
@@ -39,14 +39,14 @@ def torchvision():
     from torchvision.ops import nms
 
     assert nms(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1), 0.5).tolist() == [0]
-    return {"version": torchvision.__version__}
+    return {'version': torchvision.__version__}
 
 
 def triton():
     """Version of triton."""
     import triton
 
-    return {"version": triton.__version__}
+    return {'version': triton.__version__}
 
 
 def scan():
@@ -56,17 +56,17 @@ def scan():
     from mmhybrid.ops.selective_scan import available_backends, choose_backend, selective_scan
 
     backends = {name: list(status) for name, status in available_backends().items()}
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
     chosen = {}
     for device in devices:
-        chosen[device] = choose_backend("auto", device)
+        chosen[device] = choose_backend('auto', device)
         u = torch.randn(1, 4, 32, device=device, requires_grad=True)
         weights = torch.randn(1, 2, 32, device=device)
         decay = -torch.ones(4, 2, device=device)
         y = selective_scan(u, torch.ones_like(u), decay, weights, weights, delta_softplus=True)
         y.square().mean().backward()
         assert torch.isfinite(u.grad).all(), f"the scan's gradient on {device} is not finite"
-    return {"backends": backends, "chosen": chosen}
+    return {'backends': backends, 'chosen': chosen}
 
 
 # ---------------------------------------------------------------- mm packages
@@ -74,14 +74,14 @@ def numpy():
     """Version of numpy."""
     import numpy
 
-    return {"version": numpy.__version__}
+    return {'version': numpy.__version__}
 
 
 def opencv():
     """Version of OpenCV."""
     import cv2
 
-    return {"version": cv2.__version__}
+    return {'version': cv2.__version__}
 
 
 def mmengine():
@@ -90,7 +90,7 @@ def mmengine():
     import mmengine.optim
     import mmengine.runner
 
-    return {"version": mmengine.__version__}
+    return {'version': mmengine.__version__}
 
 
 def checkpoints():
@@ -102,10 +102,10 @@ def checkpoints():
     from mmengine.runner.checkpoint import _load_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "epoch_1.pth")
+        path = os.path.join(folder, 'epoch_1.pth')
         buffer = HistoryBuffer([1.0], [1])
-        torch.save({"state_dict": {}, "message_hub": {"log_scalars": {"loss": buffer}}}, path)
-        _load_checkpoint(path, map_location="cpu")
+        torch.save({'state_dict': {}, 'message_hub': {'log_scalars': {'loss': buffer}}}, path)
+        _load_checkpoint(path, map_location='cpu')
     return {}
 
 
@@ -113,7 +113,7 @@ def mmcv():
     """mmcv itself, without operators."""
     import mmcv
 
-    return {"version": mmcv.__version__}
+    return {'version': mmcv.__version__}
 
 
 def mmhybrid():
@@ -124,13 +124,13 @@ def mmhybrid():
 
     import mmhybrid
 
-    assert MODELS.get("mmhybrid.MambaVision") is not None, "MambaVision is not registered"
+    assert MODELS.get('mmhybrid.MambaVision') is not None, 'MambaVision is not registered'
     from mmhybrid.config_scheme import config_dir
 
     return {
-        "version": mmhybrid.__version__,
-        "path": os.path.dirname(mmhybrid.__file__),
-        "configs": str(config_dir()),
+        'version': mmhybrid.__version__,
+        'path': os.path.dirname(mmhybrid.__file__),
+        'configs': str(config_dir()),
     }
 
 
@@ -141,16 +141,16 @@ def operators():
     import mmhybrid.mmcv_ops as mmcv_ops
 
     found = mmcv_ops.implementation()
-    facts = {"implementation": found, "compile_command": mmcv_ops.compile_command()}
+    facts = {'implementation': found, 'compile_command': mmcv_ops.compile_command()}
     from mmcv.ops import nms, roi_align
 
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    devices = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
     for device in devices:
         boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4.1]], device=device)
         assert nms(boxes, torch.tensor([0.5, 0.9], device=device), 0.5)[1].tolist() == [1]
         features = torch.ones(1, 2, 8, 8, device=device, requires_grad=True)
         rois = torch.tensor([[0.0, 1, 1, 6, 6]], device=device)
-        pooled = roi_align(features, rois, (2, 2), 1.0, 0, "avg", True)
+        pooled = roi_align(features, rois, (2, 2), 1.0, 0, 'avg', True)
         pooled.sum().backward()
         assert abs(float(pooled.mean()) - 1) < 1e-5 and float(features.grad.sum()) > 0
     return facts
@@ -160,11 +160,11 @@ def mmdet():
     """The detectors."""
     import mmdet
 
-    facts = {"version": mmdet.__version__}
+    facts = {'version': mmdet.__version__}
     import mmdet.models
     from mmdet.registry import MODELS
 
-    assert MODELS.get("CascadeRCNN") is not None
+    assert MODELS.get('CascadeRCNN') is not None
     return facts
 
 
@@ -172,11 +172,11 @@ def mmseg():
     """The segmentors."""
     import mmseg
 
-    facts = {"version": mmseg.__version__}
+    facts = {'version': mmseg.__version__}
     import mmseg.models
     from mmseg.registry import MODELS
 
-    assert MODELS.get("UPerHead") is not None
+    assert MODELS.get('UPerHead') is not None
     return facts
 
 
@@ -195,10 +195,10 @@ def step():
 
     import mmhybrid  # noqa: F401  registers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arch = {"dim": 8, "stem_width": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2),
-            "window_size": (8, 8, 4, 2)}  # fmt: skip
-    model = MODELS.build({"type": "mmhybrid.MambaVision", "arch": arch}).to(device).train()
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    arch = {'dim': 8, 'stem_width': 8, 'depths': (1, 1, 2, 2), 'num_heads': (1, 1, 2, 2),
+            'window_size': (8, 8, 4, 2)}  # fmt: skip
+    model = MODELS.build({'type': 'mmhybrid.MambaVision', 'arch': arch}).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = next(model.parameters()).detach().clone()
     started = time.perf_counter()
@@ -206,26 +206,26 @@ def step():
     # Of a normalised map the mean square is constant, so weigh its entries.
     sum((m * torch.randn_like(m)).mean() for m in maps).backward()
     optimizer.step()
-    assert all(torch.isfinite(p).all() for p in model.parameters()), "weights became NaN or Inf"
-    assert not torch.equal(before, next(model.parameters())), "the update changed nothing"
-    return {"device": device, "seconds": time.perf_counter() - started}
+    assert all(torch.isfinite(p).all() for p in model.parameters()), 'weights became NaN or Inf'
+    assert not torch.equal(before, next(model.parameters())), 'the update changed nothing'
+    return {'device': device, 'seconds': time.perf_counter() - started}
 
 
 # ---------------------------------------------------------------- running them
 def _failure(error):
     frames = traceback.extract_tb(error.__traceback__)
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    text = str(error).strip() or "no message"
-    return {"ok": False, "error": f"{type(error).__name__}: {text}", "where": where}
+    where = f'{frames[-1].filename}:{frames[-1].lineno}' if frames else ''
+    text = str(error).strip() or 'no message'
+    return {'ok': False, 'error': f'{type(error).__name__}: {text}', 'where': where}
 
 
 def main(names):
     """Run the named probes and print one marked JSON line for each."""
     for name in names:
         try:
-            result = {"ok": True, **globals()[name]()}
+            result = {'ok': True, **globals()[name]()}
         except BaseException as error:  # noqa: B036  a broken package may even call sys.exit
             result = _failure(error)
         sys.stdout.flush()
-        sys.stdout.write(f"\n{MARK}{json.dumps([name, result])}\n")
+        sys.stdout.write(f'\n{MARK}{json.dumps([name, result])}\n')
         sys.stdout.flush()

@@ -18,8 +18,8 @@ import importlib.util
 import os
 import sys
 
-EXT_NAME = "mmcv._ext"
-_MMCV_DISTRIBUTIONS = ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full")
+EXT_NAME = 'mmcv._ext'
+_MMCV_DISTRIBUTIONS = ('onedl-mmcv', 'mmcv', 'mmcv-lite', 'mmcv-full')
 _AVERAGE_POOLING = 1  # mmcv.ops.roi_align passes 0 for 'max' and 1 for 'avg'
 _logged = False
 
@@ -46,17 +46,17 @@ def compile_command():
     """
     # mmcv's setup.py builds the operators exactly when it can import torch: hence no build
     # isolation. Newer setuptools lacks pkg_resources, older cannot read the fork's metadata.
-    name, version = installed_mmcv() or ("onedl-mmcv", None)
-    target = "onedl-mmcv" if name.startswith("onedl") else "mmcv"
-    pin = f"=={version}" if version else ""
+    name, version = installed_mmcv() or ('onedl-mmcv', None)
+    target = 'onedl-mmcv' if name.startswith('onedl') else 'mmcv'
+    pin = f'=={version}' if version else ''
     commands = ["pip install 'setuptools>=80,<82' wheel ninja psutil"]
-    if name not in (target, "mmcv"):  # mmcv-lite and mmcv own the same files
-        commands.append(f"pip uninstall -y {name}")
+    if name not in (target, 'mmcv'):  # mmcv-lite and mmcv own the same files
+        commands.append(f'pip uninstall -y {name}')
     commands.append(
-        "pip install --no-build-isolation --no-deps --force-reinstall "
-        f"--no-cache-dir --no-binary {target} {target}{pin}"
+        'pip install --no-build-isolation --no-deps --force-reinstall '
+        f'--no-cache-dir --no-binary {target} {target}{pin}'
     )
-    return " && ".join(commands)
+    return ' && '.join(commands)
 
 
 def _missing_op(name):
@@ -109,7 +109,7 @@ def nms(boxes, scores, iou_threshold, offset):
     Returns:
         Tensor: (K,) int64 indices of the kept boxes, by descending score.
     """
-    ops = _torchvision_ops("nms")
+    ops = _torchvision_ops('nms')
     boxes = boxes.to(_working_dtype(boxes))
     if offset:
         # x2 - x1 + 1 everywhere is the plain IoU of boxes whose far corner moved by one.
@@ -144,7 +144,7 @@ def roi_align_forward(
         aligned (bool): shift by half a pixel, and do not force RoIs to be one pixel large.
     """
     _refuse_max_pooling(pool_mode)
-    ops = _torchvision_ops("roi_align_forward")
+    ops = _torchvision_ops('roi_align_forward')
     dtype = _working_dtype(input)
     output.copy_(
         ops.roi_align(
@@ -167,7 +167,7 @@ def roi_align_backward(
     The other arguments are those of the forward call.
     """
     _refuse_max_pooling(pool_mode)
-    ops = _torchvision_ops("roi_align_backward")
+    ops = _torchvision_ops('roi_align_backward')
     dtype = _working_dtype(grad_output)
     grad_input.copy_(
         ops._roi_align_backward(
@@ -183,14 +183,14 @@ def _get_compiler_version():
 
 
 _OPS = {
-    "nms": nms,
-    "roi_align_forward": roi_align_forward,
-    "roi_align_backward": roi_align_backward,
+    'nms': nms,
+    'roi_align_forward': roi_align_forward,
+    'roi_align_backward': roi_align_backward,
 }
 # mmdet's and mmseg's environment reports call these two.
 _INFO = {
-    "get_compiler_version": _get_compiler_version,
-    "get_compiling_cuda_version": _get_compiler_version,
+    'get_compiler_version': _get_compiler_version,
+    'get_compiling_cuda_version': _get_compiler_version,
 }
 
 
@@ -200,12 +200,12 @@ class _FallbackLoader(importlib.abc.Loader):
         return None  # the default module, with spec.loader and __spec__ set for us
 
     def exec_module(self, module):
-        module.__doc__ = "Operators of mmcv computed by torchvision; made by mmhybrid.mmcv_ops."
+        module.__doc__ = 'Operators of mmcv computed by torchvision; made by mmhybrid.mmcv_ops.'
         module.__dict__.update(_OPS, **_INFO)
 
         def __getattr__(name):  # noqa: N807  PEP 562
-            if name.startswith("_"):  # inspect and importlib probe for dunders
-                raise AttributeError(f"module {EXT_NAME!r} has no attribute {name!r}")
+            if name.startswith('_'):  # inspect and importlib probe for dunders
+                raise AttributeError(f'module {EXT_NAME!r} has no attribute {name!r}')
             op = _missing_op(name)
             module.__dict__[name] = op
             return op
@@ -222,9 +222,9 @@ class _FallbackFinder(importlib.abc.MetaPathFinder):
 
 def _mmcv_search_path():
     """Where submodules of mmcv are looked for, without importing mmcv; None when it is absent."""
-    if "mmcv" in sys.modules:
-        return getattr(sys.modules["mmcv"], "__path__", None)
-    spec = importlib.util.find_spec("mmcv")
+    if 'mmcv' in sys.modules:
+        return getattr(sys.modules['mmcv'], '__path__', None)
+    spec = importlib.util.find_spec('mmcv')
     return None if spec is None else spec.submodule_search_locations
 
 
@@ -236,17 +236,17 @@ def implementation():
     """
     path = _mmcv_search_path()
     if path is None:
-        return "absent"
+        return 'absent'
     loaded = sys.modules.get(EXT_NAME)
     if loaded is not None:
-        ours = isinstance(getattr(loaded, "__loader__", None), _FallbackLoader)
-        return "torchvision" if ours else "compiled"
+        ours = isinstance(getattr(loaded, '__loader__', None), _FallbackLoader)
+        return 'torchvision' if ours else 'compiled'
     for finder in sys.meta_path:
-        if isinstance(finder, _FallbackFinder) or not hasattr(finder, "find_spec"):
+        if isinstance(finder, _FallbackFinder) or not hasattr(finder, 'find_spec'):
             continue
         if finder.find_spec(EXT_NAME, path) is not None:
-            return "compiled"
-    return "torchvision"
+            return 'compiled'
+    return 'torchvision'
 
 
 def install():
@@ -264,14 +264,14 @@ def install():
 
 def _log_once(found):
     global _logged
-    if _logged or found == "absent" or os.environ.get("RANK", "0") != "0":
+    if _logged or found == 'absent' or os.environ.get('RANK', '0') != '0':
         return
     _logged = True
     message = {
-        "compiled": "mmcv operators: compiled (mmcv._ext).",
-        "torchvision": "mmcv operators: torchvision stands in for the missing mmcv._ext "
+        'compiled': 'mmcv operators: compiled (mmcv._ext).',
+        'torchvision': "mmcv operators: torchvision stands in for the missing mmcv._ext "
         f"({', '.join(sorted(_OPS))}); any other operator needs compiled mmcv.",
     }[found]
     from mmengine.logging import print_log
 
-    print_log(message, logger="current")
+    print_log(message, logger='current')

@@ -9,95 +9,95 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "mmhybrid"
+PACKAGE = ROOT / 'mmhybrid'
 
 # What each part may import from mmhybrid, beside itself. Whoever is missing here fails the test.
 MAY_IMPORT = {
-    "ops": set(),
-    "layers": {"ops"},
-    "datasets": set(),
-    "visualization": {"datasets"},
-    "registry": set(),
-    "mmcv_ops": set(),
-    "config_scheme": set(),
-    "weights": set(),
-    "models": {"layers", "ops", "registry", "weights"},
-    "engine": {
-        "models", "weights", "layers", "ops", "registry", "datasets", "mmcv_ops", "config_scheme",
+    'ops': set(),
+    'layers': {'ops'},
+    'datasets': set(),
+    'visualization': {'datasets'},
+    'registry': set(),
+    'mmcv_ops': set(),
+    'config_scheme': set(),
+    'weights': set(),
+    'models': {'layers', 'ops', 'registry', 'weights'},
+    'engine': {
+        'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
     },
-    "doctor": {"ops", "mmcv_ops", "config_scheme"},
+    'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
-    "doctor_probes": {"__init__", "ops", "mmcv_ops", "config_scheme"},
-    "cli": {"doctor"},
-    "__main__": {"cli"},
-    "_startup_hook": {"config_scheme"},
-    "__init__": {"models", "engine", "mmcv_ops", "config_scheme"},
+    'doctor_probes': {'__init__', 'ops', 'mmcv_ops', 'config_scheme'},
+    'cli': {'doctor'},
+    '__main__': {'cli'},
+    '_startup_hook': {'config_scheme'},
+    '__init__': {'models', 'engine', 'mmcv_ops', 'config_scheme'},
 }
 # The start-up hook names config_scheme in a string that runs later.
-WITHOUT_MM = ("mmengine", "mmcv", "mmdet", "mmseg", "torchvision")
+WITHOUT_MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'torchvision')
 FORBIDDEN_OUTSIDE = {
-    "ops": WITHOUT_MM,
-    "layers": WITHOUT_MM + ("timm",),  # importing timm imports torchvision
-    "datasets": ("mmcv", "mmdet", "mmseg", "torch"),
-    "doctor": WITHOUT_MM + ("torch", "timm", "numpy"),  # it looks at them from child processes
-    "cli": WITHOUT_MM + ("torch", "timm", "numpy"),
-    "_startup_hook": WITHOUT_MM + ("torch", "timm", "numpy"),
+    'ops': WITHOUT_MM,
+    'layers': WITHOUT_MM + ('timm',),  # importing timm imports torchvision
+    'datasets': ('mmcv', 'mmdet', 'mmseg', 'torch'),
+    'doctor': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # it looks at them from child processes
+    'cli': WITHOUT_MM + ('torch', 'timm', 'numpy'),
+    '_startup_hook': WITHOUT_MM + ('torch', 'timm', 'numpy'),
 }
 
 
 def source_files():
     return sorted(
-        path for path in PACKAGE.rglob("*.py") if ".mim" not in path.relative_to(PACKAGE).parts
+        path for path in PACKAGE.rglob('*.py') if '.mim' not in path.relative_to(PACKAGE).parts
     )
 
 
 def part_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
 
 
 def imported_names(path, source=None):
     """Absolute dotted names of everything a file imports, with `from x import y` as x.y."""
-    package = ["mmhybrid", *path.relative_to(PACKAGE).parts[:-1]]
-    tree = ast.parse(path.read_text(encoding="utf-8") if source is None else source)
+    package = ['mmhybrid', *path.relative_to(PACKAGE).parts[:-1]]
+    tree = ast.parse(path.read_text(encoding='utf-8') if source is None else source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            module = '.'.join([*base, *([node.module] if node.module else [])])
+            yield from (f'{module}.{alias.name}' for alias in node.names)
 
 
 def complaints(path, source=None):
     part = part_of(path)
     for name in imported_names(path, source):
-        top, _, rest = name.partition(".")
-        target = rest.partition(".")[0] or "__init__"
-        if top == "mmhybrid":
-            if not (PACKAGE / target).is_dir() and not (PACKAGE / f"{target}.py").is_file():
+        top, _, rest = name.partition('.')
+        target = rest.partition('.')[0] or '__init__'
+        if top == 'mmhybrid':
+            if not (PACKAGE / target).is_dir() and not (PACKAGE / f'{target}.py').is_file():
                 continue  # a name such as __version__
             if target != part and target not in MAY_IMPORT[part]:
-                yield f"{part} must not import {target} ({path.name}: {name})"
+                yield f'{part} must not import {target} ({path.name}: {name})'
         elif top in FORBIDDEN_OUTSIDE.get(part, ()):
-            yield f"{part} must not import {top} ({path.name}: {name})"
+            yield f'{part} must not import {top} ({path.name}: {name})'
 
 
-@pytest.mark.parametrize("path", source_files(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize('path', source_files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    assert part_of(path) in MAY_IMPORT, f"say in {Path(__file__).name} what {path} may import"
+    assert part_of(path) in MAY_IMPORT, f'say in {Path(__file__).name} what {path} may import'
     assert list(complaints(path)) == []
 
 
 @pytest.mark.parametrize(
-    ("file", "source"),
+    ('file', 'source'),
     [
-        ("ops/x.py", "from mmhybrid.layers import mixer"),
-        ("ops/selective_scan/x.py", "from ...models import backbones"),
-        ("ops/x.py", "def f():\n    import mmcv.ops"),
-        ("layers/x.py", "from ..registry import MODELS"),
-        ("layers/x.py", "from timm.layers import DropPath"),
-        ("models/x.py", "import mmhybrid.engine.hooks"),
-        ("models/backbones/x.py", "from mmhybrid import engine"),
+        ('ops/x.py', 'from mmhybrid.layers import mixer'),
+        ('ops/selective_scan/x.py', 'from ...models import backbones'),
+        ('ops/x.py', 'def f():\n    import mmcv.ops'),
+        ('layers/x.py', 'from ..registry import MODELS'),
+        ('layers/x.py', 'from timm.layers import DropPath'),
+        ('models/x.py', 'import mmhybrid.engine.hooks'),
+        ('models/backbones/x.py', 'from mmhybrid import engine'),
     ],
 )
 def test_the_check_itself_sees_a_wrong_import(file, source):
@@ -106,7 +106,7 @@ def test_the_check_itself_sees_a_wrong_import(file, source):
 
 def test_tools_are_imported_by_nobody():
     for path in source_files():
-        assert not [n for n in imported_names(path) if n.split(".")[0] == "tools"], path
+        assert not [n for n in imported_names(path) if n.split('.')[0] == 'tools'], path
 
 
 def test_only_models_and_engine_know_the_registry():
@@ -114,9 +114,9 @@ def test_only_models_and_engine_know_the_registry():
         part_of(path)
         for path in source_files()
         for name in imported_names(path)
-        if name.startswith("mmhybrid.registry") or name.startswith("mmengine.registry")
+        if name.startswith('mmhybrid.registry') or name.startswith('mmengine.registry')
     }
-    assert knows <= {"registry", "models", "engine", "doctor_probes"}
+    assert knows <= {'registry', 'models', 'engine', 'doctor_probes'}
 
 
 BLOCK = """
@@ -134,7 +134,7 @@ BLOCK = """
 def run_blocked(code, blocked):
     source = textwrap.dedent(BLOCK).format(blocked=tuple(blocked)) + textwrap.dedent(code)
     return subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, '-c', source], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
 
 
@@ -154,11 +154,11 @@ def test_ops_and_layers_import_no_mm_package_and_no_torchvision():
                 loaded.append(module.name)
         print(' '.join(loaded))
     """
-    blocked = [name for name in WITHOUT_MM if name != "mmengine"]
+    blocked = [name for name in WITHOUT_MM if name != 'mmengine']
     result = run_blocked(code, blocked)
     assert result.returncode == 0, result.stderr
-    assert "mmhybrid.ops.selective_scan" in result.stdout
-    assert "mmhybrid.layers." in result.stdout
+    assert 'mmhybrid.ops.selective_scan' in result.stdout
+    assert 'mmhybrid.layers.' in result.stdout
 
 
 def test_importing_the_package_needs_neither_mmengine_nor_torch():
@@ -168,12 +168,12 @@ def test_importing_the_package_needs_neither_mmengine_nor_torch():
         assert mmhybrid.__version__
         assert 'mmhybrid.models' not in sys.modules
     """
-    result = run_blocked(code, ["torch", "torchvision", "mmcv", "timm", "numpy"])
+    result = run_blocked(code, ['torch', 'torchvision', 'mmcv', 'timm', 'numpy'])
     assert result.returncode == 0, result.stderr
 
 
 def test_importing_the_package_registers_the_models():
-    pytest.importorskip("mmengine")
+    pytest.importorskip('mmengine')
     code = """
         import mmhybrid
         from mmengine.registry import MODELS
@@ -186,7 +186,7 @@ def test_importing_the_package_registers_the_models():
 
 
 def test_mmengine_alone_is_enough_to_register():
-    pytest.importorskip("mmengine")
+    pytest.importorskip('mmengine')
     code = """
         for name in ('mmcv', 'mmdet', 'mmseg', 'timm'):
             sys.modules[name] = None
@@ -199,6 +199,6 @@ def test_mmengine_alone_is_enough_to_register():
 
 
 def test_a_bug_in_our_own_modules_surfaces():
-    pytest.importorskip("mmengine")
-    result = run_blocked("import mmhybrid", ["torch"])
-    assert result.returncode != 0 and "blocked: torch" in result.stderr
+    pytest.importorskip('mmengine')
+    result = run_blocked('import mmhybrid', ['torch'])
+    assert result.returncode != 0 and 'blocked: torch' in result.stderr

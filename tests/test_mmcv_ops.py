@@ -8,18 +8,18 @@ import textwrap
 import pytest
 import torch
 
-pytest.importorskip("mmengine")
-pytest.importorskip("mmcv")
-pytest.importorskip("torchvision")
+pytest.importorskip('mmengine')
+pytest.importorskip('mmcv')
+pytest.importorskip('torchvision')
 
 import mmhybrid  # noqa: F401  installs the finder
 from mmhybrid import mmcv_ops
 
-COMPILED = mmcv_ops.implementation() == "compiled"
+COMPILED = mmcv_ops.implementation() == 'compiled'
 needs_compiled = pytest.mark.skipif(
-    not COMPILED, reason="mmcv has no compiled operators here to compare with"
+    not COMPILED, reason='mmcv has no compiled operators here to compare with'
 )
-needs_fallback = pytest.mark.skipif(COMPILED, reason="compiled mmcv operators are installed")
+needs_fallback = pytest.mark.skipif(COMPILED, reason='compiled mmcv operators are installed')
 
 
 # ---------------------------------------------------------------- oracles, by definition
@@ -96,8 +96,8 @@ def random_rois():
 
 
 # ---------------------------------------------------------------- values and gradients
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("threshold", [0.1, 0.4, 0.6])
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('threshold', [0.1, 0.4, 0.6])
 def test_nms_keeps_what_the_definition_keeps(offset, threshold):
     boxes, scores = random_boxes(200, 25)
     expected = slow_nms(boxes, scores, threshold, offset)
@@ -119,7 +119,7 @@ def test_nms_of_nothing_is_nothing():
     assert got.shape == (0,) and got.dtype == torch.int64
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_nms_takes_half_precision(dtype):
     boxes, scores = random_boxes(30, 40)
     boxes, scores = boxes.to(dtype), scores.to(dtype)
@@ -128,9 +128,9 @@ def test_nms_takes_half_precision(dtype):
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
-@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+@pytest.mark.parametrize('size', [(1, 1), (3, 2)])
 def test_roi_align_and_its_gradient_follow_the_definition(aligned, sampling_ratio, size):
     from mmcv.ops import roi_align
 
@@ -138,7 +138,7 @@ def test_roi_align_and_its_gradient_follow_the_definition(aligned, sampling_rati
     rois = random_rois().double()
     ours = features.clone().requires_grad_()
     slow = features.clone().requires_grad_()
-    got = roi_align(ours, rois, size, 0.25, sampling_ratio, "avg", aligned)
+    got = roi_align(ours, rois, size, 0.25, sampling_ratio, 'avg', aligned)
     expected = slow_roi_align(slow, rois, size, 0.25, sampling_ratio, aligned)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
@@ -152,16 +152,16 @@ def test_aligned_and_sampling_ratio_matter():
     from mmcv.ops import roi_align
 
     features, rois = torch.randn(2, 3, 11, 13), random_rois()
-    base = roi_align(features, rois, (3, 2), 0.25, 2, "avg", True)
-    assert not torch.allclose(base, roi_align(features, rois, (3, 2), 0.25, 2, "avg", False))
-    assert not torch.allclose(base, roi_align(features, rois, (3, 2), 0.25, 0, "avg", True))
+    base = roi_align(features, rois, (3, 2), 0.25, 2, 'avg', True)
+    assert not torch.allclose(base, roi_align(features, rois, (3, 2), 0.25, 2, 'avg', False))
+    assert not torch.allclose(base, roi_align(features, rois, (3, 2), 0.25, 0, 'avg', True))
 
 
 def test_roi_align_of_no_rois():
     from mmcv.ops import roi_align
 
     features = torch.randn(2, 3, 11, 13, requires_grad=True)
-    got = roi_align(features, torch.zeros(0, 5), (3, 2), 0.25, 0, "avg", True)
+    got = roi_align(features, torch.zeros(0, 5), (3, 2), 0.25, 0, 'avg', True)
     assert got.shape == (0, 3, 3, 2)
     got.sum().backward()
     assert torch.equal(features.grad, torch.zeros_like(features))
@@ -174,20 +174,20 @@ def test_roi_align_takes_strided_features_and_gradients():
     contiguous = features.detach().contiguous().requires_grad_()
     weight = torch.randn(7, 2, 3, 3).permute(0, 3, 2, 1)
     for leaf in (features, contiguous):
-        (roi_align(leaf, random_rois(), (3, 2), 0.25, 2, "avg", True) * weight).sum().backward()
+        (roi_align(leaf, random_rois(), (3, 2), 0.25, 2, 'avg', True) * weight).sum().backward()
     torch.testing.assert_close(features.grad, contiguous.grad)
 
 
 @needs_fallback
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype):
     from mmcv.ops import roi_align
 
     features = torch.randn(2, 3, 11, 13).to(dtype).requires_grad_()
     rois = random_rois().to(dtype)
-    got = roi_align(features, rois, (3, 2), 0.25, 2, "avg", True)
+    got = roi_align(features, rois, (3, 2), 0.25, 2, 'avg', True)
     full = features.detach().float().requires_grad_()
-    expected = roi_align(full, rois.float(), (3, 2), 0.25, 2, "avg", True)
+    expected = roi_align(full, rois.float(), (3, 2), 0.25, 2, 'avg', True)
     assert got.dtype == dtype
     assert torch.equal(got, expected.to(dtype))
     weight = torch.randn_like(expected).to(dtype)
@@ -196,8 +196,8 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(got_grad, expected_grad.to(dtype))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_agrees_with_cpu(dtype):
     boxes, scores = random_boxes(300, 60)
     on_cpu = mmcv_ops.nms(boxes, scores, iou_threshold=0.4, offset=0)
@@ -210,7 +210,7 @@ def test_cuda_agrees_with_cpu(dtype):
         aligned=True,
     )  # fmt: skip
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ('cpu', 'cuda'):
         values, regions = features.to(device), rois.to(device)
         output, empty = values.new_zeros(7, 8, 7, 5), values.new_zeros(0)
         mmcv_ops.roi_align_forward(values, regions, output, empty, empty, **arguments)
@@ -218,9 +218,9 @@ def test_cuda_agrees_with_cpu(dtype):
         mmcv_ops.roi_align_backward(output, regions, empty, empty, grad_input, **arguments)
         results.append((output.float().cpu(), grad_input.float().cpu()))
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    for part, gpu, cpu in zip(("output", "gradient"), results[1], results[0], strict=True):
+    for part, gpu, cpu in zip(('output', 'gradient'), results[1], results[0], strict=True):
         torch.testing.assert_close(
-            gpu, cpu, rtol=tolerance, atol=tolerance, msg=lambda m, p=part: f"{p}: {m}"
+            gpu, cpu, rtol=tolerance, atol=tolerance, msg=lambda m, p=part: f'{p}: {m}'
         )
 
 
@@ -229,7 +229,7 @@ def test_the_public_wrappers_of_mmcv_work():
 
     boxes, scores = random_boxes(50, 40)
     labels = torch.arange(50) % 3
-    kept, order = batched_nms(boxes, scores, labels, dict(type="nms", iou_threshold=0.3))
+    kept, order = batched_nms(boxes, scores, labels, dict(type='nms', iou_threshold=0.3))
     expected = []
     for label in range(3):
         members = (labels == label).nonzero().flatten()
@@ -239,7 +239,7 @@ def test_the_public_wrappers_of_mmcv_work():
     assert torch.equal(kept, torch.cat([boxes[order], scores[order, None]], dim=1))
 
     _, agnostic = batched_nms(
-        boxes, scores, labels, dict(type="nms", iou_threshold=0.3), class_agnostic=True
+        boxes, scores, labels, dict(type='nms', iou_threshold=0.3), class_agnostic=True
     )
     assert agnostic.tolist() == slow_nms(boxes, scores, 0.3, 0)
 
@@ -252,7 +252,7 @@ def test_the_public_wrappers_of_mmcv_work():
 
 
 def test_mmdet_crops_masks_through_it():
-    structures = pytest.importorskip("mmdet.structures.mask")
+    structures = pytest.importorskip('mmdet.structures.mask')
     import numpy as np
 
     mask = np.zeros((1, 20, 30), dtype=np.uint8)
@@ -265,8 +265,8 @@ def test_mmdet_crops_masks_through_it():
 
 # ---------------------------------------------------------------- against the compiled operators
 @needs_compiled
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("count", [0, 1, 500])
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('count', [0, 1, 500])
 def test_nms_equals_compiled(offset, count):
     from mmcv import _ext
 
@@ -278,9 +278,9 @@ def test_nms_equals_compiled(offset, count):
 
 
 @needs_compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("aligned", [True, False])
-@pytest.mark.parametrize("sampling_ratio", [0, 2])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
 def test_roi_align_equals_compiled(dtype, aligned, sampling_ratio):
     from mmcv import _ext
 
@@ -291,7 +291,7 @@ def test_roi_align_equals_compiled(dtype, aligned, sampling_ratio):
     )
     empty = features.new_zeros(0)
     results = {}
-    for name, module in (("theirs", _ext), ("ours", mmcv_ops)):
+    for name, module in (('theirs', _ext), ('ours', mmcv_ops)):
         output = features.new_zeros(rois.shape[0], 8, 7, 5)
         module.roi_align_forward(features, rois, output, empty, empty, **arguments)
         grad = torch.linspace(-1, 1, output.numel(), dtype=dtype).reshape(output.shape)
@@ -299,8 +299,8 @@ def test_roi_align_equals_compiled(dtype, aligned, sampling_ratio):
         module.roi_align_backward(grad, rois, empty, empty, grad_input, **arguments)
         results[name] = output, grad_input
     tolerance = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0, atol=1e-12)
-    for part, theirs, ours in zip(("output", "gradient"), *results.values(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda m, p=part: f"{p}: {m}", **tolerance)
+    for part, theirs, ours in zip(('output', 'gradient'), *results.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda m, p=part: f'{p}: {m}', **tolerance)
 
 
 @needs_compiled
@@ -320,8 +320,8 @@ def test_another_op_explains_itself_when_called():
     message = str(caught.value)
     assert "'softnms'" in message
     assert mmcv_ops.compile_command() in message
-    assert "--no-build-isolation" in message and "--no-binary" in message
-    assert not hasattr(_ext, "__path__")  # only operator names resolve
+    assert '--no-build-isolation' in message and '--no-binary' in message
+    assert not hasattr(_ext, '__path__')  # only operator names resolve
 
 
 @needs_fallback
@@ -337,27 +337,27 @@ def test_max_pooling_is_refused_with_a_sentence():
     from mmcv.ops import roi_align
 
     with pytest.raises(mmcv_ops.CompiledOpMissing, match="pool_mode='avg'"):
-        roi_align(torch.randn(2, 3, 11, 13), random_rois(), (2, 2), 0.25, 0, "max", True)
+        roi_align(torch.randn(2, 3, 11, 13), random_rois(), (2, 2), 0.25, 0, 'max', True)
 
 
 @pytest.mark.parametrize(
-    ("installed", "expected", "unexpected"),
+    ('installed', 'expected', 'unexpected'),
     [
-        (("onedl-mmcv", "2.3.6"), "--no-binary onedl-mmcv onedl-mmcv==2.3.6", "uninstall"),
-        (("mmcv-lite", "2.1.0"), "--no-binary mmcv mmcv==2.1.0", "onedl"),
-        (("mmcv", "2.1.0"), "--no-binary mmcv mmcv==2.1.0", "uninstall"),
-        (None, "--no-binary onedl-mmcv onedl-mmcv", "uninstall"),
+        (('onedl-mmcv', '2.3.6'), '--no-binary onedl-mmcv onedl-mmcv==2.3.6', 'uninstall'),
+        (('mmcv-lite', '2.1.0'), '--no-binary mmcv mmcv==2.1.0', 'onedl'),
+        (('mmcv', '2.1.0'), '--no-binary mmcv mmcv==2.1.0', 'uninstall'),
+        (None, '--no-binary onedl-mmcv onedl-mmcv', 'uninstall'),
     ],
-    ids=["fork", "lite", "upstream", "none"],
+    ids=['fork', 'lite', 'upstream', 'none'],
 )
 def test_compile_command_names_the_installed_distribution(
     monkeypatch, installed, expected, unexpected
 ):
-    monkeypatch.setattr(mmcv_ops, "installed_mmcv", lambda: installed)
+    monkeypatch.setattr(mmcv_ops, 'installed_mmcv', lambda: installed)
     command = mmcv_ops.compile_command()
     assert command.endswith(expected)
     assert unexpected not in command
-    assert ("pip uninstall -y mmcv-lite" in command) == (installed == ("mmcv-lite", "2.1.0"))
+    assert ('pip uninstall -y mmcv-lite' in command) == (installed == ('mmcv-lite', '2.1.0'))
 
 
 # ---------------------------------------------------------------- import behaviour
@@ -376,11 +376,11 @@ def test_install_is_idempotent():
 
 def run_with_fake_mmcv(tmp_path, code, ext=None):
     """Run code where `mmcv` is an empty package, with mmengine out of sight (fast)."""
-    package = tmp_path / "mmcv"
+    package = tmp_path / 'mmcv'
     package.mkdir()
-    (package / "__init__.py").write_text("")
+    (package / '__init__.py').write_text('')
     if ext is not None:
-        (package / "_ext.py").write_text(ext)
+        (package / '_ext.py').write_text(ext)
     setup = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
@@ -389,7 +389,7 @@ def run_with_fake_mmcv(tmp_path, code, ext=None):
         mmcv_ops._log_once = lambda found: None
     """
     source = textwrap.dedent(setup) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', source], capture_output=True, text=True)
 
 
 def test_a_module_found_by_the_normal_finders_wins(tmp_path):
@@ -455,15 +455,15 @@ def test_without_mmcv_nothing_is_provided():
             raise AssertionError('mmcv._ext appeared without mmcv')
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
 
 
 def test_one_log_line_names_the_implementation():
-    code = "import mmhybrid; from mmhybrid import mmcv_ops; mmcv_ops.install(); mmcv_ops.install()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = 'import mmhybrid; from mmhybrid import mmcv_ops; mmcv_ops.install(); mmcv_ops.install()'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    lines = [x for x in (result.stdout + result.stderr).splitlines() if "mmcv operators" in x]
+    lines = [x for x in (result.stdout + result.stderr).splitlines() if 'mmcv operators' in x]
     assert len(lines) == 1
-    assert ("compiled (" in lines[0]) == COMPILED
+    assert ('compiled (' in lines[0]) == COMPILED

@@ -14,13 +14,13 @@ import pytest
 
 # Found, not imported: pip, setuptools and distutils are particular about their order.
 pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("pip", "setuptools", "wheel")),
-    reason="building and installing offline needs pip, setuptools and wheel",
+    not all(importlib.util.find_spec(name) for name in ('pip', 'setuptools', 'wheel')),
+    reason='building and installing offline needs pip, setuptools and wheel',
 )
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
-    "mmhybrid", "configs", "tools", "requirements", "setup.py", "setup.cfg", "pyproject.toml",
-    "MANIFEST.in", "LICENSE", "README.md", "model-index.yml",
+    'mmhybrid', 'configs', 'tools', 'requirements', 'setup.py', 'setup.cfg', 'pyproject.toml',
+    'MANIFEST.in', 'LICENSE', 'README.md', 'model-index.yml',
 )  # fmt: skip
 
 
@@ -28,137 +28,137 @@ def run(command, **options):
     result = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=300, **options
     )
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == 0, f'{command}\n{result.stdout}\n{result.stderr}'
     return result.stdout
 
 
 def clean_environment():
     """Without PYTHONPATH: the checkout must not be what is imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment["PIP_NO_INDEX"] = "1"
-    environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+    environment['PIP_NO_INDEX'] = '1'
+    environment['PIP_DISABLE_PIP_VERSION_CHECK'] = '1'
     return environment
 
 
 def pip_install(python, *arguments):
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps"]
+    pip = [sys.executable, '-m', 'pip', '--python', python, 'install', '-q', '--no-deps']
     # The outer environment may hold an mmhybrid, which pip would see.
-    run([*pip, "--ignore-installed", *arguments], env=clean_environment())
+    run([*pip, '--ignore-installed', *arguments], env=clean_environment())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def source_tree(tmp_path_factory):
     """A copy of what a clone has, so that building leaves no traces in the checkout."""
-    target = tmp_path_factory.mktemp("source") / "clone"
+    target = tmp_path_factory.mktemp('source') / 'clone'
     target.mkdir()
     for name in SHIPPED:
         source = ROOT / name
         if source.is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", ".mim", "*.egg-info")
+            ignore = shutil.ignore_patterns('__pycache__', '.mim', '*.egg-info')
             shutil.copytree(source, target / name, ignore=ignore)
         elif source.exists():
             shutil.copy2(source, target / name)
     return target
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def wheel(source_tree, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp('wheel')
     run(
-        [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q",
-         "-w", folder, source_tree],
+        [sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-q',
+         '-w', folder, source_tree],
         env=clean_environment(),
     )  # fmt: skip
-    (path,) = folder.glob("mmhybrid-*.whl")
+    (path,) = folder.glob('mmhybrid-*.whl')
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def make_environment(tmp_path_factory):
     """Return a function that makes an environment which sees this one's packages."""
 
     def make(name):
-        folder = tmp_path_factory.mktemp(name) / "venv"
-        run([sys.executable, "-m", "venv", "--without-pip", folder])
-        binaries = folder / ("Scripts" if os.name == "nt" else "bin")
+        folder = tmp_path_factory.mktemp(name) / 'venv'
+        run([sys.executable, '-m', 'venv', '--without-pip', folder])
+        binaries = folder / ('Scripts' if os.name == 'nt' else 'bin')
         python = binaries / Path(sys.executable).name
         if not python.exists():
-            python = binaries / "python"
+            python = binaries / 'python'
         query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        site = Path(run([python, "-c", query]).strip())
+        site = Path(run([python, '-c', query]).strip())
         # Only a plain sys.path entry: this environment's own .pth files (an editable install of
         # mmhybrid may be among them) must not run there.
-        (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        (site / 'outer.pth').write_text(sysconfig.get_path('purelib') + '\n')
         return python
 
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def wheel_python(wheel, make_environment):
-    python = make_environment("wheel-env")
+    python = make_environment('wheel-env')
     pip_install(python, wheel)
     return python
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def editable_python(source_tree, make_environment):
-    python = make_environment("editable-env")
-    pip_install(python, "--no-build-isolation", "-e", source_tree)
+    python = make_environment('editable-env')
+    pip_install(python, '--no-build-isolation', '-e', source_tree)
     return python
 
 
-@pytest.fixture(params=["wheel", "editable"])
+@pytest.fixture(params=['wheel', 'editable'])
 def installed_python(request):
-    return request.getfixturevalue(f"{request.param}_python")
+    return request.getfixturevalue(f'{request.param}_python')
 
 
 def test_wheel_ships_the_mim_extension(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    shipped = {n.removeprefix("mmhybrid/.mim/") for n in names if n.startswith("mmhybrid/.mim/")}
+    shipped = {n.removeprefix('mmhybrid/.mim/') for n in names if n.startswith('mmhybrid/.mim/')}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("configs", "tools")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        for folder in ('configs', 'tools')
+        for path in (ROOT / folder).rglob('*')
+        if path.is_file() and '__pycache__' not in path.parts
     }
-    wanted |= {"model-index.yml"} if (ROOT / "model-index.yml").exists() else set()
-    assert "configs/cascade_mambavision_t_coco.py" in wanted
+    wanted |= {'model-index.yml'} if (ROOT / 'model-index.yml').exists() else set()
+    assert 'configs/cascade_mambavision_t_coco.py' in wanted
     assert shipped == wanted
-    assert "mmhybrid_config_scheme.pth" in names
+    assert 'mmhybrid_config_scheme.pth' in names
     package = {
         path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "mmhybrid").rglob("*")
-        if path.is_file() and not {"__pycache__", ".mim"} & set(path.parts)
+        for path in (ROOT / 'mmhybrid').rglob('*')
+        if path.is_file() and not {'__pycache__', '.mim'} & set(path.parts)
     }
     assert package <= set(names)  # operators come with sources and READMEs
-    assert not [n for n in names if n.split("/")[0] in ("tests", "configs", "tools")]
+    assert not [n for n in names if n.split('/')[0] in ('tests', 'configs', 'tools')]
 
 
 def test_wheel_names_no_distribution_of_the_mm_packages(wheel):
     archive = zipfile.ZipFile(wheel)
-    (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    (metadata,) = (n for n in archive.namelist() if n.endswith('.dist-info/METADATA'))
     lines = archive.read(metadata).decode().splitlines()
-    required = [x.split(":", 1)[1].strip() for x in lines if x.startswith("Requires-Dist:")]
-    always = [requirement for requirement in required if "extra ==" not in requirement]
-    assert any(requirement.startswith("torch>=2.4") for requirement in always)
-    assert not [r for r in always if r.startswith(("mm", "onedl"))]
-    extras = {x.split(":")[1].strip() for x in lines if x.startswith("Provides-Extra:")}
-    assert extras == {"runtime", "mminstall", "optional", "tests"}
-    assert any(r.startswith("onedl-mmcv") and "mminstall" in r for r in required)
-    assert "License-File: LICENSE" in lines
+    required = [x.split(':', 1)[1].strip() for x in lines if x.startswith('Requires-Dist:')]
+    always = [requirement for requirement in required if 'extra ==' not in requirement]
+    assert any(requirement.startswith('torch>=2.4') for requirement in always)
+    assert not [r for r in always if r.startswith(('mm', 'onedl'))]
+    extras = {x.split(':')[1].strip() for x in lines if x.startswith('Provides-Extra:')}
+    assert extras == {'runtime', 'mminstall', 'optional', 'tests'}
+    assert any(r.startswith('onedl-mmcv') and 'mminstall' in r for r in required)
+    assert 'License-File: LICENSE' in lines
 
 
 def test_start_up_line_is_one_cheap_line(wheel):
-    text = zipfile.ZipFile(wheel).read("mmhybrid_config_scheme.pth").decode()
-    assert text.startswith("import sys; ") and text.count("\n") == 1 and text.endswith("\n")
-    code = text + "\nprint(sorted(set(sys.modules) - before))"
-    before = "import sys; before = set(sys.modules)\n"
-    assert run([sys.executable, "-S", "-c", before + code]).strip() == "[]"
+    text = zipfile.ZipFile(wheel).read('mmhybrid_config_scheme.pth').decode()
+    assert text.startswith('import sys; ') and text.count('\n') == 1 and text.endswith('\n')
+    code = text + '\nprint(sorted(set(sys.modules) - before))'
+    before = 'import sys; before = set(sys.modules)\n'
+    assert run([sys.executable, '-S', '-c', before + code]).strip() == '[]'
 
 
 def test_command_is_installed(installed_python):
-    assert (installed_python.parent / ("mmhybrid.exe" if os.name == "nt" else "mmhybrid")).exists()
+    assert (installed_python.parent / ('mmhybrid.exe' if os.name == 'nt' else 'mmhybrid')).exists()
 
 
 FOREIGN_CONFIG = "_base_ = 'mmhybrid::cascade_mambavision_t_coco.py'\nwork_dir = 'mine'\n"
@@ -166,8 +166,8 @@ FOREIGN_CONFIG = "_base_ = 'mmhybrid::cascade_mambavision_t_coco.py'\nwork_dir =
 
 @pytest.fixture
 def project(tmp_path):
-    pytest.importorskip("mmengine")
-    (tmp_path / "mine.py").write_text(FOREIGN_CONFIG)
+    pytest.importorskip('mmengine')
+    (tmp_path / 'mine.py').write_text(FOREIGN_CONFIG)
     return tmp_path
 
 
@@ -186,7 +186,7 @@ def test_prefix_works_from_another_project(installed_python, project):
         print(mmhybrid.__file__)
     """
     output = run(
-        [installed_python, "-c", textwrap.dedent(code)], cwd=project, env=clean_environment()
+        [installed_python, '-c', textwrap.dedent(code)], cwd=project, env=clean_environment()
     )
     assert str(ROOT) != str(Path(output.strip().splitlines()[-1]).parents[1])
 
@@ -197,43 +197,43 @@ def test_prefix_works_after_import_from_the_checkout(project):
         from mmengine.config import Config
         assert Config.fromfile('mine.py').model.type.endswith('CascadeRCNN')
     """
-    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
-    run([sys.executable, "-c", textwrap.dedent(code)], cwd=project, env=environment)
+    environment = clean_environment() | {'PYTHONPATH': str(ROOT)}
+    run([sys.executable, '-c', textwrap.dedent(code)], cwd=project, env=environment)
 
 
 def test_editable_install_sees_edits(editable_python, source_tree, project):
-    marker = source_tree / "configs" / "only_in_the_clone.py"
-    marker.write_text("value = 17\n")
-    (project / "edited.py").write_text("_base_ = 'mmhybrid::only_in_the_clone.py'\n")
+    marker = source_tree / 'configs' / 'only_in_the_clone.py'
+    marker.write_text('value = 17\n')
+    (project / 'edited.py').write_text("_base_ = 'mmhybrid::only_in_the_clone.py'\n")
     code = "from mmengine.config import Config; print(Config.fromfile('edited.py').value)"
     try:
-        output = run([editable_python, "-c", code], cwd=project, env=clean_environment())
+        output = run([editable_python, '-c', code], cwd=project, env=clean_environment())
     finally:
         marker.unlink()
-    assert output.strip().endswith("17")
+    assert output.strip().endswith('17')
 
 
 def test_unknown_config_names_the_nearest(project):
-    pytest.importorskip("mmengine")
+    pytest.importorskip('mmengine')
     from mmhybrid import config_scheme
 
     with pytest.raises(FileNotFoundError) as caught:
-        config_scheme.resolve("mmhybrid::cascade_mambavision_tiny_coco.py")
+        config_scheme.resolve('mmhybrid::cascade_mambavision_tiny_coco.py')
     assert "'mmhybrid::cascade_mambavision_t_coco.py'" in str(caught.value)
-    with_folder = config_scheme.resolve("mmhybrid::configs/cascade_mambavision_t_coco.py")
-    assert with_folder == config_scheme.resolve("mmhybrid::cascade_mambavision_t_coco.py")
+    with_folder = config_scheme.resolve('mmhybrid::configs/cascade_mambavision_t_coco.py')
+    assert with_folder == config_scheme.resolve('mmhybrid::cascade_mambavision_t_coco.py')
 
 
 def test_other_prefixes_and_relative_bases_keep_working(tmp_path):
-    pytest.importorskip("mmengine")
+    pytest.importorskip('mmengine')
     from mmengine.config import Config
 
     import mmhybrid  # noqa: F401
 
-    (tmp_path / "base.py").write_text("a = 1\n")
-    (tmp_path / "child.py").write_text("_base_ = './base.py'\nb = 2\n")
-    config = Config.fromfile(tmp_path / "child.py")
+    (tmp_path / 'base.py').write_text('a = 1\n')
+    (tmp_path / 'child.py').write_text("_base_ = './base.py'\nb = 2\n")
+    config = Config.fromfile(tmp_path / 'child.py')
     assert (config.a, config.b) == (1, 2)
-    (tmp_path / "foreign.py").write_text("_base_ = 'nosuchpackage::x/y.py'\n")
-    with pytest.raises(Exception, match="nosuchpackage"):
-        Config.fromfile(tmp_path / "foreign.py")
+    (tmp_path / 'foreign.py').write_text("_base_ = 'nosuchpackage::x/y.py'\n")
+    with pytest.raises(Exception, match='nosuchpackage'):
+        Config.fromfile(tmp_path / 'foreign.py')

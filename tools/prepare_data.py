@@ -23,16 +23,16 @@ from mmhybrid.datasets.verify import verify_ade20k, verify_coco  # noqa: E402
 
 # Below --root; for the real sets these are the folders that our configs name.
 FOLDERS = {
-    "coco": "coco",
-    "ade20k": "ade/ADEChallengeData2016",
-    "mini-coco": "mini_coco",
-    "mini-ade20k": "mini_ade20k/ADEChallengeData2016",
+    'coco': 'coco',
+    'ade20k': 'ade/ADEChallengeData2016',
+    'mini-coco': 'mini_coco',
+    'mini-ade20k': 'mini_ade20k/ADEChallengeData2016',
 }
 CONFIGS = {
-    "mini-coco": "configs/cascade_mambavision_mini_coco.py",
-    "mini-ade20k": "configs/upernet_mambavision_mini_ade20k.py",
+    'mini-coco': 'configs/cascade_mambavision_mini_coco.py',
+    'mini-ade20k': 'configs/upernet_mambavision_mini_ade20k.py',
 }
-OPTIONS = ("train", "val", "seed")
+OPTIONS = ('train', 'val', 'seed')
 
 
 class ProgressLine:
@@ -53,26 +53,26 @@ class ProgressLine:
             return
         self.shown, self.tenth = now, done * 10 // total
         left = (now - self.start) / done * (total - done)
-        line = f"{self.what}: {done}/{total} {self.unit}, {left:.0f} s left"
-        end = "\n" if not terminal or done == total else ""
-        print(f"\r{line:<70}" if terminal else line, end=end, file=sys.stderr, flush=True)
+        line = f'{self.what}: {done}/{total} {self.unit}, {left:.0f} s left'
+        end = '\n' if not terminal or done == total else ''
+        print(f'\r{line:<70}' if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=sorted(FOLDERS))
-    parser.add_argument("--root", default="data/", help="the set goes or is below it "
-                        "(default: data/)")
-    parser.add_argument("--train", type=int, help="mini sets: number of training images")
-    parser.add_argument("--val", type=int, help="mini sets: number of validation images")
-    parser.add_argument("--seed", type=int, help="mini sets: another seed gives other images")
-    parser.add_argument("--force", action="store_true",
-                        help="mini sets: replace a generated set that is there")
+    parser.add_argument('dataset', choices=sorted(FOLDERS))
+    parser.add_argument('--root', default='data/', help='the set goes or is below it '
+                        '(default: data/)')
+    parser.add_argument('--train', type=int, help='mini sets: number of training images')
+    parser.add_argument('--val', type=int, help='mini sets: number of validation images')
+    parser.add_argument('--seed', type=int, help='mini sets: another seed gives other images')
+    parser.add_argument('--force', action='store_true',
+                        help='mini sets: replace a generated set that is there')
     args = parser.parse_args(argv)
     if args.dataset not in CONFIGS:
-        given = [f"--{name}" for name in OPTIONS if getattr(args, name) is not None]
+        given = [f'--{name}' for name in OPTIONS if getattr(args, name) is not None]
         if given or args.force:
             parser.error(f"{' '.join(given) or '--force'} is for the mini sets; {args.dataset} is "
                          "only checked, never written")
@@ -81,38 +81,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def generate(args: argparse.Namespace, folder: Path) -> int:
     """Write a mini set; returns the exit status."""
-    write = write_mini_coco if args.dataset == "mini-coco" else write_mini_ade20k
+    write = write_mini_coco if args.dataset == 'mini-coco' else write_mini_ade20k
     options = {name: getattr(args, name) for name in OPTIONS
                if getattr(args, name) is not None}
     start = time.monotonic()
     try:
         written = write(folder, **options, force=args.force,
-                        progress=ProgressLine(args.dataset, "images"))
+                        progress=ProgressLine(args.dataset, 'images'))
     except (ValueError, FileExistsError, ModuleNotFoundError, FileNotFoundError) as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
+        print(f'prepare_data: {error}', file=sys.stderr)
         return 1
     if written:
-        print(f"{args.dataset} written to {folder}/ in {time.monotonic() - start:.0f} s.")
+        print(f'{args.dataset} written to {folder}/ in {time.monotonic() - start:.0f} s.')
     else:  # whole, too? without opening images this takes no time
-        verify = verify_coco if args.dataset == "mini-coco" else verify_ade20k
+        verify = verify_coco if args.dataset == 'mini-coco' else verify_ade20k
         report = verify(folder, samples=0)
         if not report.ok:
-            print("prepare_data: " + " ".join(report.problems), file=sys.stderr)
+            print('prepare_data: ' + ' '.join(report.problems), file=sys.stderr)
             return 1
-        print(f"{args.dataset} is already in {folder}/, nothing to do.")
-    print(f"Use it with: {CONFIGS[args.dataset]} --cfg-options data_root={folder}/")
+        print(f'{args.dataset} is already in {folder}/, nothing to do.')
+    print(f'Use it with: {CONFIGS[args.dataset]} --cfg-options data_root={folder}/')
     return 0
 
 
 def check(args: argparse.Namespace, folder: Path) -> int:
     """Check a real set; returns the exit status."""
-    verify = verify_coco if args.dataset == "coco" else verify_ade20k
-    report = verify(folder, progress=ProgressLine(f"checking {args.dataset}", "steps"))
+    verify = verify_coco if args.dataset == 'coco' else verify_ade20k
+    report = verify(folder, progress=ProgressLine(f'checking {args.dataset}', 'steps'))
     for fact in report.facts:
-        print(f"ok       {fact}")
+        print(f'ok       {fact}')
     for problem in report.problems:
-        print(f"PROBLEM  {problem}")
-    print(f"{folder}: " + ("ready." if report.ok else f"{len(report.problems)} problem(s)."))
+        print(f'PROBLEM  {problem}')
+    print(f'{folder}: ' + ('ready.' if report.ok else f'{len(report.problems)} problem(s).'))
     return 0 if report.ok else 1
 
 
@@ -123,5 +123,5 @@ def main(argv: list[str] | None = None) -> int:
     return generate(args, folder) if args.dataset in CONFIGS else check(args, folder)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

@@ -33,12 +33,12 @@ def mask_to_rle(mask: np.ndarray) -> dict:
     Returns:
         dict(counts=list of int, size=[H, W]): column-major runs, the first one of zeros.
     """
-    flat = mask.ravel(order="F")
+    flat = mask.ravel(order='F')
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
     if flat[0]:
         runs = [0, *runs]
-    return {"counts": runs, "size": [int(mask.shape[0]), int(mask.shape[1])]}
+    return {'counts': runs, 'size': [int(mask.shape[0]), int(mask.shape[1])]}
 
 
 def _edges(mask: np.ndarray) -> dict[tuple[int, int], list[int]]:

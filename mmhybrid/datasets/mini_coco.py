@@ -27,20 +27,20 @@ VERSION = 1
 TRAIN, VAL = 480, 64
 
 KINDS = [
-    Kind("frisbee", drawing.disc, drawing.rings_pattern),
-    Kind("zebra", drawing.disc, drawing.stripes_pattern),
-    Kind("donut", drawing.ring, drawing.dots_pattern),
-    Kind("kite", drawing.diamond, drawing.quarters_pattern, scale=1.2),
-    Kind("pizza", drawing.triangle, drawing.dots_pattern, scale=1.15),
+    Kind('frisbee', drawing.disc, drawing.rings_pattern),
+    Kind('zebra', drawing.disc, drawing.stripes_pattern),
+    Kind('donut', drawing.ring, drawing.dots_pattern),
+    Kind('kite', drawing.diamond, drawing.quarters_pattern, scale=1.2),
+    Kind('pizza', drawing.triangle, drawing.dots_pattern, scale=1.15),
 ]
 
 # H, W in pixels.
 SIZES = ((120, 160), (160, 120), (144, 160), (160, 160))
 HALF_RANGE = (13.0, 36.0)
 CROWD_EVERY = 12
-FIRST_IMAGE_ID = {"train": 1, "val": 200001}
-_SPLIT_SEED = {"train": 0, "val": 1}
-_DATE = "2017-11-15 00:00:00"
+FIRST_IMAGE_ID = {'train': 1, 'val': 200001}
+_SPLIT_SEED = {'train': 0, 'val': 1}
+_DATE = '2017-11-15 00:00:00'
 
 
 def make_scene(index: int, split: str, photographs: dict[str, np.ndarray],
@@ -84,11 +84,11 @@ def make_scene(index: int, split: str, photographs: dict[str, np.ndarray],
 
 def _annotation(mask: np.ndarray, category: str, crowd: bool) -> dict:
     return {
-        "segmentation": mask_to_rle(mask) if crowd else mask_to_polygons(mask),
-        "area": float(mask.sum()),
-        "iscrowd": int(crowd),
-        "bbox": bounding_box(mask),
-        "category_id": COCO_IDS[category],
+        'segmentation': mask_to_rle(mask) if crowd else mask_to_polygons(mask),
+        'area': float(mask.sum()),
+        'iscrowd': int(crowd),
+        'bbox': bounding_box(mask),
+        'category_id': COCO_IDS[category],
     }
 
 
@@ -112,69 +112,69 @@ def write_mini_coco(folder: str | Path, train: int = TRAIN, val: int = VAL, seed
         FileExistsError: See `storage.needs_writing`.
     """
     folder = Path(folder)
-    counts = {"train": train, "val": val}
+    counts = {'train': train, 'val': val}
     for split, count in counts.items():
         if count < 1:
-            raise ValueError(f"--{split} is {count}; expected at least 1 image.")
-    recipe = {"kind": "mini-coco", "version": VERSION, "seed": seed, **counts}
+            raise ValueError(f'--{split} is {count}; expected at least 1 image.')
+    recipe = {'kind': 'mini-coco', 'version': VERSION, 'seed': seed, **counts}
     if not needs_writing(folder, recipe, force):
         return False
     done = 0
     with atomic_folder(folder, recipe) as work:
-        (work / "annotations").mkdir()
+        (work / 'annotations').mkdir()
         for split, count in counts.items():
             photographs = load_photographs(split)
             images, annotations = [], []
-            (work / f"{split}2017").mkdir()
+            (work / f'{split}2017').mkdir()
             for index in range(count):
                 pixels, found, name = make_scene(index, split, photographs, seed)
                 image_id = FIRST_IMAGE_ID[split] + index
-                file_name = f"{image_id:012d}.jpg"
-                Image.fromarray(pixels).save(work / f"{split}2017" / file_name, quality=92)
+                file_name = f'{image_id:012d}.jpg'
+                Image.fromarray(pixels).save(work / f'{split}2017' / file_name, quality=92)
                 images.append(_image_record(image_id, file_name, pixels.shape, split, name))
                 for number, annotation in enumerate(found):
                     # COCO's crowds have their own range of ids, too.
-                    base = 900000000000 if annotation["iscrowd"] else 0
-                    annotations.append({**annotation, "image_id": image_id,
-                                        "id": base + image_id * 100 + number})
+                    base = 900000000000 if annotation['iscrowd'] else 0
+                    annotations.append({**annotation, 'image_id': image_id,
+                                        'id': base + image_id * 100 + number})
                 done += 1
                 if progress is not None:
                     progress(done, train + val)
-            document = {"info": _info(seed), "licenses": _LICENSES, "images": images,
-                        "annotations": annotations, "categories": COCO_CATEGORIES}
-            path = work / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(document, separators=(",", ":")))
+            document = {'info': _info(seed), 'licenses': _LICENSES, 'images': images,
+                        'annotations': annotations, 'categories': COCO_CATEGORIES}
+            path = work / 'annotations' / f'instances_{split}2017.json'
+            path.write_text(json.dumps(document, separators=(',', ':')))
     return True
 
 
 _LICENSES = [{
-    "url": "https://creativecommons.org/publicdomain/zero/1.0/",
-    "id": 1,
-    "name": "Generated objects on photographs distributed with scikit-image",
+    'url': 'https://creativecommons.org/publicdomain/zero/1.0/',
+    'id': 1,
+    'name': 'Generated objects on photographs distributed with scikit-image',
 }]
 
 
 def _info(seed: int) -> dict:
     return {
-        "description": f"mini COCO, generated with seed {seed}",
-        "url": "",
-        "version": str(VERSION),
-        "year": 2017,
-        "contributor": "mmhybrid",
-        "date_created": _DATE,
+        'description': f'mini COCO, generated with seed {seed}',
+        'url': '',
+        'version': str(VERSION),
+        'year': 2017,
+        'contributor': 'mmhybrid',
+        'date_created': _DATE,
     }
 
 
 def _image_record(image_id: int, file_name: str, shape: tuple[int, ...], split: str,
                   photograph: str) -> dict:
     return {
-        "license": 1,
-        "file_name": file_name,
-        "coco_url": "",
-        "height": int(shape[0]),
-        "width": int(shape[1]),
-        "date_captured": _DATE,
+        'license': 1,
+        'file_name': file_name,
+        'coco_url': '',
+        'height': int(shape[0]),
+        'width': int(shape[1]),
+        'date_captured': _DATE,
         # Where the real set names the source of the picture, ours names the photograph.
-        "flickr_url": f"skimage/data/{photograph}",
-        "id": image_id,
+        'flickr_url': f'skimage/data/{photograph}',
+        'id': image_id,
     }

@@ -15,9 +15,9 @@ from PIL import Image
 # No scene is in both lists (the other half of the stereo pair, motorcycle_right.png, in neither).
 # coins.png and the eye and sky images stay out: they are full of unlabelled discs.
 PHOTOGRAPHS = {
-    "train": ("astronaut.png", "brick.png", "coffee.png", "grass.png", "ihc.png",
-              "motorcycle_left.png"),
-    "val": ("camera.png", "chelsea.png", "gravel.png", "moon.png", "rocket.jpg"),
+    'train': ('astronaut.png', 'brick.png', 'coffee.png', 'grass.png', 'ihc.png',
+              'motorcycle_left.png'),
+    'val': ('camera.png', 'chelsea.png', 'gravel.png', 'moon.png', 'rocket.jpg'),
 }
 
 
@@ -27,12 +27,12 @@ def photograph_dir() -> Path:
     Raises:
         ModuleNotFoundError: scikit-image is not installed.
     """
-    spec = importlib.util.find_spec("skimage")
+    spec = importlib.util.find_spec('skimage')
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            "The mini data sets are drawn on photographs from the scikit-image wheel, which is not "
-            "installed. Install it with: pip install scikit-image")
-    return Path(next(iter(spec.submodule_search_locations))) / "data"
+            'The mini data sets are drawn on photographs from the scikit-image wheel, which is not '
+            'installed. Install it with: pip install scikit-image')
+    return Path(next(iter(spec.submodule_search_locations))) / 'data'
 
 
 def load_photographs(split: str) -> dict[str, np.ndarray]:
@@ -56,8 +56,8 @@ def load_photographs(split: str) -> dict[str, np.ndarray]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing. The scikit-image wheels from 0.22 on contain it; reinstall "
-                "with: pip install --force-reinstall --no-deps scikit-image")
+                f'{path} is missing. The scikit-image wheels from 0.22 on contain it; reinstall '
+                'with: pip install --force-reinstall --no-deps scikit-image')
         with Image.open(path) as image:
-            photographs[name] = np.asarray(image.convert("RGB"))
+            photographs[name] = np.asarray(image.convert('RGB'))
     return photographs

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Written into every generated set: says what it is, and so what may be replaced.
-MARKER = "mini_set.json"
+MARKER = 'mini_set.json'
 
 Progress = Callable[[int, int], None]
 
@@ -47,14 +47,14 @@ def needs_writing(folder: Path, recipe: dict, force: bool = False) -> bool:
         return False
     if found is None:
         raise FileExistsError(
-            f"{folder} exists and was not made by this program (it has no readable {MARKER}); "
-            "nothing was changed. Move it away or choose another --root.")
+            f'{folder} exists and was not made by this program (it has no readable {MARKER}); '
+            'nothing was changed. Move it away or choose another --root.')
     if not force:
-        changed = ", ".join(f"{key} {found.get(key)!r} instead of {value!r}"
+        changed = ', '.join(f'{key} {found.get(key)!r} instead of {value!r}'
                             for key, value in recipe.items() if found.get(key) != value)
         raise FileExistsError(
-            f"{folder} holds a different generated set ({changed}); nothing was changed. Pass "
-            "--force to replace it, or choose another --root.")
+            f'{folder} holds a different generated set ({changed}); nothing was changed. Pass '
+            '--force to replace it, or choose another --root.')
     return True
 
 
@@ -70,13 +70,13 @@ def atomic_folder(folder: Path, recipe: dict):
         The temporary folder, on the same file system.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         yield work
-        (work / MARKER).write_text(json.dumps(recipe, indent=1, sort_keys=True) + "\n")
+        (work / MARKER).write_text(json.dumps(recipe, indent=1, sort_keys=True) + '\n')
         work.chmod(0o755)  # mkdtemp makes private folders
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            old = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.old.', dir=folder.parent))
             os.replace(folder, old)
             os.replace(work, folder)
             shutil.rmtree(old)

@@ -17,17 +17,17 @@ from PIL import Image
 from .categories import COCO_CATEGORIES
 from .storage import existing_recipe
 
-COCO_COUNTS = {"train2017": 118287, "val2017": 5000}
-ADE20K_COUNTS = {"training": 20210, "validation": 2000}
-_COCO_SITE = "http://images.cocodataset.org"
+COCO_COUNTS = {'train2017': 118287, 'val2017': 5000}
+ADE20K_COUNTS = {'training': 20210, 'validation': 2000}
+_COCO_SITE = 'http://images.cocodataset.org'
 _COCO_URLS = {
-    "train2017": f"{_COCO_SITE}/zips/train2017.zip (18 GB)",
-    "val2017": f"{_COCO_SITE}/zips/val2017.zip (1 GB)",
-    "annotations": f"{_COCO_SITE}/annotations/annotations_trainval2017.zip (241 MB)",
+    'train2017': f'{_COCO_SITE}/zips/train2017.zip (18 GB)',
+    'val2017': f'{_COCO_SITE}/zips/val2017.zip (1 GB)',
+    'annotations': f'{_COCO_SITE}/annotations/annotations_trainval2017.zip (241 MB)',
 }
-_ADE20K_URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (923 MB)"
+_ADE20K_URL = 'http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip (923 MB)'
 
-_GENERATE = "Generate the set again: tools/prepare_data.py with --force"
+_GENERATE = 'Generate the set again: tools/prepare_data.py with --force'
 
 # Images opened per folder; opening all of COCO takes the better part of an hour.
 SAMPLES = 200
@@ -51,8 +51,8 @@ class Report:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
+    shown = ', '.join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f'{shown} and {len(names) - _NAMED} more'
 
 
 def _spread(names: list[str], count: int) -> list[str]:
@@ -90,14 +90,14 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
     folder, report = Path(folder), Report()
     recipe = existing_recipe(folder) or {}
     urls = _COCO_URLS
-    if recipe.get("kind") == "mini-coco":
-        counts = counts or {"train2017": recipe["train"], "val2017": recipe["val"]}
+    if recipe.get('kind') == 'mini-coco':
+        counts = counts or {'train2017': recipe['train'], 'val2017': recipe['val']}
         urls = dict.fromkeys(_COCO_URLS)
     counts = counts or COCO_COUNTS
     _check_coco_layout(folder, counts, urls, report)
     total, done = len(counts) * (samples + 1), 0
     for split, expected in counts.items():
-        path = folder / "annotations" / f"instances_{split}.json"
+        path = folder / 'annotations' / f'instances_{split}.json'
         document = _read_coco_json(path, urls, report)
         done += 1
         if progress is not None:
@@ -106,18 +106,18 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
         if not (folder / split).is_dir():
             continue
         present = _files(folder / split)
-        wanted = {image["file_name"]: image for image in images}
+        wanted = {image['file_name']: image for image in images}
         missing = wanted.keys() - present
         if missing:
             report.problems.append(
-                f"{folder / split}: {len(missing)} of {len(wanted)} images named in {path.name} "
-                f"are missing ({_some(missing)}). {_remedy(urls[split])}.")
+                f'{folder / split}: {len(missing)} of {len(wanted)} images named in {path.name} '
+                f'are missing ({_some(missing)}). {_remedy(urls[split])}.')
         elif wanted:
-            report.facts.append(f"{split}: all {len(wanted)} images are there")
+            report.facts.append(f'{split}: all {len(wanted)} images are there')
         elif len(present) != expected:
             report.problems.append(
-                f"{folder / split}: {len(present)} files, expected {expected} images. "
-                f"{_remedy(urls[split])}.")
+                f'{folder / split}: {len(present)} files, expected {expected} images. '
+                f'{_remedy(urls[split])}.')
         broken, opened = [], 0
         for name in _spread(sorted(wanted.keys() & present), samples):
             broken += _check_coco_image(folder / split / name, wanted[name])
@@ -127,10 +127,10 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
         done += samples
         if broken:
             report.problems.append(
-                f"{folder / split}: {len(broken)} of {opened} sampled images are wrong: "
-                f"{_some(broken)}. {_remedy(urls[split])}.")
+                f'{folder / split}: {len(broken)} of {opened} sampled images are wrong: '
+                f'{_some(broken)}. {_remedy(urls[split])}.')
         elif opened:
-            report.facts.append(f"{split}: {opened} sampled images decode at the stated size")
+            report.facts.append(f'{split}: {opened} sampled images decode at the stated size')
     if progress is not None:
         progress(total, total)
     return report
@@ -138,18 +138,18 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
 
 def _remedy(url: str | None) -> str:
     """What to do about a part that is there but wrong; without an address it was generated."""
-    return f"Fetch {url} again and unpack it over what is there" if url else _GENERATE
+    return f'Fetch {url} again and unpack it over what is there' if url else _GENERATE
 
 
 def _check_coco_layout(folder: Path, splits: Iterable[str], urls: dict[str, str | None],
                        report: Report) -> None:
     missing, needed = [], []
     for split in splits:
-        if not (folder / "annotations" / f"instances_{split}.json").is_file():
-            missing.append(f"annotations/instances_{split}.json")
-            needed.append(urls["annotations"])
+        if not (folder / 'annotations' / f'instances_{split}.json').is_file():
+            missing.append(f'annotations/instances_{split}.json')
+            needed.append(urls['annotations'])
         if not (folder / split).is_dir():
-            missing.append(f"{split}/")
+            missing.append(f'{split}/')
             needed.append(urls[split])
     if missing:
         fetch = (f"Fetch {', '.join(dict.fromkeys(needed))} and unpack in {folder}"
@@ -167,7 +167,7 @@ def _read_coco_json(path: Path, urls: dict[str, str | None], report: Report) -> 
             f"{path} is not valid JSON ({error}); perhaps it was cut short. "
             f"{_remedy(urls['annotations'])}.")
         return {}
-    lacking = [key for key in ("images", "annotations", "categories")
+    lacking = [key for key in ('images', 'annotations', 'categories')
                if not isinstance(document, dict) or not isinstance(document.get(key), list)]
     if lacking:
         report.problems.append(
@@ -179,24 +179,24 @@ def _read_coco_json(path: Path, urls: dict[str, str | None], report: Report) -> 
 
 def _check_coco_document(document: dict, path: Path, expected: int,
                          urls: dict[str, str | None], report: Report) -> list[dict]:
-    images = document.get("images", [])
+    images = document.get('images', [])
     if not document:
         return []
     if len(images) != expected:
         report.problems.append(
             f"{path} lists {len(images)} images, expected {expected}. "
             f"{_remedy(urls['annotations'])}.")
-    names = {category.get("id"): category.get("name") for category in document["categories"]}
-    wanted = {category["id"]: category["name"] for category in COCO_CATEGORIES}
+    names = {category.get('id'): category.get('name') for category in document['categories']}
+    wanted = {category['id']: category['name'] for category in COCO_CATEGORIES}
     if names != wanted:
-        different = [f"{number}: {names.get(number)!r} instead of {wanted.get(number)!r}"
+        different = [f'{number}: {names.get(number)!r} instead of {wanted.get(number)!r}'
                      for number in sorted(names.keys() | wanted.keys(), key=str)
                      if names.get(number) != wanted.get(number)]
         report.problems.append(
-            f"{path} does not have the 80 categories of COCO ({_some(different)}). Put a set with "
-            "other classes in another folder and state them as `metainfo` in your config.")
-    ids = {image["id"] for image in images}
-    stray = sum(annotation["image_id"] not in ids for annotation in document["annotations"])
+            f'{path} does not have the 80 categories of COCO ({_some(different)}). Put a set with '
+            'other classes in another folder and state them as `metainfo` in your config.')
+    ids = {image['id'] for image in images}
+    stray = sum(annotation['image_id'] not in ids for annotation in document['annotations'])
     if stray:
         report.problems.append(
             f"{path}: {stray} annotations belong to images that are not listed. "
@@ -211,10 +211,10 @@ def _check_coco_image(path: Path, record: dict) -> list[str]:
     try:
         shape = _open(path).shape[:2]
     except (OSError, ValueError, SyntaxError) as error:
-        return [f"{path.name} (cannot be decoded: {error})"]
-    stated = (record["height"], record["width"])
+        return [f'{path.name} (cannot be decoded: {error})']
+    stated = (record['height'], record['width'])
     if shape != stated:
-        return [f"{path.name} ({shape[1]}x{shape[0]}, the json says {stated[1]}x{stated[0]})"]
+        return [f'{path.name} ({shape[1]}x{shape[0]}, the json says {stated[1]}x{stated[0]})']
     return []
 
 
@@ -235,51 +235,51 @@ def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samp
     folder, report = Path(folder), Report()
     recipe = existing_recipe(folder) or {}
     url = _ADE20K_URL
-    if recipe.get("kind") == "mini-ade20k":
-        counts = counts or {"training": recipe["train"], "validation": recipe["val"]}
+    if recipe.get('kind') == 'mini-ade20k':
+        counts = counts or {'training': recipe['train'], 'validation': recipe['val']}
         url = None
     counts = counts or ADE20K_COUNTS
     total, done = len(counts) * samples, 0
     missing: list[str] = []
     for split, expected in counts.items():
-        images, labels = folder / "images" / split, folder / "annotations" / split
-        absent = [f"{path.relative_to(folder)}/" for path in (images, labels) if not path.is_dir()]
+        images, labels = folder / 'images' / split, folder / 'annotations' / split
+        absent = [f'{path.relative_to(folder)}/' for path in (images, labels) if not path.is_dir()]
         missing += absent
         if absent:
             done += samples
             continue
         stems = {kind: {Path(name).stem for name in _files(where) if name.endswith(suffix)}
-                 for kind, where, suffix in (("images", images, ".jpg"),
-                                             ("annotations", labels, ".png"))}
-        lonely = stems["images"] ^ stems["annotations"]
+                 for kind, where, suffix in (('images', images, '.jpg'),
+                                             ('annotations', labels, '.png'))}
+        lonely = stems['images'] ^ stems['annotations']
         if lonely:
             report.problems.append(
-                f"{folder}: {len(lonely)} {split} images or annotations lack their counterpart "
-                f"({_some(lonely)}). {_remedy(url)}.")
-        pairs = sorted(stems["images"] & stems["annotations"])
+                f'{folder}: {len(lonely)} {split} images or annotations lack their counterpart '
+                f'({_some(lonely)}). {_remedy(url)}.')
+        pairs = sorted(stems['images'] & stems['annotations'])
         if len(pairs) != expected:
             report.problems.append(
-                f"{folder}: {len(pairs)} {split} pairs of image and annotation, expected "
-                f"{expected}. {_remedy(url)}.")
+                f'{folder}: {len(pairs)} {split} pairs of image and annotation, expected '
+                f'{expected}. {_remedy(url)}.')
         elif not lonely:
-            report.facts.append(f"{split}: all {expected} pairs of image and annotation are there")
+            report.facts.append(f'{split}: all {expected} pairs of image and annotation are there')
         broken, opened = [], 0
         for stem in _spread(pairs, samples):
-            broken += _check_ade20k_pair(images / f"{stem}.jpg", labels / f"{stem}.png")
+            broken += _check_ade20k_pair(images / f'{stem}.jpg', labels / f'{stem}.png')
             opened += 1
             if progress is not None:
                 progress(done + opened, total)
         done += samples
         if broken:
             report.problems.append(
-                f"{folder}: {len(broken)} of {opened} sampled {split} pairs are wrong: "
-                f"{_some(broken)}. {_remedy(url)}.")
+                f'{folder}: {len(broken)} of {opened} sampled {split} pairs are wrong: '
+                f'{_some(broken)}. {_remedy(url)}.')
         elif opened:
-            report.facts.append(f"{split}: {opened} sampled pairs decode, agree in size, and have "
-                                "labels 0 to 150")
+            report.facts.append(f'{split}: {opened} sampled pairs decode, agree in size, and have '
+                                'labels 0 to 150')
     if missing:
-        fetch = (f"Fetch {url} and unpack it in {folder.parent}, so that "
-                 f"{folder}/images/training/ADE_train_00000001.jpg exists" if url else _GENERATE)
+        fetch = (f'Fetch {url} and unpack it in {folder.parent}, so that '
+                 f'{folder}/images/training/ADE_train_00000001.jpg exists' if url else _GENERATE)
         report.problems.append(f"{folder} lacks {', '.join(missing)}. {fetch}.")
     if progress is not None:
         progress(total, total)
@@ -291,12 +291,12 @@ def _check_ade20k_pair(image: Path, annotation: Path) -> list[str]:
         shape = _open(image).shape[:2]
         labels = _open(annotation)
     except (OSError, ValueError, SyntaxError) as error:
-        return [f"{image.stem} (cannot be decoded: {error})"]
+        return [f'{image.stem} (cannot be decoded: {error})']
     if labels.ndim != 2 or labels.dtype != np.uint8:
-        return [f"{annotation.name} (shape {labels.shape}, {labels.dtype}; expected 8-bit grey)"]
+        return [f'{annotation.name} (shape {labels.shape}, {labels.dtype}; expected 8-bit grey)']
     if labels.shape != shape:
-        return [f"{annotation.name} ({labels.shape[1]}x{labels.shape[0]}, its image is "
-                f"{shape[1]}x{shape[0]})"]
+        return [f'{annotation.name} ({labels.shape[1]}x{labels.shape[0]}, its image is '
+                f'{shape[1]}x{shape[0]})']
     if labels.max() > 150:
-        return [f"{annotation.name} (label {labels.max()}; expected 0 to 150)"]
+        return [f'{annotation.name} (label {labels.max()}; expected 0 to 150)']
     return []

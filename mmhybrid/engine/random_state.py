@@ -112,7 +112,7 @@ class RandomStateHook(Hook):
         if self._saved is None or self._saved[0] != _position(runner):
             if get_world_size() > 1:
                 print_log('This checkpoint holds no random states: it was not written by '
-                          'CheckpointHook, and the other ranks\' states are out of reach.',
+                          "CheckpointHook, and the other ranks' states are out of reach.",
                           logger='current', level=logging.WARNING)
                 return
             self._saved = (_position(runner), [get_random_state()])

@@ -34,7 +34,7 @@ def test_valid_arguments_pass():
 def test_nearest_name_is_given(wrong, nearest):
     with pytest.raises(TypeError) as error:
         Toy(**{'arch': 'a', wrong: 1})
-    assert str(error.value) == (f"Toy: unknown argument {wrong!r}; did you mean {nearest!r}? "
+    assert str(error.value) == (f'Toy: unknown argument {wrong!r}; did you mean {nearest!r}? '
                                 'Valid: arch, drop_path_rate, with_cp')
 
 

@@ -62,7 +62,7 @@ def test_spelling_of_mmdets_project():
     assert neck.simfp_2[1].eps == neck.simfp_4[0].norm.eps == 1e-6
     with pytest.raises(ValueError, match=r'expected \[4, 8, 16, 16\]'):
         SimpleFPN(16, [16, 16, 16, 16])
-    with pytest.raises(ValueError, match="norm_cfg=.*expected dict"):
+    with pytest.raises(ValueError, match='norm_cfg=.*expected dict'):
         SimpleFPN(16, norm_cfg=dict(type='BN'))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-STAND_IN = '''#!{python}
+STAND_IN = """#!{python}
 import json, os, sys
 from pathlib import Path
 args = sys.argv[1:]
@@ -35,7 +35,7 @@ if tool == 'train.py':
 elif tool == 'test.py':
     (value('--work-dir') / 'run').mkdir(parents=True)
     (value('--work-dir') / 'run' / 'run.json').write_text(os.environ['METRICS'])
-'''
+"""
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def _table(text: str) -> tuple[tuple[str, ...], ...]:
 UNSEARCHED = ('h', 'h_flip', 'w2', 'w2_flip')
 
 #: LocalVim-T, its form with a middle class token, and LocalVim-S for dense tasks.
-LOCAL_VIM = _table('''
+LOCAL_VIM = _table("""
     h v_flip w7 w7_flip
     h_flip w2_flip w7 w7_flip
     h h_flip v w7
@@ -42,10 +42,10 @@ LOCAL_VIM = _table('''
     h h_flip v w2
     h h_flip w2_flip w7
     v v_flip w2 w2_flip
-''')
+""")
 
 #: Depths 2, 2, 9, 2.
-LOCAL_VMAMBA_TINY = _table('''
+LOCAL_VMAMBA_TINY = _table("""
     h h_flip w7 w7_flip
     h_flip v_flip w2 w2_flip
     h_flip v_flip w2_flip w7
@@ -61,10 +61,10 @@ LOCAL_VMAMBA_TINY = _table('''
     v_flip w2_flip w7 w7_flip
     h_flip v_flip w2_flip w7_flip
     h_flip v w7 w7_flip
-''')
+""")
 
 #: Depths 2, 2, 27, 2.
-LOCAL_VMAMBA_SMALL = _table('''
+LOCAL_VMAMBA_SMALL = _table("""
     h v v_flip w7_flip
     h h_flip v w7
     h_flip v v_flip w7
@@ -98,7 +98,7 @@ LOCAL_VMAMBA_SMALL = _table('''
     h_flip v w2_flip w7
     h_flip v_flip w7 w7_flip
     h v w7 w7_flip
-''')
+""")
 
 
 def resolve_directions(given: str | Sequence[Sequence[str]] | None, depth: int,
