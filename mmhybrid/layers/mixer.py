@@ -14,6 +14,7 @@ from mmhybrid.ops import selective_scan
 
 from .linear import token_linear
 from .precision import at_least_float32
+from .scan_init import init_decay_, init_step_bias_
 
 __all__ = ['MambaVisionMixer']
 
@@ -68,18 +69,13 @@ class MambaVisionMixer(nn.Module):
 
         The bias b of ``dt_proj`` enters the step twice, so it is softplus(2 b), not softplus(b),
         that is drawn log-uniformly from [step_min, step_max] (Gu and Dao, "Mamba" (2023),
-        section 3.6, for the distribution).  A = -(1, ..., N) for each channel and D = 1.
+        section 3.6).
         """
-        states = torch.arange(1, self.state_dim + 1, dtype=torch.float32,
-                              device=self.A_log.device)
-        self.A_log.copy_(states.log().expand_as(self.A_log))
+        init_decay_(self.A_log)
         nn.init.ones_(self.D)
         bound = self.dt_rank ** -0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        step = torch.empty_like(self.dt_proj.bias, dtype=torch.float32)
-        step.uniform_(math.log(step_min), math.log(step_max)).exp_().clamp_(min=step_floor)
-        # inverse of softplus, written so that it is exact for small steps
-        self.dt_proj.bias.copy_((step + torch.log(-torch.expm1(-step))) / 2)
+        init_step_bias_(self.dt_proj.bias, step_min, step_max, step_floor).div_(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""
