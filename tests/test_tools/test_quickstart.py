@@ -50,11 +50,15 @@ def quickstart(tmp_path):
     stand_in.write_text(STAND_IN.format(python=sys.executable, calls=str(calls)))
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
 
+    # What the caller set for runs of their own must not reach these.
+    inherited = {name: value for name, value in os.environ.items()
+                 if not name.startswith('QUICKSTART_')}
+
     def run(*args, **environment):
         calls.unlink(missing_ok=True)
         done = subprocess.run(
             ['bash', str(script), *args], capture_output=True, text=True, cwd=tmp_path,
-            env={**os.environ, 'QUICKSTART_PYTHON': str(stand_in), 'METRICS': '{}', **environment})
+            env={**inherited, 'QUICKSTART_PYTHON': str(stand_in), 'METRICS': '{}', **environment})
         lines = calls.read_text().splitlines() if calls.exists() else []
         return done, [json.loads(line) for line in lines]
 
