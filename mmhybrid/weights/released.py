@@ -96,6 +96,10 @@ def _vmamba() -> list[Released]:
          f'{mask}small_ms_3x_epoch_32'),
         ('t-s2l5-mask-rcnn-coco', 'tiny_s2l5', det, '', f'{mask}tiny_epoch_12'),
         ('t-s2l5-mask-rcnn-coco-3x', 'tiny_s2l5', det, '', f'{mask}tiny_ms_3x_epoch_36'),
+        # Files of the first release for 3x and for ADE20K exist too; their full names are not known
+        # here.
+        *((f'v0-{size[0]}-mask-rcnn-coco', f'v0_{size}', det, '',
+           f'vssm{size}_mask_rcnn_swin_fpn_coco_epoch_12') for size in ('tiny', 'small', 'base')),
         ('t-s1l8-upernet-ade20k', 'tiny_s1l8', seg, 'v2seg', f'{upernet}tiny_s_iter_160000'),
         ('s-s2l15-upernet-ade20k', 'small_s2l15', seg, 'v2seg', f'{upernet}small_iter_144000'),
         ('b-s2l15-upernet-ade20k', 'base_s2l15', seg, 'v2seg', f'{upernet}base_iter_160000'),
