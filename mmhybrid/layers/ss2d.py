@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan_plan
+from mmhybrid.ops.precision import autocast_off
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear2d import map_linear
@@ -112,7 +113,7 @@ class SS2D(nn.Module):
         precision = contextlib.nullcontext()
         if self.float32_scan:
             u, proj = at_least_float32(u), at_least_float32(proj)
-            precision = torch.autocast(x.device.type, enabled=False)
+            precision = autocast_off(x.device)
         with precision:
             y = cross_selective_scan(
                 u, proj, self.dt_projs_weight, -torch.exp(at_least_float32(self.A_logs)), self.Ds,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import autocast_off
 from . import cpp, fused
 from .chunked import selective_scan_chunked
 from .reference import selective_scan_reference
@@ -265,7 +266,7 @@ def selective_scan(
     if u.numel() == 0:  # nothing to cut into chunks
         name = 'reference'
     # Autocast would lower the state to half precision in the middle of the recurrence.
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u.device):
         y, last_state = _BACKENDS[name].run(
             u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus), bool(reverse)
         )
