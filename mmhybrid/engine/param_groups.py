@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
+from collections.abc import Callable
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -19,14 +21,16 @@ from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ['HybridOptimWrapperConstructor', 'is_exempt']
 
-POLICIES = ('published', 'ssm')
+POLICIES = ('published', 'ssm', '1d')
 NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-# Names of the state-space parameters in MambaVision, Vim and VMamba. They hold one number per
-# channel and state (or a per-direction stack of these), so their rank does not give them away.
-SSM_NAMES = ('A_log', 'A_logs', 'A_b_log', 'D', 'Ds', 'D_b', 'dt_projs_bias')
+# Names of the state-space parameters in MambaVision, Vim, VMamba and LocalVim (numbered by
+# direction). They hold one number per channel and state (or a per-direction stack of these), so
+# their rank does not give them away.
+SSM_NAMES = re.compile(r'(A_log|A_log_\d+|A_logs|A_b_log|D|D_\d+|Ds|D_b|dt_projs_bias)')
 
 CHOICES = {
-    'no_decay': 'which tensors are exempt from weight decay: "published", "ssm" or None',
+    'no_decay': 'which tensors are exempt from weight decay: "published", "ssm", "1d" or None',
+    'layer_decay': 'factor on the learning rate per depth, from the heads down to the stem',
     'custom_keys': 'substring of a name -> dict(lr_mult=, decay_mult=), longest substring first',
     'bypass_duplicate': 'take a tensor that two modules share once instead of refusing it',
     'print_groups': 'print the table of all trainable tensors',
@@ -39,7 +43,8 @@ def is_exempt(policy: str | None, name: str, param: nn.Parameter, owner: nn.Modu
     Args:
         policy: "published" (names that contain "norm", as in the released MambaVision recipes),
             "ssm" (state-space parameters, norm layers of every kind, biases, and every other
-            tensor with fewer than two dimensions) or None (nothing is exempt).
+            tensor with fewer than two dimensions), "1d" (tensors with fewer than two dimensions,
+            and biases, as timm and BEiT have it) or None (nothing is exempt).
         name: full name of the parameter in the model.
         param: the parameter.
         owner: the module that holds it.
@@ -49,8 +54,11 @@ def is_exempt(policy: str | None, name: str, param: nn.Parameter, owner: nn.Modu
     if policy == 'published':
         return 'norm' in name
     leaf = name.rpartition('.')[2]
-    return (param.ndim <= 1 or leaf in SSM_NAMES or leaf == 'bias' or isinstance(owner, NORM_LAYERS)
-            or getattr(param, '_no_weight_decay', False))
+    if param.ndim <= 1 or leaf == 'bias':
+        return True
+    return policy == 'ssm' and bool(
+        SSM_NAMES.fullmatch(leaf) or isinstance(owner, NORM_LAYERS)
+        or getattr(param, '_no_weight_decay', False))
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -65,7 +73,12 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             and the wrapper's arguments.
         paramwise_cfg: any of
 
-            - ``no_decay``: "published", "ssm" or None, see :func:`is_exempt`. Default None.
+            - ``no_decay``: "published", "ssm", "1d" or None, see :func:`is_exempt`. Default None.
+            - ``layer_decay``: factor r in (0, 1] of layer-wise learning rates: a tensor at depth d
+              of D learns with r ** (D - 1 - d) times the rate. The backbone says how deep its
+              tensors lie (``get_layer_depth``, as all of mmhybrid's do): the embedding is 0, each
+              block one more, and whatever follows the last block, the neck and the heads have the
+              full rate. Multiplies with ``lr_mult``. Default None: one rate for all.
             - ``custom_keys``: ``{substring of a name: dict(lr_mult=, decay_mult=)}``. The longest
               matching substring counts, then the alphabetically first. Differs from mmengine in
               one point: an entry without ``decay_mult`` leaves ``no_decay`` in force.
@@ -75,7 +88,8 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     Raises:
         TypeError: for an unknown key, with the nearest valid one.
-        ValueError: for an unknown policy, or a decay rule without ``optimizer.weight_decay``.
+        ValueError: for an unknown policy, a decay rule without ``optimizer.weight_decay``, or
+            ``layer_decay`` for a model without a backbone that declares depths.
     """
 
     def _validate_cfg(self) -> None:
@@ -86,9 +100,18 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         policy = self.paramwise_cfg.get('no_decay')
         if policy is not None and policy not in POLICIES:
             raise ValueError(
-                f"paramwise_cfg.no_decay must be 'published', 'ssm' or None, got {policy!r}. "
+                f"paramwise_cfg.no_decay must be 'published', 'ssm', '1d' or None, got {policy!r}. "
                 f"'published' exempts names that contain \"norm\"; 'ssm' exempts state-space "
-                'parameters, norms, biases and all one-dimensional tensors.')
+                "parameters, norms, biases and all one-dimensional tensors; '1d' exempts biases "
+                'and all one-dimensional tensors.')
+        rate = self.paramwise_cfg.get('layer_decay')
+        if rate is not None:
+            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 < rate <= 1:
+                raise ValueError('paramwise_cfg.layer_decay must be a number above 0 and at most '
+                                 f'1 (1 is one rate for all), got {rate!r}.')
+            if self.base_lr is None:
+                raise ValueError('paramwise_cfg.layer_decay is set, but optimizer.lr is not '
+                                 'given. Set it in optim_wrapper.optimizer.')
         custom = self.paramwise_cfg.get('custom_keys') or {}
         if not isinstance(custom, dict):
             raise TypeError('paramwise_cfg.custom_keys must be a dict of '
@@ -112,6 +135,7 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Append the groups of ``module`` to ``params``, in the order in which they appear."""
         policy = self.paramwise_cfg.get('no_decay')
         custom = self.paramwise_cfg.get('custom_keys') or {}
+        layer_rate = _layer_rates(module, prefix, self.paramwise_cfg.get('layer_decay'))
         keys = sorted(sorted(custom), key=len, reverse=True)
         unused = set(keys)
         groups: dict[tuple, dict] = {}
@@ -134,7 +158,8 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             decay_mult = setting.get('decay_mult')
             if decay_mult is None:
                 decay_mult = 0.0 if is_exempt(policy, name, param, owner) else 1.0
-            lr = None if self.base_lr is None else self.base_lr * setting.get('lr_mult', 1.0)
+            lr = None if self.base_lr is None else (
+                self.base_lr * setting.get('lr_mult', 1.0) * layer_rate(name))
             decay = None if self.base_wd is None else self.base_wd * decay_mult
             group = groups.setdefault((lr, decay), {'params': []})
             if lr is not None:
@@ -158,8 +183,9 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         lines = [f'  lr {_number(lr)}, weight decay {_number(decay)}: '
                  f'{tensors} tensors, {values:,} values'
                  for (lr, decay), (tensors, values) in totals.items()]
-        policy = self.paramwise_cfg.get('no_decay')
-        print_log(f'Parameter groups (no_decay={policy!r}, {len(table)} trainable tensors, '
+        chosen = ', '.join(f'{key}={self.paramwise_cfg.get(key)!r}'
+                           for key in ('no_decay', 'layer_decay'))
+        print_log(f'Parameter groups ({chosen}, {len(table)} trainable tensors, '
                   f'{frozen} frozen):\n' + '\n'.join(lines), logger='current')
         if self.paramwise_cfg.get('print_groups', False):
             numbers = {pair: index for index, pair in enumerate(totals)}
@@ -168,6 +194,34 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'{numbers[lr, decay]:<5}  {_number(lr):<8}  {_number(decay):<8}  '
                 f'{name:<{width}}  {tuple(param.shape)}'
                 for name, param, lr, decay in table), logger='current')
+
+
+def _layer_rates(model: nn.Module, prefix: str, decay: float | None) -> Callable[[str], float]:
+    """Give the factor on the learning rate for each name of a parameter."""
+    if decay is None:
+        return lambda name: 1.0
+    start = f'{prefix}.' if prefix else ''
+    declared: dict[str, Callable] = {}
+    for path, part in model.named_modules():
+        inner = any(path.startswith(outer) for outer in declared)
+        if hasattr(part, 'get_layer_depth') and not inner:
+            declared[f'{path}.' if path else ''] = part.get_layer_depth
+    if not declared:
+        backbone = getattr(model, 'backbone', model)
+        raise ValueError(
+            f'paramwise_cfg.layer_decay={decay} needs a backbone that says how deep each of its '
+            "parameters lies (a method get_layer_depth, as mmhybrid's backbones have), and "
+            f'{type(backbone).__name__} does not. Leave layer_decay out, or set lr_mult of chosen '
+            'names in paramwise_cfg.custom_keys.')
+
+    def rate(name: str) -> float:
+        for path, depth_of in declared.items():
+            if name.startswith(start + path):
+                depth, depths = depth_of(name, start + path)
+                return decay ** (depths - 1 - depth)
+        return 1.0
+
+    return rate
 
 
 def _parameters(module: nn.Module, prefix: str):

@@ -1,4 +1,5 @@
 """Every trainable tensor is in exactly one group, with the decay its kind asks for."""
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_ssm():
     assert set(named) - free(named) == {'conv_down.0.weight', 'proj.weight', 'table'}
 
 
+def test_one_dimensional():
+    named = decays(Small(), no_decay='1d')
+    assert set(named) - free(named) == {'conv_down.0.weight', 'A_log', 'proj.weight', 'table'}
+
+
+def test_state_space_names_of_every_direction():
+    model = nn.ParameterDict({name: torch.zeros(4, 2) for name in (
+        'A_log_0', 'D_3', 'A_b_log', 'D_b', 'A_logs', 'conv', 'AD_0')})
+    named = decays(model, no_decay='ssm')
+    assert set(named) - free(named) == {'conv', 'AD_0'}
+
+
 def test_none():
     assert not free(decays(Small(), no_decay=None, print_groups=True))
 
@@ -99,7 +112,10 @@ def test_shared_tensor():
 
 @pytest.mark.parametrize('paramwise, error, text', [
     (dict(no_decy='ssm'), TypeError, "Did you mean 'no_decay'"),
-    (dict(no_decay='all'), ValueError, "'published', 'ssm' or None"),
+    (dict(no_decay='all'), ValueError, "'published', 'ssm', '1d' or None"),
+    (dict(layer_decay=0), ValueError, 'above 0 and at most 1'),
+    (dict(layer_decay=True), ValueError, 'above 0 and at most 1'),
+    (dict(layer_decay=0.7), ValueError, 'Small does not. Leave layer_decay out'),
     (dict(custom_keys=dict(conv=dict(lr_mul=1))), TypeError, "Did you mean 'lr_mult'"),
     (dict(custom_keys=['conv']), TypeError, 'must be a dict'),
 ])
@@ -112,6 +128,78 @@ def test_decay_rule_without_decay():
     cfg = dict(BASE, optimizer=dict(type='SGD', lr=0.1), paramwise_cfg=dict(no_decay='ssm'))
     with pytest.raises(ValueError, match='weight_decay is not given'):
         build_optim_wrapper(Small(), cfg)
+
+
+# Small networks with every kind of part that the family has.
+STAGED = dict(dim=16, depths=(1, 2, 3, 1))
+PLAIN = dict(dim=16, depth=5, state_dim=4)
+FAMILIES = {
+    'MambaVision': dict(arch=dict(STAGED, stem_width=8, num_heads=(1, 1, 2, 2),
+                                  window_size=(8, 8, 4, 4), layer_scale=1e-5)),
+    'VMamba': dict(arch=STAGED),
+    'LocalVMamba': dict(arch=STAGED, directions='unsearched'),
+    'Vim': dict(arch=PLAIN, out_indices=(1, 2, 3, 4)),
+    'LocalVim': dict(arch=PLAIN, directions='unsearched', out_indices=(1, 4)),
+}
+BLOCK = re.compile(r'backbone\.(?:levels|layers)\.(\d+)(?:\.blocks\.(\d+))?\.(\w+)')
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_layer_decay_follows_the_declared_depth(family, scope):
+    init_default_scope(scope)
+    backbone = MODELS.build(dict(type=f'mmhybrid.{family}', **FAMILIES[family]))
+    model = nn.ModuleDict(dict(
+        backbone=backbone, neck=nn.Conv2d(16, 8, 1), decode_head=nn.Linear(8, 2)))
+    rates = {name: lr / 1e-3 for name, (_, lr) in decays(model, layer_decay=0.5).items()}
+    blocks = 5 if family in ('Vim', 'LocalVim') else 7
+
+    by_block, seen = {}, set()
+    for name, rate in rates.items():
+        block = BLOCK.match(name)
+        if not name.startswith('backbone.') or re.match(r'backbone\.(outnorm|fpn|norm_f)', name):
+            assert rate == 1, name  # whatever follows the last block
+        elif block is None:
+            assert re.match(r'backbone\.(patch_embed\.|pos_embed)', name), name
+            assert rate == 0.5 ** (blocks + 1), name
+            seen.add('embedding')
+        elif block[3] == 'downsample':  # goes with the last block of its stage
+            assert rate == max(by_block[key] for key in by_block if key[0] == int(block[1])), name
+            seen.add('downsample')
+        else:
+            key = int(block[1]), int(block[2] or 0)
+            assert by_block.setdefault(key, rate) == rate, name
+    # One step per block from the first to the last, which is one step below the heads.
+    ordered = [by_block[key] for key in sorted(by_block)]
+    assert ordered == [0.5 ** (blocks - i) for i in range(blocks)]
+    assert seen == {'embedding'} | ({'downsample'} if blocks == 7 else set())
+
+
+def test_layer_decay_multiplies_and_keeps_the_decay_rule():
+    backbone = MODELS.build(dict(type='mmhybrid.VMamba', arch=STAGED))
+    named = decays(nn.ModuleDict(dict(backbone=backbone)), no_decay='ssm', layer_decay=0.5,
+                   custom_keys={'layers.3.blocks': dict(lr_mult=0.1)})
+    assert named['backbone.layers.3.blocks.0.op.in_proj.weight'] == pytest.approx((0.05, 5e-5))
+    assert named['backbone.layers.3.blocks.0.norm.weight'] == pytest.approx((0, 5e-5))
+    assert named['backbone.layers.2.blocks.2.norm.bias'] == pytest.approx((0, 2.5e-4))
+
+
+def test_layer_decay_of_a_backbone_by_itself():
+    backbone = MODELS.build(dict(type='mmhybrid.VMamba', arch=STAGED))
+    named = decays(backbone, layer_decay=0.5)
+    assert named['patch_embed.0.weight'] == pytest.approx((0.05, 1e-3 / 256))
+    assert named['outnorm3.weight'] == pytest.approx((0.05, 1e-3))
+
+
+def test_layer_decay_is_reported(monkeypatch):
+    printed = []
+    monkeypatch.setattr('mmhybrid.engine.param_groups.print_log',
+                        lambda text, **kwargs: printed.append(text))
+    decays(MODELS.build(dict(type='mmhybrid.VMamba', arch=STAGED)), layer_decay=0.5)
+    title, *rows = printed[-1].splitlines()
+    assert 'layer_decay=0.5' in title
+    assert [row.split()[1] for row in rows] == [
+        f'{1e-3 * 0.5 ** (8 - depth):g},' for depth in range(9)]
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmengine'])
