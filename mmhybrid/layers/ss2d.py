@@ -5,7 +5,6 @@ R rank of the step.
 """
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan_plan
-from mmhybrid.ops.precision import autocast_off
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear2d import map_linear
@@ -106,18 +104,11 @@ class SS2D(nn.Module):
 
     def scan_directions(self, x: Tensor, merge: bool) -> Tensor | list[Tensor]:
         """Map (B, D, H, W) to (B, D, L), or to a list of K of these if not ``merge``."""
-        K, rows, D = self.x_proj_weight.shape
         plan = scan_plan(self.directions, *x.shape[-2:], x.device, restore=self.v_restore)
-        u = x.flatten(2)
-        proj = torch.matmul(self.x_proj_weight.view(K * rows, D), u).unflatten(1, (K, rows))
-        precision = contextlib.nullcontext()
-        if self.float32_scan:
-            u, proj = at_least_float32(u), at_least_float32(proj)
-            precision = autocast_off(x.device)
-        with precision:
-            y = cross_selective_scan(
-                u, proj, self.dt_projs_weight, -torch.exp(at_least_float32(self.A_logs)), self.Ds,
-                self.dt_projs_bias.flatten(), plan, merge=merge, backend=self.backend)
+        y = cross_selective_scan(
+            x.flatten(2), self.x_proj_weight, self.dt_projs_weight,
+            -torch.exp(at_least_float32(self.A_logs)), self.Ds, self.dt_projs_bias.flatten(), plan,
+            merge=merge, float32=self.float32_scan, backend=self.backend)
         # what follows has the precision of its weights
         dtype = self.out_norm.weight.dtype
         return y.to(dtype) if merge else [y_k.to(dtype) for y_k in y]

@@ -1,11 +1,12 @@
 """Named scan directions and the order tables behind them."""
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,9 @@ __all__ = ['DIRECTIONS', 'Direction', 'ScanOrder', 'ScanPlan', 'scan_plan']
 DIRECTIONS = ('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip')
 
 _NAME = re.compile(r'(?:(?P<axis>[hv])|w(?P<window>[1-9]\d*))(?P<flip>_flip)?')
-# Twelve tables serve one image size of a four-stage backbone, so this holds a handful of sizes.
+# A four-stage backbone has twelve tables per image size, and at most one plan per block.
 _MAX_CACHED_ORDERS = 64
+_MAX_CACHED_PLANS = 128
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,18 @@ class Direction:
     @classmethod
     def parse(cls, name: str) -> Direction:
         """Read a name such as ``h``, ``v_flip`` or ``w7``; ``ValueError`` for any other."""
-        match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None:
-            raise ValueError(
-                f"unknown scan direction {name!r}: expected 'h', 'v' or 'w<window side>' (as in "
-                f"'w7'), each optionally followed by '_flip'; the usual ones are "
-                f"{', '.join(DIRECTIONS)}")
-        window = int(match['window'] or 0)
-        return cls(match['axis'] or 'w', window, match['flip'] is not None)
+        return cls(*_parsed(name))
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace regular expressions
+def _parsed(name: str) -> tuple[str, int, bool]:
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(
+            f"unknown scan direction {name!r}: expected 'h', 'v' or 'w<window side>' (as in "
+            f"'w7'), each optionally followed by '_flip'; the usual ones are "
+            f"{', '.join(DIRECTIONS)}")
+    return match['axis'] or 'w', int(match['window'] or 0), match['flip'] is not None
 
 
 class ScanOrder:
@@ -55,55 +61,58 @@ class ScanOrder:
             windows overhang the map.
         order: int32 (L',); the token read at each position, -1 for a zero token.
         place: int32 (L,); the position from which each token is restored.
+        overhang: side of the windows if some of them overhang the map, else 0; orders of a map
+            with the same overhang have the same length.
         identity: whether the sequence is the map itself.
         exact: whether restoring undoes taking (not so for the released column restore).
     """
 
-    def __init__(self, order: np.ndarray, inverse: np.ndarray, place: np.ndarray,
-                 unplace: np.ndarray, device: torch.device):
-        self.length = order.size
-        self.exact = np.array_equal(place, inverse)
-        self.identity = self.exact and np.array_equal(order, np.arange(place.size))
-        self.order, self.place = _tensor(order, device), _tensor(place, device)
-        # Each table travels with the one that its gradient reads.
-        self._take = _Table(order, device), _Table(inverse, device)
-        self._restore = _Table(place, device), _Table(unplace, device)
+    def __init__(self, order: Tensor, inverse: Tensor, *, overhang: int = 0,
+                 identity: bool = False, exact: bool = True):
+        self.length = order.shape[0]
+        self.overhang, self.identity, self.exact = overhang, identity, exact
+        self.order, self.inverse = order, inverse
+        # The released column restore reads as if the sequence were the map read by columns.
+        self.place = inverse if exact else order
 
     def take(self, x: Tensor) -> Tensor:
         """Tokens (..., L) in row-major order -> sequence (..., L')."""
-        return x if self.identity else _Reorder.apply(x, *self._take)
+        if self.identity:
+            return x
+        return _Reorder.apply(x, self.order, self.inverse, self.overhang > 0, False)
 
     def restore(self, y: Tensor) -> Tensor:
         """Sequence (..., L') -> tokens (..., L) in row-major order; zero tokens are dropped."""
-        return y if self.identity else _Reorder.apply(y, *self._restore)
+        if self.identity:
+            return y
+        unplace = self.order if self.exact else self.inverse
+        return _Reorder.apply(y, self.place, unplace, False, self.overhang > 0)
 
-
-class _Table:
-    """A gather index; positions that read nothing (-1) become zeros."""
-
-    def __init__(self, index: np.ndarray, device: torch.device):
-        empty = np.flatnonzero(index < 0)
-        self.index = _tensor(index.clip(min=0), device)
-        self.empty = _tensor(empty, device).long() if empty.size else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        # torch.gather with an expanded index: several times faster than index_select on a CPU.
-        index = self.index.long().expand(*x.shape[:-1], -1)
-        out = x.gather(-1, index)
-        return out if self.empty is None else out.index_fill_(-1, self.empty, 0)
+    def displace(self, y: Tensor) -> Tensor:
+        """Results (..., L) at the tokens that were scanned -> where :meth:`restore` puts them."""
+        return y if self.exact else self.restore(self.take(y))
 
 
 class _Reorder(torch.autograd.Function):
-    """Read by one table; the gradient reads by its inverse (no scatter, no atomics)."""
+    """Read by one table; the gradient reads by its inverse (no scatter, no atomics).
+
+    A table with holes has -1 where a zero is read.
+    """
 
     @staticmethod
-    def forward(ctx, x, table, inverse):
-        ctx.tables = inverse, table
-        return table(x)
+    def forward(ctx, x, table, inverse, holes, inverse_holes):
+        ctx.save_for_backward(inverse, table)
+        ctx.holes = inverse_holes, holes
+        # torch.gather with an expanded index: several times faster than index_select on a CPU.
+        index = table.long()
+        if not holes:
+            return x.gather(-1, index.expand(*x.shape[:-1], -1))
+        out = x.gather(-1, index.clamp_min(0).expand(*x.shape[:-1], -1))
+        return out.masked_fill_(index < 0, 0)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Reorder.apply(grad, *ctx.tables), None, None
+        return _Reorder.apply(grad, *ctx.saved_tensors, *ctx.holes), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -127,20 +136,43 @@ class ScanPlan:
     order_ids: tuple[int, ...]
     orders: tuple[ScanOrder, ...]
     num_tokens: int
+    _walks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def order_of(self, k: int) -> ScanOrder:
         """The order that direction ``k`` walks along."""
         return self.orders[self.order_ids[k]]
 
-    def groups(self) -> list[tuple[bool, int, list[int]]]:
-        """Directions that one scan call can take together: (reverse, length, direction indices)."""
+    def groups(self, senses: bool = True) -> list[tuple[bool, list[int]]]:
+        """Directions of one length: (reverse, direction indices).
+
+        With ``senses`` those that are walked in the two senses are kept apart, for scans that take
+        a flag; otherwise they are together, for scans that take a table (:meth:`walks`).
+        """
         grouped: dict[tuple[bool, int], list[int]] = {}
         for k, reverse in enumerate(self.reverse):
-            grouped.setdefault((reverse, self.order_of(k).length), []).append(k)
-        return [(reverse, length, ks) for (reverse, length), ks in grouped.items()]
+            key = senses and reverse, self.order_of(k).overhang
+            grouped.setdefault(key, []).append(k)
+        return [(reverse, ks) for (reverse, _), ks in grouped.items()]
+
+    def walks(self, ks: Sequence[int]) -> Tensor:
+        """int32 (len(ks), L'): the token visited at each step, -1 for a zero token.
+
+        The flips are in the table, so that one scan serves directions of both senses.
+        """
+        key = tuple(ks)
+        if key in self._walks:
+            return self._walks[key]
+        tables = [self.order_of(k).order for k in key]
+        with _for_training():
+            walks = torch.stack([table.flip(0) if self.reverse[k] else table
+                                 for k, table in zip(key, tables, strict=True)])
+        if _worth_keeping(walks):
+            self._walks[key] = walks
+        return walks
 
 
-def scan_plan(directions, height: int, width: int, device='cpu', *, restore: str = 'exact',
+def scan_plan(directions: Sequence[str], height: int, width: int,
+              device: torch.device | str = 'cpu', *, restore: str = 'exact',
               class_token: int | None = None) -> ScanPlan:
     """Order tables for a map of ``height`` x ``width`` tokens; tables are cached.
 
@@ -156,83 +188,108 @@ def scan_plan(directions, height: int, width: int, device='cpu', *, restore: str
     Raises:
         ValueError: for an unknown direction, an empty list, or an unknown ``restore``.
     """
-    directions = tuple(directions)
+    directions, device = tuple(directions), torch.device(device)
+    if torch.compiler.is_compiling():  # the tables become part of the graph, for any size
+        return _build_plan(directions, height, width, device, restore, class_token)
+    return _cached(_PLANS, _MAX_CACHED_PLANS, _build_plan,
+                   (directions, height, width, device, restore, class_token))
+
+
+def _build_plan(directions, height, width, device, restore, class_token) -> ScanPlan:
     if not directions:
         raise ValueError('a scan needs at least one direction, got an empty list; name some of '
                          f"{', '.join(DIRECTIONS)}")
     if restore not in ('exact', 'released'):
         raise ValueError(f"restore must be 'exact' or 'released', got {restore!r}")
-    device = torch.device(device)
     order_ids, reverse, orders = [], [], {}
     for name in directions:
         direction = Direction.parse(name)
+        # Without a class token both senses share an order.
         flip = direction.flip and class_token is not None
-        key = (direction.kind, direction.window, flip, height, width, device,
-               restore if direction.kind == 'v' else 'exact', class_token)
-        orders.setdefault(key, (len(orders), _cached_order(key)))
+        key = direction.kind, direction.window, flip
+        if key not in orders:
+            released = restore == 'released' and direction.kind == 'v'
+            orders[key] = len(orders), _order(*key, height, width, device, released, class_token)
         order_ids.append(orders[key][0])
         reverse.append(direction.flip)
     return ScanPlan(directions, tuple(reverse), tuple(order_ids),
                     tuple(order for _, order in orders.values()),
-                    height * width + (class_token is not None))
+                    height * width + int(class_token is not None))
 
 
-_CACHE: OrderedDict[tuple, ScanOrder] = OrderedDict()
+_PLANS: OrderedDict[tuple, ScanPlan] = OrderedDict()
+_ORDERS: OrderedDict[tuple, ScanOrder] = OrderedDict()
 
 
-def _cached_order(key: tuple) -> ScanOrder:
-    if key in _CACHE:
-        _CACHE.move_to_end(key)
-        return _CACHE[key]
-    # Tables made in inference mode could not take part in a later backward pass.
-    with torch.inference_mode(False):
-        order = _build_order(*key)
-    # Tables made while a tracer watches are no real tensors and must not outlive it.
-    if type(order.order) is Tensor:
-        _CACHE[key] = order
-        if len(_CACHE) > _MAX_CACHED_ORDERS:
-            _CACHE.popitem(last=False)
-    return order
+def _order(*key) -> ScanOrder:
+    if torch.compiler.is_compiling():
+        return _build_order(*key)
+    return _cached(_ORDERS, _MAX_CACHED_ORDERS, _build_order, key)
 
 
-def _build_order(kind, window, flip, height, width, device, restore, class_token) -> ScanOrder:
-    order = _token_order(kind, window, height, width)
+def _cached(cache: OrderedDict, size: int, build, key: tuple):
+    """What ``build(*key)`` gives; the most recently used results are kept."""
+    if key in cache:
+        cache.move_to_end(key)
+        return cache[key]
+    with _for_training():
+        found = build(*key)
+    if _worth_keeping(found.orders[0].order if isinstance(found, ScanPlan) else found.order):
+        cache[key] = found
+        if len(cache) > size:
+            cache.popitem(last=False)
+    return found
+
+
+def _for_training():
+    """Tables made in inference mode could not take part in a later backward pass."""
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
+
+
+def _worth_keeping(table: Tensor) -> bool:
+    """False for what is made while a tracer watches: no real tensor, which must not outlive it."""
+    return not torch.compiler.is_compiling() and type(table) is Tensor
+
+
+def _build_order(kind, window, flip, height, width, device, released, class_token) -> ScanOrder:
+    exact = not released or height == width
+    overhang = window if kind == 'w' and (height % window or width % window) else 0
+    order, inverse = _tables(kind, window, height, width, device, overhang > 0)
+    identity = kind == 'h'
     if class_token is not None:
-        order = np.where(order >= class_token, order + 1, order)
+        if not exact:
+            raise ValueError(
+                f"restore='released' has no meaning for a class token on a {height} x {width} map: "
+                "the release only takes square ones; use restore='exact'")
         # The index counts along the walk, so from the end of the order when that is flipped.
-        at = order.size - class_token if flip else class_token
-        order = np.insert(order, at, class_token)
-    num_tokens = height * width + (class_token is not None)
-    inverse = _inverse(order, num_tokens)
-    if restore == 'exact':
-        return ScanOrder(order, inverse, inverse, order, device)
-    if class_token is not None and height != width:
-        raise ValueError(f"restore='released' has no meaning for a class token on a {height} x "
-                         f"{width} map: the release only takes square ones; use restore='exact'")
-    place = inverse if height == width else _token_order('v', 0, height, width)
-    return ScanOrder(order, inverse, place, _inverse(place, order.size), device)
+        at = order.shape[0] - class_token if flip else class_token
+        identity = identity and at == class_token
+        order = _inserted(order + (order >= class_token), at, class_token)
+        inverse = _inserted(inverse + (inverse >= at), class_token, at)
+    return ScanOrder(order.int(), inverse.int(), overhang=overhang, identity=identity, exact=exact)
 
 
-def _token_order(kind: str, window: int, height: int, width: int) -> np.ndarray:
-    """(L',): the row-major token read at each position, -1 outside of the map."""
-    if kind == 'w':
-        rows, cols = -(-height // window), -(-width // window)
-        row = np.arange(rows * window).reshape(rows, 1, window, 1)
-        col = np.arange(cols * window).reshape(1, cols, 1, window)
-        token = np.where((row < height) & (col < width), row * width + col, -1)
-        return token.reshape(-1)
-    token = np.arange(height * width).reshape(height, width)
-    return (token.T if kind == 'v' else token).reshape(-1)
+def _tables(kind: str, window: int, height: int, width: int, device: torch.device, holes: bool
+            ) -> tuple[Tensor, Tensor]:
+    """The row-major token read at each position, -1 outside of the map; and the inverse."""
+    row = torch.arange(height, device=device)[:, None]
+    col = torch.arange(width, device=device)[None]
+    token = row * width + col
+    if kind == 'h':
+        return token.flatten(), token.flatten()
+    if kind == 'v':
+        return token.T.flatten(), (col * height + row).flatten()
+    rows, cols = -(-height // window), -(-width // window)
+    inverse = ((row // window * cols + col // window) * window + row % window) * window
+    row = torch.arange(rows * window, device=device).view(rows, 1, window, 1)
+    inner = torch.arange(cols * window, device=device).view(1, cols, 1, window)
+    order = row * width + inner
+    if holes:
+        order = torch.where((row < height) & (inner < width), order, -1)
+    return order.flatten(), (inverse + col % window).flatten()
 
 
-def _inverse(order: np.ndarray, size: int) -> np.ndarray:
-    """For each of ``size`` tokens the position at which ``order`` reads it."""
-    inverse = np.empty(size, dtype=np.int64)
-    inside = order >= 0
-    inverse[order[inside]] = np.flatnonzero(inside)
-    return inverse
-
-
-def _tensor(table: np.ndarray, device: torch.device) -> Tensor:
-    # From numpy, so that the table has values also where torch only tracks shapes.
-    return torch.tensor(table, dtype=torch.int32, device=device)
+def _inserted(table: Tensor, at: int, value: int) -> Tensor:
+    return torch.cat([table[:at], table.new_full((1,), value), table[at:]])

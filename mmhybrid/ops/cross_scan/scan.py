@@ -1,11 +1,15 @@
 """Maps to sequences, sequences to maps, and the scan over all directions of a map."""
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..precision import autocast_off
 from ..selective_scan import choose_backend, selective_scan
 from ..selective_scan.ordered import selective_scan_ordered
 from .orders import ScanPlan, scan_plan
@@ -48,9 +52,9 @@ def cross_merge(ys: Sequence[Tensor], directions: Sequence[str], height: int, wi
     return torch.stack(cross_restore(ys, directions, height, width, restore=restore)).sum(0)
 
 
-def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                          dt_bias: Tensor, plan: ScanPlan, *, merge: bool = True,
-                         backend: str = 'auto') -> Tensor | list[Tensor]:
+                         float32: bool = False, backend: str = 'auto') -> Tensor | list[Tensor]:
     """Selective scan of one map in K directions, results back in row-major order.
 
     Everything that goes in is row-major and exists once: the step, input and output projections
@@ -61,38 +65,82 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
     Symbols: B batch, K directions, D channels, L tokens, N states, R rank of the step.
 
     Args:
-        u: (B, D, L).
-        proj: (B, K, R + 2N, L); per direction R rows of the step, N of B, N of C.  A zero token
-            of an overhanging window has zero rows.
+        u: (B, D, L), any strides.
+        x_proj: (K, R + 2N, D); per direction it makes R values of the step, N of B and N of C from
+            a token.  A zero token of an overhanging window gives zeros.
         dt_weight: (K, D, R), expands the step to D channels.
         A: (K * D, N), negative.
         D: (K * D,), the skip.
         dt_bias: (K * D,), added before the softplus.
         plan: from :func:`scan_plan`.
         merge: sum over the directions, or a list of K results.
+        float32: what follows ``x_proj`` is in float32 under autocast and for half precision, the
+            results too.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
-        (B, D, L), or a list of K of these; dtype of ``u``.
+        (B, D, L), or a list of K of these; dtype of ``u`` unless ``float32``.
 
     Source: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.1.
     """
-    K, channels, rank = dt_weight.shape
+    K, channels, _ = dt_weight.shape
     if len(plan.directions) != K or u.shape[-1] != plan.num_tokens:
         raise ValueError(
             f'weights for {K} directions and a map of {u.shape[-1]} tokens came with a plan for '
             f'{len(plan.directions)} directions and {plan.num_tokens} tokens; build the plan with '
             'scan_plan(directions, height, width) of this map')
-    A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
-    N = A.shape[-1]
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    through_tables = choose_backend(backend, u.device, dtype, N) == 'triton'
-    if through_tables and all(order.exact for order in plan.orders):
-        ys = _scan_through_tables(u, proj, dt_weight, A, D, dt_bias, plan, backend)
-        return sum(ys[1:], ys[0]) if merge else ys
+    name = choose_backend(backend, u.device, dtype, A.shape[-1])
+    tables = name == 'triton'
+    if tables:
+        # Channels side by side are what the kernels read; one copy serves all directions.
+        u = u.mT.contiguous().mT
+    weight = x_proj.flatten(0, 1)
+    proj = F.linear(u.mT, weight).mT if tables else torch.matmul(weight, u)
+    precision = contextlib.nullcontext()
+    if float32:
+        u, proj = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (u, proj))
+        precision = autocast_off(u.device)
+    proj = proj.unflatten(1, (K, -1))
+    A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
+    with precision:
+        scans = _scan_through_tables if tables else _scan_copies
+        return scans(u, proj, dt_weight, A, D, dt_bias, plan, merge, name)
+
+
+def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                         dt_bias: Tensor, plan: ScanPlan, merge: bool, backend: str
+                         ) -> Tensor | list[Tensor]:
+    """The kernels read and write tokens where they are; flips are in the tables.
+
+    One call per length of the sequences, so one for all directions unless windows overhang.
+    """
+    rank, N = dt_weight.shape[2], A.shape[-1]
+    ys: list[Tensor | None] = [None] * len(plan.directions)
+    sums = []
+    for _, ks in plan.groups(senses=False):
+        step, b, c = _pick(proj.transpose(0, 1), ks).transpose(0, 1).split([rank, N, N], dim=2)
+        delta = (step.mT @ _pick(dt_weight, ks).to(step.dtype).mT).mT
+        y = selective_scan_ordered(
+            u.unsqueeze(1).expand(-1, len(ks), -1, -1), delta, _pick(A, ks).flatten(0, 1), b, c,
+            _pick(D, ks).flatten(), delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True,
+            order=plan.walks(ks), backend=backend)
+        if merge and all(plan.order_of(k).exact for k in ks):
+            sums.append(y.sum(1))
+            continue
+        for k, y_k in zip(ks, y.unbind(1), strict=True):
+            ys[k] = plan.order_of(k).displace(y_k)
+    return _total([*sums, *(y for y in ys if y is not None)]) if merge else ys
+
+
+def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                 dt_bias: Tensor, plan: ScanPlan, merge: bool, backend: str
+                 ) -> Tensor | list[Tensor]:
+    """Tokens are reordered before the scan and put back after it."""
+    rank, N = dt_weight.shape[2], A.shape[-1]
     sequences: dict[tuple[int, ...], Tensor] = {}
-    ys: list[Tensor | None] = [None] * K
-    for reverse, _, ks in plan.groups():
+    ys: list[Tensor | None] = [None] * len(plan.directions)
+    for reverse, ks in plan.groups():
         ids = tuple(plan.order_ids[k] for k in ks)
         if ids not in sequences:  # both walking senses read the same sequences
             sequences[ids] = torch.cat([plan.orders[i].take(u) for i in ids], dim=1)
@@ -108,27 +156,13 @@ def cross_selective_scan(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
     if not merge:
         return [plan.order_of(k).restore(y) for k, y in enumerate(ys)]
     # Both senses of one order are summed before the way back, which is then walked once.
-    merged = [plan.orders[i].restore(sum(y for k, y in enumerate(ys) if plan.order_ids[k] == i))
-              for i in range(len(plan.orders))]
-    return sum(merged[1:], merged[0])
+    return _total([
+        order.restore(_total([y for k, y in enumerate(ys) if plan.order_ids[k] == i]))
+        for i, order in enumerate(plan.orders)])
 
 
-def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                         dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
-    """K results (B, D, L) in row-major order; see :func:`cross_selective_scan`."""
-    rank, N = dt_weight.shape[2], A.shape[-1]
-    ys: list[Tensor | None] = [None] * len(plan.directions)
-    for reverse, _, ks in plan.groups():
-        step, b, c = _pick(proj.transpose(0, 1), ks).transpose(0, 1).split([rank, N, N], dim=2)
-        y = selective_scan_ordered(
-            u.unsqueeze(1).expand(-1, len(ks), -1, -1), _pick(dt_weight, ks).to(step.dtype) @ step,
-            _pick(A, ks).flatten(0, 1), b, c, _pick(D, ks).flatten(),
-            delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True,
-            order=torch.stack([plan.order_of(k).order for k in ks]), reverse=reverse,
-            backend=backend)
-        for k, y_k in zip(ks, y.unbind(1), strict=True):
-            ys[k] = y_k
-    return ys
+def _total(tensors: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _pick(t: Tensor, ks: list[int]) -> Tensor:
