@@ -24,6 +24,7 @@ MAY_IMPORT = {
     'models': {'layers', 'ops', 'registry', 'weights'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
+        'visualization',
     },
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.

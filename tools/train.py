@@ -1,4 +1,4 @@
-"""Train a detector or a segmentor: python tools/train.py CONFIG [--help]."""
+"""Train a model: python tools/train.py CONFIG [--help]."""
 import sys
 from pathlib import Path
 

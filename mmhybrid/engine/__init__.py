@@ -7,10 +7,11 @@ from .param_groups import HybridOptimWrapperConstructor
 from .preflight import CheckpointCheckHook
 from .progress import ProgressHook
 from .random_state import RandomStateHook
+from .search import DirectionSearchHook
 
 __all__ = [
-    'AmpOptimWrapper', 'CheckpointCheckHook', 'DumpSegmentation', 'HybridOptimWrapperConstructor',
-    'ProgressHook', 'RandomStateHook', 'UserError',
+    'AmpOptimWrapper', 'CheckpointCheckHook', 'DirectionSearchHook', 'DumpSegmentation',
+    'HybridOptimWrapperConstructor', 'ProgressHook', 'RandomStateHook', 'UserError',
 ]
 
 checkpoint_schemes.install()

@@ -1,12 +1,13 @@
-"""What tools/train.py and tools/test.py do; one entry for detection and segmentation."""
+"""What tools/train.py and tools/test.py do; one entry for all tasks."""
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
@@ -26,26 +27,51 @@ from .distributed import prepare_launch
 from .errors import UserError, guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data
 
-__all__ = ['train', 'test']
+__all__ = ['finish', 'parse', 'run_training', 'test', 'train', 'training_parser']
 
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
 
 
 def train(argv: list[str] | None = None) -> None:
-    """Train a detector or segmentor; ``argv`` as on the command line of tools/train.py."""
-    parser = _parser('Train a detector or a segmentor.')
+    """Train a model; ``argv`` as on the command line of tools/train.py."""
+    run_training(parse(training_parser('Train a detector, a segmentor or a classifier.'), argv))
+    finish()
+
+
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """Parser with the options of everything that trains."""
+    parser = _parser(description)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue the latest checkpoint of the work directory, or this one')
     parser.add_argument('--pretrained', metavar='PATH', help='weights the backbone starts from')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size of all processes')
-    args = _parse(parser, argv)
+    return parser
+
+
+def run_training(args: argparse.Namespace,
+                 change: Callable[[Config], list[str]] | None = None) -> Runner:
+    """Train as ``args`` of a :func:`training_parser` say; :func:`finish` belongs after it.
+
+    Args:
+        args: the parsed command line.
+        change: changes the config once it has the options of the command line, before anything is
+            checked or built; returns warnings for the log.
+
+    Returns:
+        The runner, after training.
+
+    Raises:
+        UserError: for everything that the user can put right.
+    """
     notes = _set_up_process()
     cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
             raise UserError(f'{args.config} has no {key}, so it cannot be trained.')
+    if change is not None:
+        warnings += change(cfg)
     warnings += apply_amp(cfg, args.amp)
     if args.auto_scale_lr:
         apply_auto_scale_lr(cfg)
@@ -58,7 +84,7 @@ def train(argv: list[str] | None = None) -> None:
     splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     runner = _build(cfg, args, splits, notes, warnings)
     runner.train()
-    _finish()
+    return runner
 
 
 def test(argv: list[str] | None = None) -> dict:
@@ -67,7 +93,7 @@ def test(argv: list[str] | None = None) -> dict:
     Returns:
         The metrics.
     """
-    parser = _parser('Evaluate a detector or a segmentor.')
+    parser = _parser('Evaluate a detector, a segmentor or a classifier.')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', metavar='FILE.pkl', help='write all predictions to this file')
     parser.add_argument('--show', action='store_true', help='show predictions on the screen')
@@ -75,7 +101,7 @@ def test(argv: list[str] | None = None) -> dict:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown picture')
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation (detection: boxes only)')
-    args = _parse(parser, argv)
+    args = parse(parser, argv)
     notes = _set_up_process()
     cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
     for key in ('test_dataloader', 'test_cfg', 'test_evaluator'):
@@ -91,7 +117,7 @@ def test(argv: list[str] | None = None) -> dict:
     metrics = runner.test()
     if args.out:
         runner.logger.info(f'Predictions are in {args.out}')
-    _finish()
+    finish()
     return metrics
 
 
@@ -112,7 +138,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     args = parser.parse_args(argv)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
@@ -149,7 +176,8 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     return runner
 
 
-def _finish() -> None:
+def finish() -> None:
+    """Leave the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         first = torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()

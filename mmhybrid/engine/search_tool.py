@@ -1,0 +1,149 @@
+"""What tools/search_directions.py does."""
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import os.path as osp
+from collections.abc import Callable
+
+from mmengine.config import Config
+from mmengine.dist import get_rank
+
+from mmhybrid.ops.cross_scan import DIRECTIONS
+from mmhybrid.visualization import draw_directions
+
+from .config import load_config
+from .errors import UserError
+from .preflight import check_checkpoint_file
+from .search import (
+    ALPHAS_FILE,
+    alphas_table,
+    check_finite,
+    check_pick,
+    checkpoint_alphas,
+    choose_directions,
+    make_supernet,
+    model_alphas,
+    searched_backbone,
+    shares_of,
+    supernet_blocks,
+    write_searched_config,
+)
+from .tools import finish, parse, run_training, training_parser
+
+__all__ = ['search']
+
+
+def search(argv: list[str] | None = None) -> str | None:
+    """Search directions; ``argv`` as on the command line of tools/search_directions.py.
+
+    Returns:
+        Path of the config with the directions; None in all processes but the first.
+    """
+    args = parse(_parser(), argv)
+    _check(args)
+    if args.source is not None:
+        cfg, notes = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
+        for text in notes:
+            print(text)
+        blocks, _ = supernet_blocks(cfg)
+        _check_target(args, blocks)
+        check_checkpoint_file(args.source)
+        alphas = checkpoint_alphas(args.source, blocks)
+        return _write(args, cfg, alphas, f'found in {osp.basename(args.source)}', print)
+
+    given = []
+
+    def change(cfg: Config) -> list[str]:
+        _check_target(args, supernet_blocks(cfg)[0])
+        given.append(copy.deepcopy(cfg))
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(
+            type='mmhybrid.DirectionSearchHook', interval=args.interval, pick=args.pick)]
+        return make_supernet(cfg)
+
+    runner, path = run_training(args, change), None
+    if get_rank() == 0:
+        alphas = model_alphas(searched_backbone(runner))
+        path = _write(args, given[0], alphas, f'searched for {runner.iter} iterations',
+                      runner.logger.info)
+    finish()
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = training_parser(
+        'Train a LocalMamba model with all eight scan directions in learned shares, choose the '
+        'best directions of each block, and write a config with them.')
+    parser.add_argument('--from', dest='source', metavar='CHECKPOINT',
+                        help='choose by this checkpoint of a search instead of training')
+    parser.add_argument('--pick', type=int, default=4, metavar='K',
+                        help='directions per block (default: 4)')
+    parser.add_argument('--into', metavar='CONFIG',
+                        help='the config that gets the directions (default: the searched one); '
+                             'its backbone must have the same blocks')
+    parser.add_argument('--out', metavar='FILE.py',
+                        help='the config to write (default: <name>_searched.py in the work '
+                             'directory)')
+    parser.add_argument('--interval', type=int, default=200, metavar='N',
+                        help='iterations between two records of the alphas (default: 200)')
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_pick(args.pick)
+    if args.interval < 1:
+        raise UserError(f'--interval must be at least 1 iteration, got {args.interval}.')
+    if args.out is not None and not args.out.endswith('.py'):
+        raise UserError(f'--out must end with .py, got {args.out}.')
+    if args.source is not None:
+        training = [option for option, value in (
+            ('--resume', args.resume), ('--pretrained', args.pretrained), ('--amp', args.amp),
+            ('--auto-scale-lr', args.auto_scale_lr)) if value]
+        if training:
+            raise UserError(f'--from chooses by a checkpoint without training, and '
+                            f'{" and ".join(training)} is for training. Leave one of them out.')
+        if args.launcher != 'none':
+            raise UserError('--from needs one process. Start it with python, without --launcher.')
+
+
+def _check_target(args: argparse.Namespace, blocks: list[str]) -> None:
+    """Refuse a config for other blocks before anything is trained."""
+    if args.into is None:
+        return
+    other, _ = supernet_blocks(load_config(args.into)[0])
+    if other != blocks:
+        raise UserError(
+            f'Directions belong to blocks: the backbone of {args.config} has {len(blocks)} '
+            f'({blocks[0]} to {blocks[-1]}), that of --into {args.into} has {len(other)} '
+            f'({other[0]} to {other[-1]}). Search in a network with the same blocks; widths may '
+            'differ.')
+
+
+def _write(args: argparse.Namespace, cfg: Config, alphas: dict, how: str,
+           say: Callable[[str], None]) -> str:
+    """Write config and picture, and say where they are; ``cfg``: the config, not yet changed."""
+    check_finite(alphas)
+    chosen = {block: choose_directions(values, args.pick) for block, values in alphas.items()}
+    base = args.into or args.config
+    name = osp.splitext(osp.basename(base))[0]
+    os.makedirs(cfg.work_dir, exist_ok=True)
+    path = args.out or osp.join(cfg.work_dir, f'{name}_searched.py')
+    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
+    model = None
+    if args.into is None and cfg.model != Config.fromfile(base).model:
+        model = cfg.model.to_dict()
+    remark = f'{how} with {osp.basename(args.config)}'
+    write_searched_config(path, base, chosen, model=model, remark=remark)
+    picture = osp.join(cfg.work_dir, 'directions.png')
+    draw_directions({block: shares_of(values) for block, values in alphas.items()}, DIRECTIONS,
+                    chosen, title=remark).save(picture)
+    say(f'Shares of the scan directions in %, * = the {args.pick} chosen\n'
+        + alphas_table(alphas, args.pick))
+    record = osp.join(cfg.work_dir, ALPHAS_FILE)
+    data = f' --data-root {args.data_root}' if args.data_root else ''
+    say(f'Picture of the shares:   {picture}\n'
+        + (f'Record of the alphas:    {record}\n' if osp.isfile(record) else '')
+        + f'Config with the choice:  {path}\n'
+        f'Train with it:           python tools/train.py {path}{data}')
+    return path
