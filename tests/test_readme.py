@@ -113,17 +113,27 @@ def test_plugin_config_builds_elsewhere(tmp_path):
 
 
 def test_backbone_table_is_measured():
-    """The parameter counts in the README are those of the built models."""
+    """Every variant has a row, with what the built model says of itself."""
     import torch
 
-    from mmhybrid.models.backbones.mambavision import MambaVision
-    rows = re.findall(r'^\| `(\w+)` \| [^|]*\| ([\d,]+) \|', README, re.M)
-    assert [name for name, _ in rows] == [
-        'tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3']
-    for name, count in rows:
+    from mmhybrid.models.backbones import localvim, localvmamba, mambavision, vim, vmamba
+    modules = dict(MambaVision=mambavision, VMamba=vmamba, LocalVMamba=localvmamba, Vim=vim,
+                   LocalVim=localvim)
+    rows, family = {}, ''
+    for name, arch, alias, *facts in re.findall(
+            r'^\| (?:`(\w+)`)? ?\| `(\w+)`(?: \(`(\w+)`\))? '
+            r'\| ([\d, ]+) \| ([\d, ]+) \| ([\d,]+) \|$', README, re.M):
+        family = name or family
+        for spelling in filter(None, (arch, alias)):
+            rows[family, spelling] = facts
+    assert set(rows) == {(family, arch) for family, module in modules.items()
+                         for arch in module.ARCHITECTURES}
+    for (family, arch), (channels, strides, parameters) in rows.items():
         with torch.device('meta'):
-            model = MambaVision(name)
-        assert sum(p.numel() for p in model.parameters()) == int(count.replace(',', '')), name
+            model = getattr(modules[family], family)(arch)
+        assert channels == ', '.join(map(str, model.out_channels)), (family, arch)
+        assert strides == ', '.join(map(str, model.out_strides)), (family, arch)
+        assert parameters == f'{sum(p.numel() for p in model.parameters()):,}', (family, arch)
 
 
 def test_config_table_is_measured():
