@@ -21,10 +21,11 @@ MAY_IMPORT = {
     'mmcv_ops': set(),
     'config_scheme': set(),
     'weights': set(),
+    'analysis': set(),
     'models': {'layers', 'ops', 'registry', 'weights'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
-        'visualization',
+        'visualization', 'analysis',
     },
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
@@ -38,6 +39,7 @@ MAY_IMPORT = {
 WITHOUT_MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'torchvision')
 FORBIDDEN_OUTSIDE = {
     'ops': WITHOUT_MM,
+    'analysis': WITHOUT_MM,
     'layers': WITHOUT_MM + ('timm',),  # importing timm imports torchvision
     'datasets': ('mmcv', 'mmdet', 'mmseg', 'torch'),
     'doctor': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # it looks at them from child processes

@@ -1,0 +1,57 @@
+"""Named ways to add up multiply-accumulates, for comparing with published tables."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .macs import KINDS, Record, scan_macs
+
+__all__ = ['CONVENTIONS', 'Convention']
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What counts, and how much.
+
+    Attributes:
+        text: one line for people.
+        kinds: the kinds of :data:`KINDS` that belong to the total.
+        rois: how many regions the heads of a two-stage detector see: 'test_cfg' for the most that
+            inference allows, 'mmdet2' for 1000 boxes and 100 masks per stage, 'mmdet3' for what
+            the forward pass of mmdet 3 does (a cascade runs its mask heads on every proposal).
+        macs: cost of a record.
+    """
+
+    text: str
+    kinds: tuple[str, ...] = KINDS
+    rois: str = 'test_cfg'
+    macs: Callable[[Record], int] = lambda record: record.macs
+
+
+# Weights of all scan directions but the first, in a LocalVim block.
+_FURTHER_DIRECTION = re.compile(r'(.*\.)?(conv1d|x_proj|dt_proj)_[1-9]\d*')
+
+
+def _localvim_released(record: Record) -> int:
+    if record.scan is not None:
+        return scan_macs(record.scan, per_state=5, per_element=2)
+    return 0 if _FURTHER_DIRECTION.fullmatch(record.module) else record.macs
+
+
+CONVENTIONS = {
+    'all': Convention('everything; heads on as many regions as test_cfg allows'),
+    'conv-linear': Convention(
+        'convolutions and linear layers only, as hooks on modules (ptflops, thop) count',
+        kinds=('conv', 'linear'), rois='mmdet2'),
+    'mmdet2': Convention(
+        'everything; 1000 boxes and 100 masks per stage, as tables made with mmdet 2',
+        rois='mmdet2'),
+    'mmdet3': Convention(
+        'everything; the forward pass of mmdet 3, where a cascade makes masks of all proposals',
+        rois='mmdet3'),
+    'localvim-released': Convention(
+        "LocalVim's own table: scan 5 B D L N + 2 B D L, convolution, x_proj and dt_proj of one "
+        'direction only, no norms',
+        kinds=('conv', 'linear', 'attention', 'scan'), macs=_localvim_released),
+}

@@ -1,0 +1,131 @@
+"""Parameters and multiply-accumulates of whole models."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
+
+from .errors import UserError
+from .whole_models import ModelSource, build_model
+
+__all__ = ['measure']
+
+# Heads of which it is known how often they run.
+_ROI_HEADS = ('StandardRoIHead', 'CascadeRoIHead')
+
+
+def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
+            depth: int | None = 2) -> Cost:
+    """Count one image of a model.
+
+    Args:
+        source: of :func:`mmhybrid.engine.whole_models.find_model`.
+        shape: (height, width) of the image as the network sees it, padding included.
+        convention: name in :data:`mmhybrid.analysis.CONVENTIONS`.
+        depth: see :func:`mmhybrid.analysis.sum_up`.
+
+    Returns:
+        Cost: of one forward pass in eval mode. A segmentor runs without its auxiliary head, whose
+        parameters count; a detector runs up to its raw predictions.
+
+    Raises:
+        UserError: if the model cannot be built or run, or the convention does not fit it.
+    """
+    if convention not in CONVENTIONS:
+        raise UserError(f'--convention got {convention!r}; expected one of '
+                        f'{", ".join(CONVENTIONS)}.')
+    model = build_model(source, 'meta').eval()
+    for module in model.modules():
+        # whatever a config or the environment wants to scan with: shapes need no device for it
+        if type(module).__module__.startswith('mmhybrid.') and hasattr(module, 'backend'):
+            module.backend = 'torch'
+    image = torch.empty(1, _channels(source), *shape, device='meta')
+    records, notes = run(model, image, CONVENTIONS[convention].rois)
+    if convention == 'localvim-released' and not any('LocalVim' in type(m).__name__
+                                                     for m in model.modules()):
+        raise UserError(f'--convention localvim-released is how LocalVim was counted, and '
+                        f'{source.name} has none. Use --convention all.')
+    rows = sum_up(model, records, convention, depth)
+    return Cost(source.name, tuple(image.shape[1:]), convention, rows, notes)
+
+
+def _channels(source: ModelSource) -> int:
+    backbone = source.cfg.get('backbone') or source.cfg
+    return backbone.get('in_channels', backbone.get('in_chans', 3))
+
+
+def run(model: nn.Module, image: Tensor, rois: str) -> tuple[list[Record], list[str]]:
+    """Count a model, or the parts of a two-stage detector one after the other."""
+    notes: list[str] = []
+    if getattr(model, 'roi_head', None) is not None:
+        def forward():
+            _two_stages(model, image, rois, notes)
+    elif isinstance(model, BaseModel):
+        def forward():
+            model(image, _samples(image), mode='tensor')
+        if getattr(model, 'with_auxiliary_head', False):
+            notes.append('without the auxiliary head, which only training runs; its parameters '
+                         'count')
+    else:
+        def forward():
+            model(image)
+    try:
+        return count_macs(model, forward), notes
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f'{type(model).__name__} cannot run on a {image.shape[2]} x {image.shape[3]} image '
+            f'without data: {type(error).__name__}: {error}\nTry another --shape, or '
+            '--backbone-only (--traceback shows where).') from error
+
+
+def _samples(image: Tensor) -> list:
+    """Annotations of one image without objects, for heads that ask for its size."""
+    from mmengine.structures import BaseDataElement
+    size = tuple(image.shape[2:])
+    return [BaseDataElement(metainfo=dict(
+        img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+        scale_factor=(1.0, 1.0)))]
+
+
+def _two_stages(model: nn.Module, image: Tensor, rois: str, notes: list[str]) -> None:
+    head = model.roi_head
+    kind = next((cls.__name__ for cls in type(head).__mro__ if cls.__name__ in _ROI_HEADS), None)
+    if kind is None or type(head).__name__ != kind:
+        raise UserError(f'There is no rule for how often the parts of {type(head).__name__} run '
+                        f'(known: {", ".join(_ROI_HEADS)}). Use --backbone-only.')
+    maps = model.extract_feat(image)
+    if model.with_rpn:
+        model.rpn_head(maps)
+    boxes, masks = _regions(model, rois, kind == 'CascadeRoIHead')
+    stages = len(head.bbox_head) if isinstance(head.bbox_head, nn.ModuleList) else 1
+    channels = maps[0].shape[1]
+    for part, count in (('bbox', boxes), ('mask', masks)):
+        if not getattr(head, f'with_{part}'):
+            continue
+        for stage in range(stages):
+            extractor = _of_stage(getattr(head, f'{part}_roi_extractor'), stage)
+            size = extractor.roi_layers[0].output_size
+            regions = image.new_empty(count, channels, *size)
+            if head.with_shared_head:
+                regions = head.shared_head(regions)
+            _of_stage(getattr(head, f'{part}_head'), stage)(regions)
+    notes.append(f'heads on {boxes} boxes' + (f' and {masks} masks' if head.with_mask else '')
+                 + (f' in each of {stages} stages' if stages > 1 else ''))
+
+
+def _of_stage(part: nn.Module, stage: int) -> nn.Module:
+    return part[stage] if isinstance(part, nn.ModuleList) else part
+
+
+def _regions(model: nn.Module, rois: str, cascade: bool) -> tuple[int, int]:
+    """Boxes and masks per stage."""
+    if rois == 'mmdet2':
+        return 1000, 100
+    boxes = model.test_cfg.rpn.max_per_img if model.with_rpn else 1000
+    if rois == 'mmdet3':
+        return boxes, boxes if cascade else min(boxes, 100)
+    return boxes, min(boxes, model.test_cfg.rcnn.max_per_img)
