@@ -10,15 +10,17 @@ root that all of them share: registries look upward to their parents, never side
 """
 from __future__ import annotations
 
+from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import Registry
 
-__all__ = ['HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS',
-           'SharedRegistry']
+__all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS',
+           'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS']
 
 
 class SharedRegistry(Registry):
@@ -53,4 +55,6 @@ OPTIM_WRAPPERS = Registry(
     ROOT_OPTIM_WRAPPERS.name, parent=ROOT_OPTIM_WRAPPERS, scope='mmhybrid',
     locations=['mmhybrid.engine'])
 METRICS = _child(ROOT_METRICS, 'mmhybrid.engine')
+DATASETS = _child(ROOT_DATASETS, 'mmhybrid.engine')
+TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')

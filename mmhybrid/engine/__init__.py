@@ -1,6 +1,7 @@
 """Everything around the training loop. Importing it registers what configs name."""
 from . import checkpoint_schemes
 from .amp import AmpOptimWrapper
+from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from .dump import DumpSegmentation
 from .errors import UserError
 from .param_groups import HybridOptimWrapperConstructor
@@ -11,7 +12,8 @@ from .search import DirectionSearchHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'DirectionSearchHook', 'DumpSegmentation',
-    'HybridOptimWrapperConstructor', 'ProgressHook', 'RandomStateHook', 'UserError',
+    'HybridOptimWrapperConstructor', 'ImageFolder', 'LoadPicture', 'ProgressHook',
+    'RandomStateHook', 'TimmTransform', 'TopAccuracy', 'UserError',
 ]
 
 checkpoint_schemes.install()

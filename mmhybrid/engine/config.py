@@ -297,8 +297,8 @@ def apply_out(cfg: Config, out: str) -> None:
     if not out.endswith(('.pkl', '.pickle')):
         raise UserError(f'--out must end with .pkl or .pickle, got {out}.')
     os.makedirs(osp.dirname(osp.abspath(out)), exist_ok=True)
-    dump = dict(type='DumpDetResults' if cfg.get('default_scope') == 'mmdet'
-                else 'mmhybrid.DumpSegmentation', out_file_path=out)
+    kinds = dict(mmdet='DumpDetResults', mmseg='mmhybrid.DumpSegmentation')
+    dump = dict(type=kinds.get(cfg.get('default_scope'), 'DumpResults'), out_file_path=out)
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [
         cfg.test_evaluator]
     cfg.test_evaluator = [*evaluators, dump]
@@ -306,6 +306,9 @@ def apply_out(cfg: Config, out: str) -> None:
 
 def apply_show(cfg: Config, show: bool, folder: str | None, wait: float) -> list[str]:
     """Draw predictions on the screen and/or into ``folder``."""
+    if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
+        raise UserError('--show and --show-dir draw detections and segmentations. Predictions of '
+                        'a classifier are numbers: --out FILE.pkl writes them.')
     det = cfg.get('default_scope') == 'mmdet'
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     hook = hooks.setdefault('visualization', ConfigDict(

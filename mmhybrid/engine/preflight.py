@@ -70,6 +70,11 @@ def _nested(cfg, problems) -> str:
 def _data_advice(cfg) -> str:
     seg = cfg.get('default_scope') == 'mmseg'
     real, mini = ('ade20k', 'mini-ade20k') if seg else ('coco', 'mini-coco')
+    if any(hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes')
+           for dataset in _datasets(cfg.get('train_dataloader'))):
+        return (f'The config reads from data_root={cfg.get("data_root")!r}. Expected one folder '
+                'per class in it, train/<class>/<name>.jpg and val/<class>/<name>.jpg. If your '
+                'data is elsewhere, add --data-root FOLDER')
     return (f'The config reads from data_root={cfg.get("data_root")!r}. What to do, one of:\n'
             '  your data is elsewhere:        add --data-root FOLDER\n'
             f'  what is needed, and from where: python tools/prepare_data.py {real} --root data/\n'
@@ -120,13 +125,15 @@ def _paths(node):
 
 def check_classes(cfg, splits) -> list[str]:
     """Raise UserError if data sets and heads disagree about the classes; returns warnings."""
-    notes = []
+    notes, from_folders = [], {}
     heads = dict(_num_classes(cfg.get('model')))
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader')):
             classes = _classes(dataset, cfg.get('default_scope'))
             if classes is None:
                 continue
+            if hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes'):
+                _check_folders(from_folders, split, classes)
             wrong = {path: number for path, number in heads.items() if number != len(classes)}
             if wrong:
                 listed = ', '.join(f'{path}.num_classes={n}' for path, n in wrong.items())
@@ -156,17 +163,38 @@ def _num_classes(node, path='model'):
             yield from _num_classes(item, f'{path}.{index}')
 
 
+def _kind(dataset, scope):
+    """Class of a data set; None if it is unknown, which building it will tell."""
+    kind = dataset['type']
+    if isinstance(kind, str):
+        try:
+            with DATASETS.switch_scope_and_registry(scope) as registry:
+                return registry.get(kind)
+        except Exception:
+            return None
+    return kind
+
+
+def _check_folders(seen: dict, split: str, classes: tuple) -> None:
+    """Classes that are folders have numbers by their order, so every split needs the same ones."""
+    first, expected = next(iter(seen.items()), (split, classes))
+    seen[split] = classes
+    differ = sorted(set(expected) ^ set(classes))
+    if differ:
+        raise UserError(
+            f'The {first} data has {len(expected)} class folders and the {split} data '
+            f'{len(classes)}; {", ".join(differ[:4])}{", ..." if len(differ) > 4 else ""} '
+            f'{"is" if len(differ) == 1 else "are"} in one of them only. Classes are numbered by '
+            'their folders, so both need the same.')
+
+
 def _classes(dataset, scope) -> tuple | None:
     names = (dataset.get('metainfo') or {}).get('classes')
     if names is None:
-        kind = dataset['type']
-        if isinstance(kind, str):
-            try:
-                with DATASETS.switch_scope_and_registry(scope) as registry:
-                    kind = registry.get(kind)
-            except Exception:
-                return None
+        kind = _kind(dataset, scope)
         names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
+        if names is None and hasattr(kind, 'read_classes'):
+            names = kind.read_classes(next(_paths(dict(dataset=dataset)))[0])
     if isinstance(names, str):
         if not osp.isfile(names):
             raise UserError(f'metainfo.classes names the file {names}, which does not exist.')

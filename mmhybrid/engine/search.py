@@ -210,15 +210,15 @@ def _local_backbone(cfg: Config):
 
 
 def write_searched_config(path: str, base: str, chosen: Mapping[str, Sequence[str]], *,
-                          model: Mapping | None = None, remark: str = '') -> None:
+                          remark: str, model: Mapping | None = None) -> None:
     """Write a config that trains a network with the chosen directions.
 
     Args:
         path: the new file.
         base: the config whose backbone gets the directions.
         chosen: names per block, in the order of the blocks.
-        model: the model, if it is not that of ``base`` (options on the command line changed it).
         remark: where the directions come from.
+        model: the model, if it is not that of ``base`` (options on the command line changed it).
 
     Raises:
         UserError: if the config that was written does not build a backbone with these directions.
@@ -229,7 +229,7 @@ def write_searched_config(path: str, base: str, chosen: Mapping[str, Sequence[st
     # A relative path survives moving or copying a project as a whole.
     together = osp.commonpath([folder, target]) != osp.abspath(osp.sep)
     target = osp.relpath(target, folder) if together else target
-    lines = [f'# Scan directions per block, {remark}.' if remark else '# Scan directions per block.',
+    lines = [f'# Scan directions per block, {remark}.',
              '# Train from scratch, as published: weights for other directions would fit by shape',
              '# and mean something else.',
              f'_base_ = {target!r}', '']
@@ -291,7 +291,7 @@ class DirectionSearchHook(Hook):
             raise ValueError(f'interval must be a positive integer, got {interval!r}.')
         check_pick(pick)
         self.interval, self.pick = interval, pick
-        self._last: dict | None = None
+        self._shown: dict | None = None  # alphas of the last table
 
     @master_only
     def before_train(self, runner) -> None:
@@ -313,9 +313,17 @@ class DirectionSearchHook(Hook):
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Log the table (rank 0: nobody else saves)."""
-        alphas = model_alphas(searched_backbone(runner))
+        alphas, changes = model_alphas(searched_backbone(runner)), ''
+        if alphas == self._shown:
+            return  # a second checkpoint of the same state: the best one
+        if self._shown is not None:
+            changed = sum(choose_directions(values, self.pick)
+                          != choose_directions(self._shown[block], self.pick)
+                          for block, values in alphas.items())
+            changes = f'; {changed} of {len(alphas)} blocks changed since the last table'
+        self._shown = alphas
         runner.logger.info(f'Shares of the scan directions in %, * = the {self.pick} largest'
-                           f'{self._changes(alphas)}\n{alphas_table(alphas, self.pick)}')
+                           f'{changes}\n{alphas_table(alphas, self.pick)}')
 
     def _record(self, runner, iteration: int, epoch: int) -> None:
         alphas = model_alphas(searched_backbone(runner))
@@ -325,14 +333,6 @@ class DirectionSearchHook(Hook):
         runner.visualizer.add_scalars(
             {f'alpha/{block}/{name}': value for block, values in alphas.items()
              for name, value in zip(DIRECTIONS, values, strict=True)}, step=iteration)
-
-    def _changes(self, alphas) -> str:
-        chosen = {block: choose_directions(values, self.pick) for block, values in alphas.items()}
-        before, self._last = self._last, chosen
-        if before is None:
-            return ''
-        changed = sum(chosen[block] != before[block] for block in chosen)
-        return f'; {changed} of {len(chosen)} blocks changed since the last table'
 
     @staticmethod
     def _path(runner) -> str:

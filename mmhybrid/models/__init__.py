@@ -13,6 +13,7 @@ from .backbones import (
 )
 from .checkpoints import load_weights
 from .classifiers import (
+    ImageClassifier,
     LocalVimClassifier,
     LocalVMambaClassifier,
     MambaVisionClassifier,
@@ -21,7 +22,7 @@ from .classifiers import (
 )
 from .necks import SimpleFPN
 
-__all__ = ['LocalVMamba', 'LocalVMambaClassifier', 'LocalVim', 'LocalVimClassifier',
-           'MM_LocalVSSM', 'MM_LocalVim', 'MM_VSSM', 'MM_mamba_vision', 'MambaVision',
-           'MambaVisionClassifier', 'SimpleFPN', 'VMamba', 'VMambaClassifier', 'Vim',
+__all__ = ['ImageClassifier', 'LocalVMamba', 'LocalVMambaClassifier', 'LocalVim',
+           'LocalVimClassifier', 'MM_LocalVSSM', 'MM_LocalVim', 'MM_VSSM', 'MM_mamba_vision',
+           'MambaVision', 'MambaVisionClassifier', 'SimpleFPN', 'VMamba', 'VMambaClassifier', 'Vim',
            'VimClassifier', 'VisionMambaSeg', 'load_weights']

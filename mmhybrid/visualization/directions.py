@@ -41,7 +41,7 @@ def draw_directions(shares: Mapping[str, Sequence[float]], directions: Sequence[
     for row, (block, line) in enumerate(zip(shares, values, strict=True)):
         for column, value in enumerate(line):
             picked = directions[column] in chosen[block]
-            axes.text(column, row, f'{value:.1f}', ha='center', va='center', fontsize=8,
+            axes.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=8,
                       color='white' if value > middle else '#222222',
                       fontweight='bold' if picked else 'normal')
             if picked:

@@ -1,0 +1,147 @@
+"""Images in one folder per class: data set, transforms and accuracy, with mmengine alone."""
+from __future__ import annotations
+
+import os
+import os.path as osp
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
+from PIL import Image
+
+from ..registry import DATASETS, METRICS, TRANSFORMS
+from .errors import UserError
+
+__all__ = ['ImageFolder', 'LoadPicture', 'TimmTransform', 'TopAccuracy']
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
+
+
+@DATASETS.register_module()
+class ImageFolder(BaseDataset):
+    """ImageNet's layout: ``data_root/train/<class>/*.jpg``, ``data_root/val/<class>/*.jpg``.
+
+    Samples have ``img_path`` and ``labels``, the index of the class.
+
+    Args:
+        data_root: folder of the whole set.
+        data_prefix: ``dict(img_path='train')`` or the like: folder of the split below it.
+        metainfo: ``dict(classes=(...))`` gives the folders their order and leaves others out; by
+            default they are all folders, sorted by name.
+        pipeline: transforms of each sample.
+        test_mode: as for mmengine's data sets.
+        indices: only these samples, or so many of the first.
+
+    Raises:
+        UserError: if there are no folders or a class has no images.
+    """
+
+    def __init__(self, data_root: str, data_prefix: Mapping[str, str],
+                 metainfo: Mapping | None = None, pipeline: Sequence = (), test_mode: bool = False,
+                 indices: int | Sequence[int] | None = None):
+        super().__init__(data_root=data_root, data_prefix=dict(data_prefix), metainfo=metainfo,
+                         pipeline=list(pipeline), test_mode=test_mode, indices=indices)
+
+    @staticmethod
+    def read_classes(folder: str) -> tuple[str, ...]:
+        """Names of the folders in the folder of a split, sorted."""
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries
+                           if entry.is_dir() and not entry.name.startswith('.'))
+        if not names:
+            raise UserError(f'{folder} has no folders in it. Expected one per class, with its '
+                            f'images: {osp.join(folder, "<class>", "<name>.jpg")}')
+        return tuple(names)
+
+    def load_data_list(self) -> list[dict]:
+        """List the images of all classes."""
+        folder = self.data_prefix['img_path']
+        if self._metainfo.get('classes') is None:
+            self._metainfo['classes'] = self.read_classes(folder)
+        samples = []
+        for label, name in enumerate(self._metainfo['classes']):
+            inside = osp.join(folder, name)
+            files = sorted(os.listdir(inside)) if osp.isdir(inside) else []
+            files = [file for file in files if file.lower().endswith(EXTENSIONS)]
+            if not files:
+                raise UserError(f'{inside}/ has no images ({" ".join(EXTENSIONS)}), but it is one '
+                                f'of the {len(self._metainfo["classes"])} classes.')
+            samples += [dict(img_path=osp.join(inside, file), labels=label) for file in files]
+        return samples
+
+
+@TRANSFORMS.register_module()
+class LoadPicture:
+    """Reads ``img_path`` with Pillow into ``img``, in RGB."""
+
+    def __call__(self, results: dict) -> dict:
+        """Add the picture."""
+        with Image.open(results['img_path']) as file:
+            return {**results, 'img': file.convert('RGB')}
+
+
+@TRANSFORMS.register_module()
+class TimmTransform:
+    """What ``timm.data.create_transform`` builds: ``img`` (PIL) to the tensor ``inputs``.
+
+    Args:
+        input_size: side of the result in pixels.
+        is_training: random crop, flip and what the other settings say; else resize and crop.
+        auto_augment: for example 'rand-m9-mstd0.5'.
+        interpolation: 'bicubic', 'bilinear' or 'random'.
+        re_prob: probability of random erasing.
+        re_mode: 'const', 'rand' or 'pixel'.
+        crop_pct: side of the test crop over the short side of the resized picture.
+
+    The result (3, input_size, input_size) is float32, with ImageNet's mean and spread removed.
+    """
+
+    def __init__(self, input_size: int = 224, is_training: bool = False,
+                 auto_augment: str | None = None, interpolation: str = 'bicubic',
+                 re_prob: float = 0.0, re_mode: str = 'pixel', crop_pct: float = 0.875):
+        try:
+            from timm.data import create_transform
+        except ImportError as error:
+            raise UserError('The transforms of classification come from timm, which cannot be '
+                            f'imported ({error}). Run: pip install timm') from error
+        self.transform = create_transform(
+            input_size, is_training=is_training, auto_augment=auto_augment,
+            interpolation=interpolation, re_prob=re_prob, re_mode=re_mode, crop_pct=crop_pct)
+
+    def __call__(self, results: dict) -> dict:
+        """Replace the picture by the tensor."""
+        results = dict(results)
+        results['inputs'] = self.transform(results.pop('img'))
+        return {key: results[key] for key in ('inputs', 'labels', 'img_path')}
+
+
+@METRICS.register_module()
+class TopAccuracy(BaseMetric):
+    """Share of images, in percent, whose class is among the ``k`` with the largest scores.
+
+    Args:
+        topk: values of k; those above the number of classes are left out.
+        collect_device: where several processes bring their results together, "cpu" or "gpu".
+    """
+
+    default_prefix = 'accuracy'
+
+    def __init__(self, topk: Sequence[int] = (1, 5), collect_device: str = 'cpu'):
+        super().__init__(collect_device=collect_device)
+        if not topk or any(not isinstance(k, int) or k < 1 for k in topk):
+            raise ValueError(f'got topk={topk!r}, expected positive integers such as (1, 5)')
+        self.topk = tuple(topk)
+
+    def process(self, data_batch, data_samples: Sequence[dict]) -> None:
+        """Count how many other classes score at least as high (or nan) as the right one."""
+        for sample in data_samples:
+            scores, right = sample['scores'], sample['gt_label']
+            ahead = int((~(scores < scores[right])).sum()) - 1
+            self.results.append((ahead, len(scores)))
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Give ``top1``, ``top5``, ..."""
+        ahead, classes = np.asarray(results).T
+        return {f'top{k}': round(100 * float(np.mean(ahead < k)), 3)
+                for k in self.topk if k <= classes[0]}
