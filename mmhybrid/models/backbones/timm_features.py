@@ -115,7 +115,7 @@ class TimmFeatures(DenseBackbone):
         return 2 + sum(len(getattr(module, 'blocks', ())) for module in self.net.children())
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename entries of timm's own files, where a stage is ``stages.0`` and not ``stages_0``."""
+        """Rename entries of timm's own files: ``stages.0`` there is ``stages_0`` here."""
         renamed = {re.sub(r'\Anet\.([a-z]+)_(\d+)\.', r'\1.\2.', name): name
                    for name in self.state_dict()}
         return {renamed.get(name, name): tensor for name, tensor in state_dict.items()}
