@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.ops import selective_scan
+from mmhybrid.ops import mambavision_mixer, selective_scan
+from mmhybrid.ops.selective_scan import choose_backend
 
 from .linear import token_linear
 from .precision import at_least_float32
@@ -33,21 +34,36 @@ class MambaVisionMixer(nn.Module):
         conv_size: kernel of the short convolutions; odd, zero padded, not causal.
         dt_rank: R; None for ceil(C / 16).
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+        fused: True for the kernels of :func:`mmhybrid.ops.mambavision_mixer.fused_mixer`, which
+            need a GPU and Triton, False for ordinary layers around the scan, 'auto' for the kernels
+            whenever the scan would run in Triton anyway; :meth:`path` tells.  Both compute the same
+            from the same parameters; the kernels can be differentiated only once.
+        lean: whether the kernels keep about 4 instead of 7 bytes per token and channel (bfloat16)
+            for the backward pass and compute more of it again.
 
     Raises:
-        ValueError: if ``dim`` is odd.
+        ValueError: if ``dim`` is odd, ``fused`` is none of its three values, or it contradicts the
+            backend.
     """
 
     def __init__(self, dim: int, state_dim: int = 8, conv_size: int = 3,
-                 dt_rank: int | None = None, backend: str = 'auto'):
+                 dt_rank: int | None = None, backend: str = 'auto', fused: bool | str = 'auto',
+                 lean: bool = False):
         super().__init__()
         if dim % 2:
             raise ValueError(f'got {dim} channels, expected an even number because one half of '
                              'them is scanned; change the width of the model')
+        if fused not in (True, False, 'auto'):
+            raise ValueError(f"got fused={fused!r}, expected True, False or 'auto'")
+        if fused is True and backend not in ('auto', 'triton'):
+            raise ValueError(f"got fused=True with backend='{backend}', but the fused mixer brings "
+                             "its own scan; use backend='auto', or fused=False")
         half = dim // 2
         self.state_dim = state_dim
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.backend = backend
+        self.fused = fused
+        self.lean = lean
 
         self.A_log = nn.Parameter(torch.empty(half, state_dim))
         self.D = nn.Parameter(torch.empty(half))
@@ -77,8 +93,38 @@ class MambaVisionMixer(nn.Module):
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         init_step_bias_(self.dt_proj.bias, step_min, step_max, step_floor).div_(2)
 
+    def path(self, x: Tensor) -> str:
+        """Which way the tokens will go: 'fused' or 'plain'.
+
+        Raises:
+            RuntimeError: if the fused way was asked for and cannot be gone, with the reason.
+        """
+        # the meta device, where only shapes are tracked, knows no autocast
+        if self.fused is False or x.numel() == 0 or x.is_meta:
+            return 'plain'
+        kind = x.device.type
+        state = self.state_dim
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        refusal = mambavision_mixer.refusal(x.device, dtype, state)
+        if self.fused is True:
+            if refusal:
+                raise RuntimeError(f'MambaVisionMixer was asked for fused=True, but {refusal}')
+            return 'fused'
+        if refusal:
+            return 'plain'
+        backend = choose_backend(self.backend, x.device, torch.float32, state)
+        return 'fused' if backend == 'triton' else 'plain'
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""
+        if self.path(x) == 'fused':
+            return mambavision_mixer.fused_mixer(
+                x, self.in_proj.weight, self.conv1d_x.weight.squeeze(1),
+                self.conv1d_z.weight.squeeze(1), self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight, self.lean)
+        return self._forward_plain(x)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
         E, R, N = self.D.shape[0], self.dt_rank, self.state_dim
         # Both halves in one convolution: channels are independent in it.
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])

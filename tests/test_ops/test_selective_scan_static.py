@@ -5,29 +5,13 @@ compiled as Triton would compile it, and the program is disassembled.
 """
 
 import collections
-import importlib
-import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from machine_code import Recorder, build, compiler, count, specialisation
 
 from mmhybrid.ops.selective_scan import fused
 
-triton = pytest.importorskip('triton', reason='the Triton scan needs Triton')
-if tuple(int(x) for x in triton.__version__.split('.')[:2]) < fused.MINIMUM_TRITON:
-    pytest.skip(f'Triton {triton.__version__} is too old for the scan', allow_module_level=True)
-if fused.interpreting():
-    pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
-CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
-if not CUOBJDUMP.exists():
-    pytest.skip('this Triton has no disassembler for NVIDIA GPUs', allow_module_level=True)
-
-TYPES = {
-    torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32',
-}  # fmt: skip
 KERNELS = [
     'scan_forward_kernel', 'scan_tile_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
@@ -37,13 +21,8 @@ DETECTION = dict(batch=2, heads=320, length=3136, state=8)
 
 @pytest.fixture(scope='module')
 def kernels(tmp_path_factory):
-    previous = os.environ.get('TRITON_CACHE_DIR')
-    os.environ['TRITON_CACHE_DIR'] = str(tmp_path_factory.mktemp('triton'))
-    yield importlib.import_module('mmhybrid.ops.selective_scan.triton_kernels')
-    if previous is None:
-        del os.environ['TRITON_CACHE_DIR']
-    else:
-        os.environ['TRITON_CACHE_DIR'] = previous
+    with compiler('mmhybrid.ops.selective_scan.triton_kernels', tmp_path_factory) as module:
+        yield module
 
 
 def launches(
@@ -53,16 +32,9 @@ def launches(
     """The launches of one forward and backward pass: a list of (kernel, arguments)."""
     calls = []
 
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda **arguments: calls.append((self.kernel, arguments))
-
     monkeypatch.setattr(fused, '_COPY_ABOVE', 1 << 62)  # strides as they come
     for name in KERNELS:
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), calls))
 
     def tokens(channels):
         shape = (batch, groups, channels, length)
@@ -85,63 +57,6 @@ def launches(
     fused._backward(out, dlast, *inputs, states, softplus, reverse, 0)
     monkeypatch.undo()
     return calls
-
-
-def specialisation(kernel, arguments):
-    """Signature, constants and attributes, by the rules of Triton's launcher."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        special = not parameter.do_not_specialize
-        one = special and type(value) is int and value == 1
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[parameter.name] = 'constexpr', value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        else:
-            signature[parameter.name] = 'i32' if value < 2**31 else 'i64'
-        if special and (isinstance(value, torch.Tensor) or value % 16 == 0):
-            attributes[(i,)] = [['tt.divisibility', 16]]
-    return signature, constants, attributes
-
-
-Program = collections.namedtuple('Program', 'registers stack shared loops opcodes')
-
-
-def build(kernel, arguments, capability, folder):
-    signature, constants, attributes = specialisation(kernel, arguments)
-    compiled = triton.compile(
-        triton.compiler.ASTSource(kernel, signature, constants, attributes),
-        target=triton.backends.compiler.GPUTarget('cuda', capability, 32),
-        options={'num_warps': arguments.get('num_warps', 4)},
-    )
-    path = folder / 'kernel.cubin'
-    path.write_bytes(compiled.asm['cubin'])
-
-    def dump(what):
-        done = subprocess.run([CUOBJDUMP, what, path], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    usage = dump('--dump-resource-usage')
-    line = r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);'
-    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(line, dump('--dump-sass'))]
-    assert code, 'the disassembly has no instructions: has its format changed?'
-    loops = []
-    for at, op, rest in code:
-        target = re.search(r'0x([0-9a-f]+)', rest) if op.startswith('BRA') else None
-        if target and int(target[1], 16) < at:
-            body = [other for where, other, _ in code if int(target[1], 16) <= where <= at]
-            loops.append(collections.Counter(body))
-    return Program(
-        *(int(re.search(name + r':(\d+)', usage)[1]) for name in ('REG', 'STACK', 'SHARED')),
-        sorted(loops, key=lambda loop: loop.total()),
-        collections.Counter(op for _, op, _ in code),
-    )
-
-
-def count(opcodes, *families):
-    return sum(n for op, n in opcodes.items() if op.split('.')[0] in families)
 
 
 def exponentials(loop, arguments, tokens):

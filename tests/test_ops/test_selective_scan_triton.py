@@ -3,51 +3,27 @@
 The cases themselves are in triton_cases.py.
 """
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from interpreter import run_cases
 
 from mmhybrid.ops.selective_scan import available_backends, choose_backend, fused
 
-FOLDER = Path(__file__).parent
-
-
-def run_cases(*selection):
-    """Run triton_cases.py under the interpreter; return how many cases passed."""
-    pytest.importorskip('triton', reason='the Triton scan needs Triton')
-    if not torch.cuda.is_available() and 'Triton is' in (fused.problem() or ''):
-        pytest.skip(fused.problem())
-    command = [sys.executable, '-m', 'pytest', '-q', '-rf', '-p', 'no:cacheprovider', *selection]
-    environment = os.environ | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        [*command, str(FOLDER / 'triton_cases.py')],
-        env=environment,
-        cwd=FOLDER.parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    summary = done.stdout.strip().splitlines()[-1]
-    assert 'skipped' not in summary, summary
-    return int(re.search(r'(\d+) passed', summary)[1])
+CASES = Path(__file__).parent / 'triton_cases.py'
 
 
 def test_values_and_gradients():
-    assert run_cases('-m', 'not slow', '-k', 'pairwise') >= 20
+    assert run_cases(CASES, '-m', 'not slow', '-k', 'pairwise') >= 20
 
 
 def test_properties_and_operators():
-    assert run_cases('-m', 'not slow', '-k', 'not pairwise') >= 15
+    assert run_cases(CASES, '-m', 'not slow', '-k', 'not pairwise') >= 15
 
 
 @pytest.mark.slow
 def test_full_product():
-    assert run_cases('-m', 'slow') >= 1000
+    assert run_cases(CASES, '-m', 'slow') >= 1000
 
 
 def test_plan_follows_the_shape():

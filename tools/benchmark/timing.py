@@ -169,19 +169,19 @@ def saved_bytes(call: Callable[[], object], ignored: Iterable[torch.Tensor] = ()
         call: runs the forward pass.
         ignored: tensors that live on anyway, such as parameters.
     """
-    seen = {x.untyped_storage().data_ptr() for x in ignored}
+    seen = {x.untyped_storage()._cdata for x in ignored}
     total = 0
 
     def pack(x):
         nonlocal total
         storage = x.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
+        if storage._cdata not in seen:  # its identity, which fake tensors have too
+            seen.add(storage._cdata)
             total += storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = call()  # kept until all is counted, so that no address is used twice
+        result = call()  # kept until all is counted, so that no identity is used twice
     del result
     return total
 

@@ -179,8 +179,13 @@ def _state_shape(u: Tensor, A: Tensor, order: Tensor | None, chunk: int) -> tupl
     return (u.shape[0], n_chunks if n_chunks > 1 else 0, A.shape[1], A.shape[0])
 
 
-def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk, out=None):
-    """Launch the forward kernels; out (B, G, H, L) may be any view of u's shape."""
+def _forward(
+    u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk, out=None, starts=False
+):
+    """Launch the forward kernels; out (B, G, H, L) may be any view of u's shape.
+
+    With ``starts`` only the states at the starts of the chunks are computed, not the output.
+    """
     from . import triton_kernels as kernels
 
     batch, groups, heads, _ = u.shape
@@ -244,7 +249,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chun
         )
 
     with torch.cuda.device_of(u):
-        if plan.tile:
+        if plan.tile and not starts:
             n_blocks = -(-heads // plan.tile)
             kernels.scan_tile_kernel[(batch * groups * n_blocks,)](
                 n_blocks=n_blocks,
@@ -254,13 +259,22 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chun
                 num_warps=_TILE_ROWS * plan.tile // 64,  # two values per thread
                 **shared,
             )
-        elif plan.n_chunks == 1:
-            launch(kernels.SINGLE.value)
-        else:
+        elif plan.n_chunks > 1:
             launch(kernels.AGGREGATE.value)
             _carry(kernels, states, sums, A, None)
-            launch(kernels.FINAL.value)
+            if not starts:
+                launch(kernels.FINAL.value)
+        elif not starts:
+            launch(kernels.SINGLE.value)
     return out, last, states
+
+
+def chunk_starts(*inputs) -> Tensor:
+    """The states that a forward pass with these inputs leaves for the backward pass.
+
+    At two thirds of the cost: for a backward pass that would rather compute than keep them.
+    """
+    return _forward(*inputs, out=inputs[0], starts=True)[2]
 
 
 def _carry(kernels, states, sums, A, first, backward=False):
@@ -283,17 +297,19 @@ def _carry(kernels, states, sums, A, first, backward=False):
     )
 
 
-def _gradients_like(u, delta, A, B, C, D, z, delta_bias):
+def _gradients_like(u, delta, A, B, C, D, z, delta_bias, into=None):
     """Uninitialised gradients in the layouts that the kernels write; absent ones are empty."""
     batch, groups, state, tokens = B.shape
     none = A.new_empty(0)
+    if into is None:
+        # Token-major whatever B is: the kernels make the N values of a token together.
+        rows = (batch, groups, tokens, state)
+        into = tuple(x.new_empty(rows).transpose(2, 3) for x in (B, C))
     return (
         _dense(u.shape, u),
         _dense(delta.shape, delta),
         torch.empty_like(A, memory_format=torch.contiguous_format),
-        # Token-major whatever B is: the kernels make the N values of a token together.
-        B.new_empty(batch, groups, tokens, state).transpose(2, 3),
-        C.new_empty(batch, groups, tokens, state).transpose(2, 3),
+        *into,
         none if D is None else D.new_empty(D.shape),
         none.clone() if z is None else _dense(z.shape, z),
         none.clone() if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
@@ -301,12 +317,17 @@ def _gradients_like(u, delta, A, B, C, D, z, delta_bias):
 
 
 def _backward(
-    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk
-):
-    """Launch the backward kernels; ``states`` are those that the forward pass left."""
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk,
+    into=None,
+):  # fmt: skip
+    """Launch the backward kernels; ``states`` are those that the forward pass left.
+
+    ``into`` are places for dB and dC, (B, 1, N, L) with the N values of a token side by side and
+    sequences that follow one another, such as columns of the gradient of a projection.
+    """
     from . import triton_kernels as kernels
 
-    grads = _gradients_like(u, delta, A, B, C, D, z, delta_bias)
+    grads = _gradients_like(u, delta, A, B, C, D, z, delta_bias, into)
     du, ddelta, dA, dB, dC, dD, dz, dbias = grads
     batch, groups, heads, tokens = u.shape
     channels, state = A.shape
@@ -399,6 +420,7 @@ def _backward(
             length=length,
             tokens=tokens,
             n_blocks=n_blocks,
+            row=dB.stride(3),
             N=state,
             K=_RUN,
             COLS=256,

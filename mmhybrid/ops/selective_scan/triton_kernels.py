@@ -651,11 +651,14 @@ def scan_backward_kernel(
 
 @triton.jit(do_not_specialize=['batch', 'groups', 'length', 'tokens', 'n_blocks', 'order_sg'])
 def sum_over_blocks_kernel(
-    p_dbc, p_dB, p_dC, p_order, order_sg, batch, groups, length, tokens, n_blocks,
+    p_dbc, p_dB, p_dC, p_order, order_sg, batch, groups, length, tokens, n_blocks, row,
     N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """dB and dC (B, G, L, N): the sum of p_dbc over the blocks, moved from places to tokens."""
+    """dB and dC (B, G, L, N): the sum of p_dbc over the blocks, moved from places to tokens.
+
+    The rows of a token may be ``row`` apart, so that they are columns of a larger tensor.
+    """
     which = tl.program_id(1)
     places = tl.cdiv(length, K) * K
     cuts = tl.cdiv(length * N, COLS)
@@ -674,7 +677,7 @@ def sum_over_blocks_kernel(
     if ORDER:
         place = tl.load(p_order + i_bg % groups * order_sg + place, mask=mask, other=-1)
         mask = mask & (place >= 0)
-    to = (i_bg * tokens + place) * N + o % N
+    to = (i_bg * tokens + place) * row + o % N
     if which == 0:
         tl.store(p_dB + to, total.to(p_dB.dtype.element_ty), mask=mask)
     else:

@@ -1,0 +1,5 @@
+"""The MambaVision mixer as one differentiable operator: see README.md beside this file."""
+
+from .fused import fused_mixer, refusal
+
+__all__ = ['fused_mixer', 'refusal']

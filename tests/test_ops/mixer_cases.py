@@ -1,0 +1,245 @@
+"""Cases of the fused MambaVision mixer, run by test_mambavision_mixer.py in their own process."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from mmhybrid.layers import MambaVisionMixer, recomputed
+from mmhybrid.ops.mambavision_mixer import fused
+from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
+from mmhybrid.ops.selective_scan import fused as scan
+
+assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_mambavision_mixer.py instead'
+torch.set_num_threads(1)
+
+# The interpreter cuts off where a GPU rounds, so one unit in the last place, not half of one.
+STORED = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def relative_rms(got, expected):
+    got, expected = got.double(), expected.double()
+    assert got.shape == expected.shape and got.isfinite().all()
+    scale = expected.square().mean().sqrt().item()
+    return (got - expected).square().mean().sqrt().item() / (scale or 1)
+
+
+def make_mixer(dim, **options):
+    """A mixer whose taps, biases and steps are as large as those of a trained one."""
+    torch.manual_seed(1)
+    mixer = MambaVisionMixer(dim, **options)
+    with torch.no_grad():
+        for name in ('in_proj', 'x_proj', 'out_proj'):
+            weight = getattr(mixer, name).weight
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        mixer.D.normal_()
+        mixer.dt_proj.bias.add_(1)
+        mixer.A_log.add_(0.1 * torch.randn_like(mixer.A_log))
+    return mixer
+
+
+def results(mixer, x, dy, autocast=None, run=None):
+    """The output and every gradient by name, in a dictionary."""
+    mixer.zero_grad()
+    x = x.detach().requires_grad_()
+    with torch.autocast('cpu', dtype=autocast, enabled=autocast is not None):
+        y = (mixer if run is None else run)(x)
+    y.backward(dy.to(y.dtype))
+    grads = {name: p.grad.clone() for name, p in mixer.named_parameters()}
+    return {'y': y.detach(), 'x': x.grad.clone()} | grads
+
+
+def compare(fused_mixer, x, tolerance, autocast=None, run=None, **more):
+    """The fused mixer against the plain module in float64; returns the fused results."""
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    with torch.autocast('cpu', dtype=autocast, enabled=autocast is not None):
+        assert fused_mixer.path(x) == 'fused'
+    got = results(fused_mixer, x, dy, autocast, run)
+    twin = MambaVisionMixer(x.shape[-1], backend='torch', fused=False, **more).double()
+    twin.load_state_dict(fused_mixer.state_dict())
+    assert twin.path(x.double()) == 'plain'
+    expected = results(twin, x.double(), dy.double())
+    assert len(expected) == 2 + 9
+    for name, value in got.items():
+        # Sums over tokens cancel, and their error is that of the terms.
+        error = relative_rms(value, expected[name])
+        assert error <= tolerance * (1 if name == 'y' else 4), f'{name}: {error:.1e}'
+    return got
+
+
+@pytest.mark.parametrize(
+    ('length', 'dim', 'lean', 'options'),
+    [
+        (1, 8, False, {}),
+        (7, 136, True, dict(state_dim=5, dt_rank=3)),  # 68 channels: two blocks and a ragged one
+        (37, 12, False, dict(conv_size=5, state_dim=2)),
+        (37, 12, True, dict(conv_size=1, state_dim=1)),
+        (64, 80, False, dict(state_dim=1)),  # 40 channels, one block of 64
+    ],
+    ids=str,
+)
+def test_every_gradient(length, dim, lean, options):
+    x = torch.randn(1 if length == 64 else 2, length, dim)
+    mixer = make_mixer(dim, fused=True, lean=lean, **options)
+    got = compare(mixer, x, 2e-6, **options)
+    assert got['y'].dtype == torch.float32
+
+
+def test_every_run_gives_the_same_bits():
+    mixer, x = make_mixer(72, fused=True, state_dim=2), torch.randn(2, 18, 72)
+    first = results(mixer, x, torch.ones_like(x))
+    for name, value in results(mixer, x, torch.ones_like(x)).items():
+        assert torch.equal(value, first[name]), f'{name} differs from run to run'
+
+
+@pytest.mark.parametrize('lean', [False, True])
+@pytest.mark.parametrize('tokens', [4, 12])
+def test_kept_states(lean, tokens, monkeypatch):
+    """A scan that is cut: in chunks that are kept as they are, and in some that are thinned."""
+    plan = scan.launch_plan
+
+    def cut(batch, groups, heads, length, state, processors, chunk=0):
+        return plan(batch, groups, heads, length, state, processors, chunk or tokens)
+
+    monkeypatch.setattr(scan, 'launch_plan', cut)
+    monkeypatch.setattr(fused, '_MIN_CHUNK', 8)
+    x = torch.randn(1, 29, 8)
+    mixer = make_mixer(8, fused=True, lean=lean, state_dim=3)
+    compare(mixer, x, 2e-6, state_dim=3)
+    weights = [p.detach().flatten(1) if p.dim() == 3 else p.detach() for p in weights_of(mixer)]
+    states = torch.ops.mmhybrid.mambavision_mixer(x, *weights, lean)[-1]
+    kept = {4: 4, 12: 3}[tokens]  # of eight chunks every second one, or all three
+    assert states.shape == ((0,) if lean else (1, kept, 3, 4))
+
+
+def weights_of(mixer):
+    return (mixer.in_proj.weight, mixer.conv1d_x.weight, mixer.conv1d_z.weight,
+            mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D,
+            mixer.out_proj.weight)  # fmt: skip
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_parameters(dtype):
+    mixer = make_mixer(24, fused=True, state_dim=2).to(dtype)
+    got = compare(mixer, torch.randn(2, 11, 24).to(dtype), 2 * STORED[dtype], state_dim=2)
+    assert {value.dtype for value in got.values()} == {dtype}
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast_stores_halves_and_keeps_gradients_whole(dtype):
+    mixer = make_mixer(24, fused=True, state_dim=2)
+    x = torch.randn(2, 11, 24)
+    got = compare(mixer, x, 2 * STORED[dtype], autocast=dtype, state_dim=2)
+    assert got.pop('y').dtype == dtype
+    assert {value.dtype for value in got.values()} == {torch.float32}
+    with torch.autocast('cpu', dtype=dtype):
+        plain = MambaVisionMixer(24, fused=False)(torch.randn(2, 19, 24))
+    assert plain.dtype == dtype
+
+
+def test_backward_inside_autocast():
+    mixer, x = make_mixer(8, fused=True), torch.randn(1, 5, 8)
+    dy = torch.randn(1, 5, 8)
+    outside = results(mixer, x, dy)
+    y = mixer(x)
+    mixer.zero_grad()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y.backward(dy)
+    for name, p in mixer.named_parameters():
+        assert torch.equal(p.grad, outside[name]), name
+
+
+def test_checkpointing_changes_nothing():
+    mixer, x = make_mixer(12, fused=True, state_dim=2), torch.randn(2, 9, 12)
+    dy = torch.randn(2, 9, 12)
+    calls = []
+    mixer.register_forward_pre_hook(lambda *_: calls.append(1))
+    kept = results(mixer, x, dy)
+    again = results(mixer, x, dy, run=lambda t: recomputed(mixer, t))
+    assert len(calls) == 3
+    for name, value in kept.items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_tokens_with_strides():
+    x = torch.randn(2, 12, 9).transpose(1, 2)
+    compare(make_mixer(12, fused=True, state_dim=1), x, 2e-6, state_dim=1)
+
+
+def test_frozen_input_and_parameters():
+    mixer = make_mixer(8, fused=True)
+    mixer.conv1d_x.weight.requires_grad_(False)
+    mixer(torch.randn(1, 6, 8)).sum().backward()
+    assert mixer.conv1d_x.weight.grad is None and mixer.conv1d_z.weight.grad is not None
+    with torch.no_grad():
+        assert not mixer(torch.randn(1, 6, 8)).requires_grad
+
+
+def test_prescan_kernel_against_its_twin():
+    """u and the gate half exactly where the concatenation wants them, nothing else touched."""
+    channels, shape = 35, fused._Shape(2, 21, 0, 1, 0)
+    xz = torch.randn(2 * 21, 2 * channels)
+    mixer = MambaVisionMixer(2 * channels)
+    weights = fused._Weights(*(w.detach() for w in weights_of(mixer)))
+    filters = [torch.randn(channels, 3) for _ in range(2)]
+    weights = weights._replace(w_conv_x=filters[0], w_conv_z=filters[1])
+    yz = torch.full_like(xz, 7.0)
+    u, A, step_bias = fused._convolve(xz, yz, shape, weights)
+    u_twin, z_twin = prescan_reference(xz.view(2, 21, -1).double(), *(w.double() for w in filters))
+    assert relative_rms(u.view(2, 21, -1), u_twin) < 3e-7
+    assert relative_rms(yz[:, channels:].reshape(2, 21, -1), z_twin) < 3e-7
+    assert torch.equal(yz[:, :channels], torch.full((42, channels), 7.0))
+    torch.testing.assert_close(A, -mixer.A_log.exp().detach())
+    assert torch.equal(step_bias, 2 * mixer.dt_proj.bias.detach())
+
+
+# The contract with PyTorch.
+
+
+@pytest.mark.parametrize('lean', [False, True])
+def test_opcheck(lean):
+    mixer = make_mixer(8, fused=True, state_dim=2)
+    weights = [w.detach().flatten(1) if w.dim() == 3 else w.detach() for w in weights_of(mixer)]
+    arguments = [x.requires_grad_() for x in (torch.randn(2, 5, 8), *weights)]
+    forward = torch.ops.mmhybrid.mambavision_mixer.default
+    torch.library.opcheck(forward, (*arguments, lean))
+    x, *weights = (a.detach() for a in arguments)
+    out, *kept = forward(x, *weights, lean)
+    backward = torch.ops.mmhybrid.mambavision_mixer_backward.default
+    torch.library.opcheck(backward, (out, x, *kept, *weights, lean))
+
+
+def test_compiled_module():
+    mixer, x = make_mixer(8, state_dim=2), torch.randn(2, 6, 8)
+    assert mixer.path(x) == 'plain'  # 'auto' on a CPU, where the scan is not Triton's
+    mixer.backend = 'triton'
+    assert mixer.path(x) == 'fused'
+    dy = torch.randn(2, 6, 8)
+    eager = results(mixer, x, dy)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == 'call_function')
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    for name, value in results(mixer, x, dy, run=compiled).items():
+        torch.testing.assert_close(value, eager[name], msg=name)
+    assert any('mambavision_mixer' in target for target in seen), seen
+
+
+def test_second_derivative_is_refused():
+    x = torch.randn(1, 3, 8, requires_grad=True)
+    (dx,) = torch.autograd.grad(make_mixer(8, fused=True)(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='first derivative only'):
+        dx.sum().backward()
+
+
+def test_double_precision_is_refused_or_plain():
+    x = torch.randn(1, 3, 8).double()
+    with pytest.raises(RuntimeError, match='float32, bfloat16 and float16'):
+        MambaVisionMixer(8, fused=True).double()(x)
+    assert MambaVisionMixer(8).double().path(x) == 'plain'
+    with pytest.raises(RuntimeError, match='at most 16 states'):
+        MambaVisionMixer(8, fused=True, state_dim=17)(x.float())

@@ -1,0 +1,132 @@
+"""What the kernels of the fused mixer become on a GPU, read from the machine code."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from machine_code import Recorder, build, compiler, count, specialisation
+
+from mmhybrid.layers import MambaVisionMixer
+from mmhybrid.ops.mambavision_mixer import fused
+from mmhybrid.ops.selective_scan import fused as scan
+
+KERNELS = ('prescan_kernel', 'prescan_backward_kernel')
+SCAN_KERNELS = (
+    'scan_forward_kernel', 'scan_tile_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
+    'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
+)  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+    with compiler('mmhybrid.ops.mambavision_mixer.triton_kernels', tmp_path_factory) as module:
+        yield module
+
+
+def launches(kernels, monkeypatch, batch, length, dim, dtype=torch.bfloat16, lean=False, taps=3):
+    """The launches of one forward and backward pass: two lists of (kernel, arguments)."""
+    calls = []
+    of_scan = importlib.import_module('mmhybrid.ops.selective_scan.triton_kernels')
+    for module, names in ((kernels, KERNELS), (of_scan, SCAN_KERNELS)):
+        for name in names:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), calls))
+    with torch.device('meta'):
+        mixer = MambaVisionMixer(dim, conv_size=taps)
+        x = torch.zeros(batch, length, dim, dtype=dtype)
+    half = [w.detach().to(dtype) for w in (
+        mixer.in_proj.weight, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.out_proj.weight)]
+    weights = (half[0], mixer.conv1d_x.weight.flatten(1), mixer.conv1d_z.weight.flatten(1), half[1],
+               half[2], mixer.dt_proj.bias, mixer.A_log, mixer.D, half[3])  # fmt: skip
+    weights = [w.detach() for w in weights]
+    out, *kept = fused._forward(x, *weights, lean)
+    forward = calls[:]
+    fused._backward(out, x, *kept, *weights, lean)
+    monkeypatch.undo()
+    return forward, calls[len(forward):]
+
+
+def names(calls):
+    return [kernel.fn.__name__.removesuffix('_kernel') for kernel, _ in calls]
+
+
+def test_launches(kernels, monkeypatch):
+    """Beside the matrix products: one kernel before the scan, and the scan's own."""
+    forward, backward = launches(kernels, monkeypatch, 2, 12544, 320)  # detection
+    assert names(forward) == ['prescan', 'scan_forward', 'scan_carry', 'scan_forward']
+    in_scan = ['scan_backward_aggregate', 'scan_carry', 'scan_backward', 'sum_over_blocks',
+               'sum_over_chunks']  # fmt: skip
+    assert names(backward) == ['prescan', *in_scan, 'prescan_backward']
+    forward, backward = launches(kernels, monkeypatch, 128, 49, 640)  # classification
+    assert names(forward) == ['prescan', 'scan_forward']
+    assert names(backward) == ['prescan', *in_scan[2:], 'prescan_backward']
+    # A scan that wrote through a tile computes its chunk starts in two launches.
+    forward, backward = launches(kernels, monkeypatch, 2, 1024, 640, lean=True)
+    assert names(forward) == ['prescan', 'scan_tile']
+    starts = ['scan_forward', 'scan_carry']
+    assert names(backward) == ['prescan', *starts, *in_scan, 'prescan_backward']
+
+
+QUICK = {(80, torch.float32, 320), (90, torch.bfloat16, 640), (100, torch.bfloat16, 320)}
+ALL = [
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product((80, 90, 100), (torch.bfloat16, torch.float32), (320, 640))
+]
+
+
+@pytest.mark.parametrize(('capability', 'dtype', 'dim'), ALL)
+def test_machine_code(capability, dtype, dim, kernels, monkeypatch, tmp_path):
+    forward, backward = launches(kernels, monkeypatch, 2, 3136, dim, dtype)
+    own = [call for call in forward + backward if call[0].fn.__name__ in KERNELS]
+    assert names(own) == ['prescan', 'prescan', 'prescan_backward']
+    for kernel, arguments in own:
+        program = build(kernel, arguments, capability, tmp_path)
+        assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
+        assert count(program.opcodes, 'ATOM', 'ATOMG', 'RED', 'REDG') == 0
+        assert program.registers <= {'prescan_kernel': 128}.get(kernel.fn.__name__, 255)
+        elements = arguments['ROWS'] * arguments['BLOCK'] // (32 * arguments['num_warps'])
+        halves = 1 + arguments.get('WITH_Z', True)
+        taps = arguments['K']
+        if kernel.fn.__name__ == 'prescan_kernel':
+            # One sigmoid per element, and one exponential per state and channel of A.
+            rates = program.opcodes['MUFU.EX2'] - halves * elements
+            assert 0 <= rates <= 8 * arguments['N']
+            assert count(program.opcodes, 'BAR') == 0
+        else:
+            (loop,) = program.loops
+            assert loop['MUFU.EX2'] == halves * taps * elements
+            assert count(loop, 'BAR', 'STS', 'LDS', 'SHFL') == 0  # sums over tokens come after
+
+
+def test_neighbouring_channels_are_loaded_together(kernels, monkeypatch, tmp_path):
+    forward, backward = launches(kernels, monkeypatch, 2, 3136, 640)
+    prescan = build(*forward[0], 90, tmp_path)
+    # Eight bfloat16 are 16 bytes: a load per tap and half, a store per half.
+    assert prescan.opcodes['LDG.E.128'] >= 2 * 3 and prescan.opcodes['STG.E.128'] == 2
+    assert prescan.opcodes['LDG.E.U16'] == 0
+    (loop,) = build(*backward[-1], 90, tmp_path).loops
+    assert loop['LDG.E.128'] == 2 * (5 + 3) and loop['STG.E.128'] == 2
+
+
+def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
+    found = set()
+    for batch, length in ((1, 49), (2, 3136), (3, 97), (128, 49), (1, 12543), (8, 1)):
+        forward, backward = launches(kernels, monkeypatch, batch, length, 320)
+        for kernel, arguments in forward + backward:
+            if kernel.fn.__name__ in KERNELS:
+                found.add((kernel.fn.__name__, repr(specialisation(kernel, arguments))))
+    assert sorted(name for name, _ in found) == [
+        'prescan_backward_kernel', 'prescan_kernel', 'prescan_kernel']  # with and without z
+
+
+def test_plan_keeps_few_states():
+    for batch, length, dim in ((1, 196, 320), (2, 1024, 640), (2, 12544, 320), (1, 300, 1024)):
+        weights = fused._Weights(*[None] * 9)._replace(
+            A_log=torch.empty(dim // 2, 8, device='meta'), w_dt=torch.empty(dim // 2, 20))
+        x = torch.empty(batch, length, dim, device='meta')
+        shape = fused._shape(x, weights)
+        assert shape.chunk >= fused._MIN_CHUNK
+        if shape.n_kept:
+            assert (shape.n_kept - 1) * shape.chunk < length <= shape.n_kept * shape.chunk
+        again = scan.launch_plan(batch, 1, dim // 2, length, 8, 132, shape.chunk)
+        assert (again.n_chunks if again.n_chunks > 1 else 0) == shape.n_kept
