@@ -176,22 +176,33 @@ def test_frozen_input_and_parameters():
         assert not mixer(torch.randn(1, 6, 8)).requires_grad
 
 
-def test_prescan_kernel_against_its_twin():
-    """u and the gate half exactly where the concatenation wants them, nothing else touched."""
-    channels, shape = 35, fused._Shape(2, 21, 0, 1, 0)
-    xz = torch.randn(2 * 21, 2 * channels)
+@pytest.mark.parametrize(('length', 'steps'), [(21, 1), (70, 2)])
+def test_convolutions_against_their_twin(length, steps, monkeypatch):
+    """u and the gate half exactly where the concatenation wants them, and all gradients."""
+    monkeypatch.setattr(scan, '_processors', lambda _: 1 if steps > 1 else 132)
+    channels, shape = 35, fused._Shape(2, length, 0, 1, 0)
+    assert fused._cut(shape, channels, torch.device('cpu'))['steps'] == steps
+    xz = torch.randn(2 * length, 2 * channels)
     mixer = MambaVisionMixer(2 * channels)
     weights = fused._Weights(*(w.detach() for w in weights_of(mixer)))
     filters = [torch.randn(channels, 3) for _ in range(2)]
     weights = weights._replace(w_conv_x=filters[0], w_conv_z=filters[1])
     yz = torch.full_like(xz, 7.0)
     u, A, step_bias = fused._convolve(xz, yz, shape, weights)
-    u_twin, z_twin = prescan_reference(xz.view(2, 21, -1).double(), *(w.double() for w in filters))
-    assert relative_rms(u.view(2, 21, -1), u_twin) < 3e-7
-    assert relative_rms(yz[:, channels:].reshape(2, 21, -1), z_twin) < 3e-7
-    assert torch.equal(yz[:, :channels], torch.full((42, channels), 7.0))
     torch.testing.assert_close(A, -mixer.A_log.exp().detach())
     assert torch.equal(step_bias, 2 * mixer.dt_proj.bias.detach())
+    du, dyz = torch.randn_like(u), torch.randn_like(yz)
+    dxz, dw = fused._convolve_backward(xz, du, dyz, shape, weights)
+
+    leaves = [x.double().requires_grad_() for x in (xz, *filters)]
+    twins = prescan_reference(leaves[0].view(2, length, -1), *leaves[1:])
+    twins = [twin.reshape(-1, channels) for twin in twins]
+    expected = torch.autograd.grad(twins, leaves, (du.double(), dyz[:, channels:].double()))
+    assert relative_rms(u, twins[0].detach()) < 3e-7
+    assert relative_rms(yz[:, channels:], twins[1].detach()) < 3e-7
+    assert torch.equal(yz[:, :channels], torch.full_like(u, 7.0))
+    assert relative_rms(dxz, expected[0]) < 3e-7
+    assert relative_rms(dw, torch.cat(expected[1:])) < 1e-6
 
 
 # The contract with PyTorch.
@@ -201,7 +212,7 @@ def test_prescan_kernel_against_its_twin():
 def test_opcheck(lean):
     mixer = make_mixer(8, fused=True, state_dim=2)
     weights = [w.detach().flatten(1) if w.dim() == 3 else w.detach() for w in weights_of(mixer)]
-    arguments = [x.requires_grad_() for x in (torch.randn(2, 5, 8), *weights)]
+    arguments = [x.requires_grad_() for x in (torch.randn(1, 3, 8), *weights)]
     forward = torch.ops.mmhybrid.mambavision_mixer.default
     torch.library.opcheck(forward, (*arguments, lean))
     x, *weights = (a.detach() for a in arguments)

@@ -89,9 +89,21 @@ def _without_autocast(x: Tensor):
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _block(channels: int) -> int:
+def _cut(shape: _Shape, channels: int, device: torch.device) -> dict[str, int]:
+    """How the tokens and channels of a mixer are cut into programs."""
     # Wide enough for full memory transactions, with few idle lanes at the end.
-    return 64 if channels % 64 == 0 or channels % 64 > 32 else 32
+    block = 64 if channels % 64 == 0 or channels % 64 > 32 else 32
+    tiles = shape.batch * -(-shape.length // _ROWS) * -(-channels // block)
+    # More tiles in turn load the filters once for all of them, and leave fewer partial sums of
+    # their gradients; fewer keep every multiprocessor busy.
+    steps = max(1, min(4, tiles // (4 * scan._processors(device))))
+    return dict(
+        length=shape.length,
+        n_tiles=-(-shape.length // (_ROWS * steps)),
+        steps=steps,
+        ROWS=_ROWS,
+        BLOCK=block,
+    )
 
 
 def _as_scan(x: Tensor, batch: int) -> Tensor:
@@ -112,10 +124,9 @@ def _convolve(xz: Tensor, yz: Tensor | None, shape: _Shape, weights: _Weights):
     u = xz.new_empty(xz.shape[0], channels)
     A = xz.new_empty(channels, state, dtype=torch.float32)
     step_bias = xz.new_empty(channels, dtype=torch.float32)
-    block = _block(channels)
-    n_tiles = -(-shape.length // _ROWS)
+    cut = _cut(shape, channels, xz.device)
     with torch.cuda.device_of(xz):
-        kernels.prescan_kernel[(shape.batch * n_tiles, -(-channels // block))](
+        kernels.prescan_kernel[(shape.batch * cut['n_tiles'], -(-channels // cut['BLOCK']))](
             p_xz=xz,
             p_wx=weights.w_conv_x,
             p_wz=weights.w_conv_z,
@@ -125,16 +136,13 @@ def _convolve(xz: Tensor, yz: Tensor | None, shape: _Shape, weights: _Weights):
             p_yz=yz,
             p_A=A,
             p_step=step_bias,
-            length=shape.length,
             channels=channels,
-            n_tiles=n_tiles,
             N=state,
             K=taps,
             LEFT=taps // 2,
-            ROWS=_ROWS,
-            BLOCK=block,
             WITH_Z=yz is not None,
             num_warps=4,
+            **cut,
         )
     return u, A, step_bias
 
@@ -145,16 +153,12 @@ def _convolve_backward(xz: Tensor, du: Tensor, dyz: Tensor, shape: _Shape, weigh
 
     channels = weights.D.shape[0]
     taps = weights.w_conv_x.shape[1]
-    block = _block(channels)
-    n_blocks = -(-channels // block)
-    tiles = shape.batch * -(-shape.length // _ROWS)
-    # More tiles per program mean fewer partial sums; fewer keep every multiprocessor busy.
-    steps = max(1, min(4, tiles * n_blocks // (4 * scan._processors(xz.device))))
-    n_tiles = -(-shape.length // (_ROWS * steps))
+    cut = _cut(shape, channels, xz.device)
+    programs = shape.batch * cut['n_tiles']
     dxz = torch.empty_like(xz)
-    parts = xz.new_empty(shape.batch * n_tiles, 2 * channels, taps, dtype=torch.float32)
+    parts = xz.new_empty(programs, 2 * channels, taps, dtype=torch.float32)
     with torch.cuda.device_of(xz):
-        kernels.prescan_backward_kernel[(shape.batch * n_tiles, n_blocks)](
+        kernels.prescan_backward_kernel[(programs, -(-channels // cut['BLOCK']))](
             p_xz=xz,
             p_wx=weights.w_conv_x,
             p_wz=weights.w_conv_z,
@@ -162,15 +166,11 @@ def _convolve_backward(xz: Tensor, du: Tensor, dyz: Tensor, shape: _Shape, weigh
             p_dyz=dyz,
             p_dxz=dxz,
             p_dw=parts,
-            length=shape.length,
             channels=channels,
-            n_tiles=n_tiles,
-            steps=steps,
             K=taps,
             LEFT=taps // 2,
-            ROWS=_ROWS,
-            BLOCK=block,
             num_warps=4,
+            **cut,
         )
     return dxz, parts.sum(0)
 

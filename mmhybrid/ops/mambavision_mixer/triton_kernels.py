@@ -23,15 +23,23 @@ def _tokens(p, row, t, length, stride, o_c, m_c):
 
 
 @triton.jit
+def _taps(p_w, o_c, m_c, K: tl.constexpr):
+    """The filters of a block of channels: for each tap a row of weights."""
+    w_k = ()
+    for k in tl.static_range(K):
+        w_k = w_k + (tl.load(p_w + o_c * K + k, mask=m_c, other=0.0).to(tl.float32),)
+    return w_k
+
+
+@triton.jit
 def _conv_silu(
-    p_in, p_w, p_out, row, t, length, in_stride, out_stride, o_c, m_c,
+    p_in, w_k, p_out, row, t, length, in_stride, out_stride, o_c, m_c,
     K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """out[t] = silu(sum_k w[k] in[t + k - LEFT]), one filter per channel."""
     b_sum = tl.zeros([t.shape[0], o_c.shape[1]], tl.float32)
     for k in tl.static_range(K):
-        b_w = tl.load(p_w + o_c * K + k, mask=m_c, other=0.0).to(tl.float32)
-        b_sum += b_w * _tokens(p_in, row, t + (k - LEFT), length, in_stride, o_c, m_c)
+        b_sum += w_k[k] * _tokens(p_in, row, t + (k - LEFT), length, in_stride, o_c, m_c)
     b_out = b_sum * _sigmoid(b_sum)
     tl.store(
         p_out + (row + t) * out_stride + o_c,
@@ -43,7 +51,7 @@ def _conv_silu(
 @triton.jit(do_not_specialize=_SIZES)
 def prescan_kernel(
     p_xz, p_wx, p_wz, p_log, p_bias, p_u, p_yz, p_A, p_step,
-    length, channels, n_tiles,
+    length, channels, n_tiles, steps,
     N: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WITH_Z: tl.constexpr,
 ):  # fmt: skip
@@ -56,27 +64,30 @@ def prescan_kernel(
     i_t = tl.program_id(0) % n_tiles
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     m_c = o_c < channels
-    t = i_t * ROWS + tl.arange(0, ROWS)[:, None]
-    row = i_b * length
-    _conv_silu(
-        p_xz, p_wx, p_u, row, t, length, 2 * channels, channels, o_c, m_c, K, LEFT
-    )
-    if WITH_Z:
-        _conv_silu(
-            p_xz + channels, p_wz, p_yz + channels, row, t, length, 2 * channels, 2 * channels,
-            o_c, m_c, K, LEFT,
-        )  # fmt: skip
     if tl.program_id(0) == 0:
         b_bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
         tl.store(p_step + o_c, 2.0 * b_bias, mask=m_c)
         for n in tl.static_range(N):
             b_log = tl.load(p_log + o_c * N + n, mask=m_c, other=0.0).to(tl.float32)
             tl.store(p_A + o_c * N + n, -tl.exp(b_log), mask=m_c)
+    o_r = tl.arange(0, ROWS)[:, None]
+    row = i_b * length
+    wx_k = _taps(p_wx, o_c, m_c, K)
+    if WITH_Z:
+        wz_k = _taps(p_wz, o_c, m_c, K)
+    for i in range(0, steps):
+        t = (i_t * steps + i) * ROWS + o_r
+        _conv_silu(p_xz, wx_k, p_u, row, t, length, 2 * channels, channels, o_c, m_c, K, LEFT)
+        if WITH_Z:
+            _conv_silu(
+                p_xz + channels, wz_k, p_yz + channels, row, t, length, 2 * channels, 2 * channels,
+                o_c, m_c, K, LEFT,
+            )  # fmt: skip
 
 
 @triton.jit
 def _conv_silu_backward(
-    p_in, p_w, p_dout, p_din, row, t, length, in_stride, dout_stride, o_c, m_c, dw_k,
+    p_in, w_k, p_dout, p_din, row, t, length, in_stride, dout_stride, o_c, m_c, dw_k,
     K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the input at tokens t; add those tokens to the gradients of the taps.
@@ -87,9 +98,6 @@ def _conv_silu_backward(
     in_j = ()
     for j in tl.static_range(2 * K - 1):
         in_j = in_j + (_tokens(p_in, row, t + (j - K + 1), length, in_stride, o_c, m_c),)
-    w_k = ()
-    for k in tl.static_range(K):
-        w_k = w_k + (tl.load(p_w + o_c * K + k, mask=m_c, other=0.0).to(tl.float32),)
     b_din = tl.zeros([t.shape[0], o_c.shape[1]], tl.float32)
     new_k = dw_k
     for k in tl.static_range(K):
@@ -129,6 +137,8 @@ def prescan_backward_kernel(
     m_c = o_c < channels
     o_r = tl.arange(0, ROWS)[:, None]
     row = i_b * length
+    wx_k = _taps(p_wx, o_c, m_c, K)
+    wz_k = _taps(p_wz, o_c, m_c, K)
     dwx_k = ()
     dwz_k = ()
     for _ in tl.static_range(K):
@@ -137,11 +147,11 @@ def prescan_backward_kernel(
     for i in range(0, steps):
         t = (i_t * steps + i) * ROWS + o_r
         dwx_k = _conv_silu_backward(
-            p_xz, p_wx, p_du, p_dxz, row, t, length, 2 * channels, channels, o_c, m_c, dwx_k,
+            p_xz, wx_k, p_du, p_dxz, row, t, length, 2 * channels, channels, o_c, m_c, dwx_k,
             K, LEFT,
         )  # fmt: skip
         dwz_k = _conv_silu_backward(
-            p_xz + channels, p_wz, p_dyz + channels, p_dxz + channels, row, t, length,
+            p_xz + channels, wz_k, p_dyz + channels, p_dxz + channels, row, t, length,
             2 * channels, 2 * channels, o_c, m_c, dwz_k, K, LEFT,
         )  # fmt: skip
     p_dw += tl.program_id(0).to(tl.int64) * 2 * channels * K + o_c * K
