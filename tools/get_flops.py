@@ -1,6 +1,7 @@
 """Count parameters and multiply-accumulates: python tools/get_flops.py CONFIG [--help]."""
 import argparse
 import contextlib
+import os.path as osp
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ with contextlib.redirect_stdout(sys.stderr):  # what this logs is no part of a C
     import mmhybrid  # noqa: F401
 from mmhybrid.analysis import CONVENTIONS, format_cost  # noqa: E402
 from mmhybrid.engine.complexity import measure  # noqa: E402
-from mmhybrid.engine.errors import run_command  # noqa: E402
+from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.engine.published import compare, markdown, read_published  # noqa: E402
 from mmhybrid.engine.whole_models import checked_shape, find_model  # noqa: E402
 
 
@@ -24,9 +26,10 @@ def parse_args(argv=None):
         description='Count parameters and multiply-accumulates (papers say FLOPs) of one image. '
                     'Needs no data, no weights and no memory.',
         epilog=f'conventions:\n{listed}', formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='config file of this or another mm project, or a class and '
-                                       'its variant such as VMambaClassifier:tiny_s1l8')
-    parser.add_argument('--shape', type=int, nargs='+', default=[800, 1280], metavar='PIXELS',
+    parser.add_argument('config', help='config file of this or another mm project; a class and its '
+                                       'variant such as VMambaClassifier:tiny_s1l8; or a table of '
+                                       'published numbers such as configs/complexity.yml')
+    parser.add_argument('--shape', type=int, nargs='+', metavar='PIXELS',
                         help='height and width of the image (default: 800 1280)')
     parser.add_argument('--convention', default='all', help='what counts, see below')
     parser.add_argument('--format', choices=['text', 'csv', 'json'], default='text')
@@ -39,12 +42,26 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def published_table(path):
+    """Markdown of published numbers beside counted ones."""
+    folder = osp.dirname(path)
+    return markdown({title: [compare(row, folder) for row in rows]
+                     for title, rows in read_published(path).items()}, path)
+
+
 def main(argv=None):
     """Run the command."""
     args = parse_args(argv)
+    if args.config.endswith(('.yml', '.yaml')):
+        if args.shape or args.cfg_options or args.backbone_only:
+            raise UserError('The rows of a table of published numbers say themselves what is '
+                            'counted; leave out --shape, --cfg-options and --backbone-only.')
+        print(published_table(args.config))
+        return
     source = find_model(args.config, args.cfg_options, args.backbone_only)
     depth = None if args.depth < 0 else args.depth
-    print(format_cost(measure(source, checked_shape(args.shape), args.convention, depth),
+    print(format_cost(measure(source, checked_shape(args.shape or (800, 1280)),
+                              args.convention, depth),
                       args.format))
 
 

@@ -29,8 +29,8 @@ class Convention:
     macs: Callable[[Record], int] = lambda record: record.macs
 
 
-# Weights of all scan directions but the first, in a LocalVim block.
-_FURTHER_DIRECTION = re.compile(r'(.*\.)?(conv1d|x_proj|dt_proj)_[1-9]\d*')
+# Weights of all scan directions but the first, in a LocalVim or a Vim block.
+_FURTHER_DIRECTION = re.compile(r'(.*\.)?(conv1d|x_proj|dt_proj)_([1-9]\d*|b)')
 
 
 def _localvim_released(record: Record) -> int:
@@ -51,7 +51,7 @@ CONVENTIONS = {
         'everything; the forward pass of mmdet 3, where a cascade makes masks of all proposals',
         rois='mmdet3'),
     'localvim-released': Convention(
-        "LocalVim's own table: scan 5 B D L N + 2 B D L, convolution, x_proj and dt_proj of one "
-        'direction only, no norms',
+        'the tables of LocalVim and Vim: scan 5 B D L N + 2 B D L, convolution, x_proj and dt_proj '
+        'of one direction only, no norms',
         kinds=('conv', 'linear', 'attention', 'scan'), macs=_localvim_released),
 }

@@ -45,6 +45,7 @@ class Cost:
         shape: (channels, height, width) of the image.
         convention: name in :data:`CONVENTIONS`.
         rows: the whole model first, then modules in their order.
+        everything: multiply-accumulates of all kinds, whatever the convention leaves out.
         notes: what a reader has to know, such as the number of regions.
     """
 
@@ -52,6 +53,7 @@ class Cost:
     shape: tuple[int, int, int]
     convention: str
     rows: list[Row]
+    everything: int
     notes: list[str]
 
     @property

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
+from mmhybrid.analysis import CONVENTIONS, Cost, count_macs, sum_up
 
 from .errors import UserError
 from .whole_models import ModelSource, build_model
@@ -16,6 +17,8 @@ __all__ = ['measure']
 
 # Heads of which it is known how often they run.
 _ROI_HEADS = ('StandardRoIHead', 'CascadeRoIHead')
+# Mixers that the convention counts by one direction.
+_ONE_DIRECTION = ('LocalVimMixer', 'VimMixer')
 
 
 def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
@@ -38,19 +41,31 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
     if convention not in CONVENTIONS:
         raise UserError(f'--convention got {convention!r}; expected one of '
                         f'{", ".join(CONVENTIONS)}.')
-    model = build_model(source, 'meta').eval()
+    model = build_model(source, 'meta')
+    model.eval()  # not in one line: many backbones of mmdet return nothing
+    types = {type(module).__name__ for module in model.modules()}
+    if convention == 'localvim-released' and not types & {*_ONE_DIRECTION}:
+        raise UserError(f'--convention localvim-released is how LocalVim and Vim were counted, and '
+                        f'{source.name} has no block of theirs. Use --convention all.')
     for module in model.modules():
         # whatever a config or the environment wants to scan with: shapes need no device for it
         if type(module).__module__.startswith('mmhybrid.') and hasattr(module, 'backend'):
             module.backend = 'torch'
     image = torch.empty(1, _channels(source), *shape, device='meta')
-    records, notes = run(model, image, CONVENTIONS[convention].rois)
-    if convention == 'localvim-released' and not any('LocalVim' in type(m).__name__
-                                                     for m in model.modules()):
-        raise UserError(f'--convention localvim-released is how LocalVim was counted, and '
-                        f'{source.name} has none. Use --convention all.')
+    notes: list[str] = []
+    try:
+        records = count_macs(
+            model, lambda: _forward(model, image, CONVENTIONS[convention].rois, notes))
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f'{source.name} cannot run on a {shape[0]} x {shape[1]} image without data: '
+            f'{type(error).__name__}: {error}\nTry another --shape, or --backbone-only '
+            '(--traceback shows where).') from error
     rows = sum_up(model, records, convention, depth)
-    return Cost(source.name, tuple(image.shape[1:]), convention, rows, notes)
+    return Cost(source.name, tuple(image.shape[1:]), convention, rows,
+                sum(record.macs for record in records), notes)
 
 
 def _channels(source: ModelSource) -> int:
@@ -58,43 +73,32 @@ def _channels(source: ModelSource) -> int:
     return backbone.get('in_channels', backbone.get('in_chans', 3))
 
 
-def run(model: nn.Module, image: Tensor, rois: str) -> tuple[list[Record], list[str]]:
-    """Count a model, or the parts of a two-stage detector one after the other."""
-    notes: list[str] = []
+def _forward(model: nn.Module, image: Tensor, rois: str, notes: list[str]) -> None:
     if getattr(model, 'roi_head', None) is not None:
-        def forward():
-            _two_stages(model, image, rois, notes)
+        _two_stages(model, image, rois, notes)
     elif isinstance(model, BaseModel):
-        def forward():
-            model(image, _samples(image), mode='tensor')
         if getattr(model, 'with_auxiliary_head', False):
             notes.append('without the auxiliary head, which only training runs; its parameters '
                          'count')
+        model(image, [_sample(image)], mode='tensor')
     else:
-        def forward():
-            model(image)
-    try:
-        return count_macs(model, forward), notes
-    except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
-        raise UserError(
-            f'{type(model).__name__} cannot run on a {image.shape[2]} x {image.shape[3]} image '
-            f'without data: {type(error).__name__}: {error}\nTry another --shape, or '
-            '--backbone-only (--traceback shows where).') from error
+        model(image)
 
 
-def _samples(image: Tensor) -> list:
-    """Annotations of one image without objects, for heads that ask for its size."""
-    from mmengine.structures import BaseDataElement
+def _sample(image: Tensor) -> BaseDataElement:
+    """What heads may ask about an image."""
     size = tuple(image.shape[2:])
-    return [BaseDataElement(metainfo=dict(
+    return BaseDataElement(metainfo=dict(
         img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-        scale_factor=(1.0, 1.0)))]
+        scale_factor=(1.0, 1.0)))
 
 
 def _two_stages(model: nn.Module, image: Tensor, rois: str, notes: list[str]) -> None:
+    """The parts of a two-stage detector one after the other, as regions depend on real scores."""
     head = model.roi_head
-    kind = next((cls.__name__ for cls in type(head).__mro__ if cls.__name__ in _ROI_HEADS), None)
-    if kind is None or type(head).__name__ != kind:
+    kind = next((cls.__name__ for cls in type(head).__mro__
+                 if cls.__name__ in _ROI_HEADS and 'forward' in vars(cls)), None)
+    if kind is None or 'forward' in vars(type(head)) and type(head).__name__ != kind:
         raise UserError(f'There is no rule for how often the parts of {type(head).__name__} run '
                         f'(known: {", ".join(_ROI_HEADS)}). Use --backbone-only.')
     maps = model.extract_feat(image)
@@ -102,14 +106,13 @@ def _two_stages(model: nn.Module, image: Tensor, rois: str, notes: list[str]) ->
         model.rpn_head(maps)
     boxes, masks = _regions(model, rois, kind == 'CascadeRoIHead')
     stages = len(head.bbox_head) if isinstance(head.bbox_head, nn.ModuleList) else 1
-    channels = maps[0].shape[1]
     for part, count in (('bbox', boxes), ('mask', masks)):
         if not getattr(head, f'with_{part}'):
             continue
         for stage in range(stages):
             extractor = _of_stage(getattr(head, f'{part}_roi_extractor'), stage)
             size = extractor.roi_layers[0].output_size
-            regions = image.new_empty(count, channels, *size)
+            regions = image.new_empty(count, extractor.out_channels, *size)
             if head.with_shared_head:
                 regions = head.shared_head(regions)
             _of_stage(getattr(head, f'{part}_head'), stage)(regions)

@@ -1,0 +1,200 @@
+"""Published tables against the tool, and the tool's command line."""
+import csv
+import io
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmhybrid.engine.complexity import measure
+from mmhybrid.engine.errors import run_command
+from mmhybrid.engine.published import Comparison, agrees, compare, markdown, read_published
+from mmhybrid.engine.whole_models import find_model
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / 'configs/complexity.yml'
+main = runpy.run_path(str(ROOT / 'tools/get_flops.py'))['main']
+
+# Independent counts of the released code, parameters in M and multiply-accumulates in G: the rows
+# of the published tables that can be reproduced. None where nothing was published.
+EXACT = {
+    'MambaVision-T': (31.794, 4.459), 'MambaVision-T2': (35.104, 5.105),
+    'MambaVision-S': (50.141, 7.481), 'MambaVision-B, B-21K': (97.685, 14.954),
+    'MambaVision-L, L-21K': (227.961, 34.841), 'MambaVision-L2': (241.555, 37.500),
+    'MambaVision-L2-512-21K': (241.555, 195.91), 'MambaVision-L3-256-21K': (739.570, 122.11),
+    'MambaVision-L3-512-21K': (739.570, 488.47),
+    'VMamba-T[s1l8]': (30.249, 4.906), 'VMamba-T[s2l5]': (30.706, 4.858),
+    'VMamba-S[s2l15]': (50.148, 8.716), 'VMamba-S[s1l20]': (49.013, 8.612),
+    'VMamba-B[s2l15]': (88.558, 15.359), 'VMamba-B[s1l20]': (86.615, 15.221),
+    'VMamba-T (first release)': (22.893, 5.627), 'VMamba-S (first release)': (44.417, 11.232),
+    'VMamba-B (first release)': (76.254, 18.020),
+    'LocalVMamba-T': (25.527, 5.729), 'LocalVMamba-S': (49.749, 11.373),
+    'LocalVim-T': (7.994, 1.482), 'LocalVim-S': (27.784, 4.771),
+    'LocalVim-T, middle class token': (7.995, None),
+    'Vim-Ti': (7.148, None), 'Vim-S': (25.797, None), 'Vim-B': (97.598, None),
+    'Vim-Ti+ (stride 8)': (7.250, None), 'Vim-S+ (stride 8)': (26.001, None),
+    'Mask R-CNN VMamba-T': (49.755, 271.2), 'Mask R-CNN VMamba-S': (69.654, 348.9),
+    'Mask R-CNN VMamba-B': (107.931, 485.48),
+    'UperNet VMamba-T': (61.903, 948.8), 'UperNet VMamba-S': (81.801, 1027.9),
+    'UperNet VMamba-B': (122.069, 1170.3), 'UperNet MambaVision-L3-21K': (780.51, None),
+}
+
+
+@pytest.fixture(scope='module')
+def sections():
+    return {title: [compare(row, str(TABLE.parent)) for row in rows]
+            for title, rows in read_published(str(TABLE)).items()}
+
+
+@pytest.fixture(scope='module')
+def by_name(sections):
+    return {it.row['name']: it for comparisons in sections.values() for it in comparisons}
+
+
+@pytest.mark.parametrize('name', EXACT)
+def test_reproduces_the_rows_that_can_be(by_name, name):
+    for got, expected in zip(by_name[name].counted, EXACT[name], strict=True):
+        if expected is not None:
+            assert got == pytest.approx(expected, rel=0.005)
+
+
+def test_a_row_that_does_not_reproduce_says_why(by_name):
+    for name, it in by_name.items():
+        assert all(it.reproduces) != ('why' in it.row), name
+    assert {name for name in EXACT if 'why' in by_name[name].row} == {
+        'Mask R-CNN VMamba-S', 'UperNet MambaVision-L3-21K'}
+    assert len(by_name) == sum(map(len, read_published(str(TABLE)).values())), 'a name twice'
+
+
+def test_the_table_beside_the_configs_is_up_to_date(sections):
+    page = (ROOT / 'configs/complexity.md').read_text()
+    assert page == markdown(sections, 'configs/complexity.yml') + '\n', (
+        'run: python tools/get_flops.py configs/complexity.yml > configs/complexity.md')
+
+
+def test_what_counts_as_the_printed_number():
+    assert agrees('4.4', 4.46) and agrees('4.4', 4.36) and not agrees('4.4', 4.51)
+    assert agrees('22', 22.893) and not agrees('22', 23.2)
+    assert agrees('1028', 1031) and not agrees('1028', 1034)
+    assert agrees('-', 3.0)
+    row = dict(published=['-', '384'])
+    cost = measure(find_model('VMambaClassifier:tiny'), (64, 64), depth=0)
+    assert Comparison(row, cost).reproduces == (True, False)
+
+
+def test_head_rules_of_two_stage_detectors():
+    source = find_model(str(ROOT / 'configs/cascade_mambavision_t_coco.py'))
+    totals = {rule: measure(source, (800, 1280), rule, depth=None)
+              for rule in ('all', 'mmdet2', 'mmdet3', 'conv-linear')}
+    assert totals['all'].macs == totals['mmdet2'].macs
+    assert totals['mmdet2'].macs / 1e9 == pytest.approx(1285, rel=0.005)
+    assert totals['mmdet3'].macs / 1e9 == pytest.approx(2716, rel=0.005)
+    parts = {row.module: row.total / 1e9 for row in totals['mmdet2'].rows}
+    assert parts['roi_head.bbox_head'] == pytest.approx(386.88, rel=1e-3)
+    assert parts['roi_head.mask_head'] == pytest.approx(159.0, rel=1e-3)
+    assert parts['rpn_head'] == pytest.approx(50.62, rel=1e-3)
+    assert parts['neck'] == pytest.approx(50.14 + 2.46, rel=1e-3)
+    assert parts['backbone'] == pytest.approx(636, rel=1e-3)
+    attention = totals['conv-linear'].of_kind('attention')
+    assert attention > 0 and totals['conv-linear'].macs < totals['all'].macs - attention
+    small = find_model(str(ROOT / 'configs/cascade_mambavision_mini_coco.py'))
+    assert measure(small, (160, 160), 'all').notes == [
+        'heads on 64 boxes and 20 masks in each of 3 stages']
+
+
+def test_nothing_of_the_scan_is_left_to_the_config(monkeypatch):
+    """A model that wants a GPU's kernels is counted without one."""
+    source = find_model('VMamba:tiny', {'model.scan_backend': 'triton'})
+    plain = measure(find_model('VMamba:tiny'), (64, 64))
+    assert measure(source, (64, 64)).macs == plain.macs
+    monkeypatch.setenv('MMHYBRID_SCAN_BACKEND', 'triton')
+    assert measure(source, (64, 64)).macs == plain.macs
+
+
+@pytest.mark.parametrize(('backbone', 'channels', 'expected'), [
+    # mmdet's own counts in its model zoo are for 800 x 1280 with 1000 and 100 regions too
+    (dict(type='ResNet', depth=50, out_indices=(0, 1, 2, 3)), [256, 512, 1024, 2048], 260),
+    (dict(type='SwinTransformer', embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+     [96, 192, 384, 768], 267),
+])
+def test_backbones_of_other_packages(tmp_path, backbone, channels, expected):
+    config = tmp_path / 'mine.py'
+    config.write_text(
+        f"_base_ = {str(ROOT / 'configs/mask_rcnn_mambavision_t_coco.py')!r}\n"
+        f'model = dict(backbone=dict(_delete_=True, **{backbone!r}), '
+        f'neck=dict(in_channels={channels}))\n')
+    source = find_model(str(config))
+    # Swin pads its maps to windows of 7; 267 G are published, 260 G for ResNet-50
+    assert measure(source, (800, 1280), 'mmdet2').macs / 1e9 == pytest.approx(expected, rel=0.02)
+    only = find_model(str(config), backbone_only=True)
+    assert only.name == 'backbone of mine'
+    assert measure(only, (64, 64)).rows[0].type == backbone['type']
+
+
+def test_single_stage_detector(tmp_path):
+    config = tmp_path / 'retina.py'
+    config.write_text(
+        "default_scope = 'mmdet'\ncustom_imports = dict(imports=['mmhybrid'])\n"
+        "model = dict(type='RetinaNet', backbone=dict(type='mmhybrid.VMamba', arch='tiny'),\n"
+        "  neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=32, num_outs=5),\n"
+        "  bbox_head=dict(type='RetinaHead', num_classes=80, in_channels=32, feat_channels=32))\n")
+    cost = measure(find_model(str(config)), (128, 160), depth=1)
+    assert [row.module for row in cost.rows] == ['total', 'backbone', 'neck', 'bbox_head']
+    assert all(row.total > 0 for row in cost.rows)
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def test_formats(capsys):
+    arguments = ['VMambaClassifier:tiny', '--shape', '224', '--depth', '1']
+    main([*arguments, '--format', 'json'])
+    data = json.loads(capsys.readouterr().out)
+    assert data['parameters'] == 30249064 and data['shape'] == [3, 224, 224]
+    assert data['macs'] == sum(data['macs_by_kind'].values()) > 4.9e9
+    main([*arguments, '--format', 'csv', '--convention', 'conv-linear'])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row['module'] for row in rows] == ['total', 'patch_embed', 'layers', 'classifier']
+    kinds = data['macs_by_kind']
+    assert int(rows[0]['total']) == kinds['conv'] + kinds['linear']
+    assert int(rows[0]['scan']) == kinds['scan'] > 0
+    main([*arguments, '--convention', 'conv-linear'])
+    text = capsys.readouterr().out
+    assert '(scan)' in text and '(norm)' in text and '30.249' in text
+
+
+def test_standard_output_is_the_table_alone():
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tools/get_flops.py', ROOT / 'configs/upernet_vmamba_t_ade20k.py',
+         '--shape', '64', '128', '--format', 'json'], capture_output=True, text=True, cwd='/')
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)['model'] == 'upernet_vmamba_t_ade20k'
+
+
+@pytest.mark.parametrize(('arguments', 'parts'), [
+    (['VMambaClasifier:tiny'], ['neither a config file', 'Did you mean VMambaClassifier']),
+    (['VMambaClassifier:huge'], ['VMambaClassifier:huge cannot be built', "arch='huge'"]),
+    (['configs/nowhere.py'], ['There is no config configs/nowhere.py']),
+    (['VMambaClassifier:tiny', '--shape', '1', '2', '3'], ['--shape got 1 2 3', '800 1280']),
+    (['VMambaClassifier:tiny', '--shape', '0'], ['--shape got 0']),
+    (['VMambaClassifier:tiny', '--convention', 'papers'], ['papers', 'conv-linear, mmdet2']),
+    (['VMambaClassifier:tiny', '--convention', 'localvim-released'], ['has no block of theirs']),
+    (['VMambaClassifier:tiny', '--backbone-only'], ['has no part called backbone']),
+    ([str(TABLE), '--shape', '224'], ['say themselves']),
+    (['nothing.yml'], ['no table of published numbers nothing.yml']),
+])
+def test_errors_finish_the_sentence(capfd, arguments, parts):
+    assert run_command(main, arguments) == 1
+    error = capfd.readouterr().err
+    assert 'Traceback' not in error
+    for part in parts:
+        assert part in error
+
+
+def test_unknown_keys_of_a_table(tmp_path, capfd):
+    (tmp_path / 'table.yml').write_text('Rows:\n  - {name: a, modell: b}\n')
+    assert run_command(main, [str(tmp_path / 'table.yml')]) == 1
+    assert "row 'a' lacks or should not have" in capfd.readouterr().err
