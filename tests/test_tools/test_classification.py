@@ -1,0 +1,165 @@
+"""Classification from folders of images: train, resume, test, search; and the recipes."""
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+
+from mmhybrid.engine.errors import run_command
+from mmhybrid.engine.search_tool import search
+from mmhybrid.engine.tools import test as run_test
+from mmhybrid.engine.tools import train as run_train
+from mmhybrid.layers import DropPath
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'classification'
+CONFIG = """_base_ = {base!r}
+model = dict(
+    num_classes=3, mixing=None, label_smoothing=0.0,
+    backbone=dict(arch=dict(_delete_=True, dim=16, depth=2), img_size=32, directions='unsearched'))
+train_pipeline = [dict(type='mmhybrid.LoadPicture'),
+                  dict(type='mmhybrid.TimmTransform', is_training=True, input_size=32)]
+test_pipeline = [dict(type='mmhybrid.LoadPicture'),
+                 dict(type='mmhybrid.TimmTransform', input_size=32)]
+local = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(batch_size=6, dataset=dict(pipeline=train_pipeline), **local)
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline), **local)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=6, val_interval=6)
+param_scheduler = []
+optim_wrapper = dict(optimizer=dict(lr=5e-3))
+randomness = dict(seed=2)
+default_hooks = dict(checkpoint=dict(interval=3))
+"""
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory):
+    """A config and a set of three colours, named so that their order is not that of RGB."""
+    folder = tmp_path_factory.mktemp('cls')
+    rng = np.random.RandomState(0)
+    for split, count in (('train', 8), ('val', 4)):
+        for channel, name in enumerate(('red', 'green', 'blue')):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.randint(0, 120, (40, 48, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(folder / split / name / f'{number}.png')
+    config = folder / 'toy.py'
+    config.write_text(CONFIG.format(base=str(CONFIGS / 'localvim_t_imagenet.py')))
+    return config, folder
+
+
+@pytest.fixture(scope='module')
+def trained(toy):
+    config, folder = toy
+    run_train([str(config), '--data-root', str(folder), '--work-dir', str(folder / 'w')])
+    return config, folder, folder / 'w'
+
+
+def test_it_learns_and_is_tested(trained, tmp_path):
+    config, folder, work_dir = trained
+    metrics = run_test([str(config), str(work_dir / 'epoch_6.pth'), '--data-root', str(folder),
+                        '--work-dir', str(tmp_path), '--out', 'all.pkl'])
+    assert metrics['accuracy/top1'] > 80  # a guess is right in a third of all cases
+    assert set(metrics) == {'accuracy/top1'}
+    with open('all.pkl', 'rb') as file:
+        found = pickle.load(file)
+    right = [sample['pred_label'] == sample['gt_label'] for sample in found]
+    assert 100 * np.mean(right) == pytest.approx(metrics['accuracy/top1'], abs=0.01)
+    classes = torch.load(work_dir / 'epoch_6.pth', weights_only=False)['meta']['dataset_meta']
+    assert classes['classes'] == ('blue', 'green', 'red')
+
+
+def test_resume_is_bitwise(trained, tmp_path):
+    config, folder, work_dir = trained
+    run_train([str(config), '--data-root', str(folder), '--work-dir', str(tmp_path),
+               '--resume', str(work_dir / 'epoch_3.pth')])
+    whole, resumed = (torch.load(path / 'epoch_6.pth', weights_only=False)['state_dict']
+                      for path in (work_dir, tmp_path))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_search_on_a_classifier(toy, tmp_path):
+    config, folder = toy
+    path = search([str(config), '--data-root', str(folder), '--work-dir', str(tmp_path),
+                   '--interval', '3', '--cfg-options', 'train_cfg.max_epochs=1'])
+    lines = (tmp_path / 'alphas.jsonl').read_text().splitlines()
+    assert len(lines) == 3 and '"layers.1"' in lines[-1]
+    cfg = Config.fromfile(path)
+    assert len(cfg.directions) == 2 and cfg.model.backbone.directions == cfg.directions
+    assert MODELS.build(cfg.model).backbone.head.out_features == 3
+
+
+def test_mistakes(toy, tmp_path, capfd):
+    config, folder = toy
+
+    def fails(tool, *argv):
+        capfd.readouterr()
+        assert run_command(tool, [str(config), *map(str, argv), '--work-dir', str(tmp_path)]) == 1
+        output = capfd.readouterr().err
+        assert 'Traceback' not in output, output
+        return output.partition('ERROR: ')[2]
+
+    data = ('--data-root', folder)
+    assert 'one folder per class' in fails(run_train, '--data-root', 'nowhere')
+    text = fails(run_train, *data, '--cfg-options', 'model.num_classes=4')
+    assert 'has 3 classes (blue, green, red)' in text and 'model.num_classes=3' in text
+    torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / 'x.pth')
+    text = fails(run_test, tmp_path / 'x.pth', *data, '--show-dir', 'pictures')
+    assert '--out FILE.pkl' in text
+    victim = folder / 'val' / 'red' / 'bad.png'
+    victim.write_bytes(b'no picture')
+    try:
+        cfg = ('--cfg-options', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1')
+        assert f'{victim} cannot be decoded (10 bytes' in fails(run_train, *data, *cfg)
+    finally:
+        victim.unlink()
+
+
+# --- the recipes ----------------------------------------------------------------------------------
+
+def load(name):
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        return cfg, MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize('name, parameters, epochs', [
+    ('localvim_t_imagenet', 7_994_152, 300),
+    ('localvim_search_imagenet', 5_473_288, 100),
+    ('localvmamba_search_imagenet', 4_576_656, 100)])
+def test_published_recipe(name, parameters, epochs):
+    cfg, model = load(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert cfg.pretrained is None and cfg.custom_imports.imports == ['mmhybrid']
+    assert cfg.train_cfg.max_epochs == epochs
+    warm_up, cosine = cfg.param_scheduler
+    assert (warm_up.end, cosine.begin, cosine.end, cosine.T_max, cosine.eta_min) == (
+        20, 20, epochs, epochs - 20, 1e-6)
+    assert cfg.optim_wrapper.optimizer.lr * warm_up.start_factor == pytest.approx(1e-7)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 1024
+    assert cfg.model.label_smoothing == 0.1
+    assert cfg.model.mixing == dict(mixup_alpha=0.2, cutmix_alpha=1.0, switch_prob=0.5)
+    drops = [module.rate for module in model.modules() if isinstance(module, DropPath)]
+    assert max(drops) == pytest.approx(0.1)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups
+             for p in group['params']}
+    for key, param in model.named_parameters():
+        spared = param.ndim <= 1 or key.endswith(('.bias', 'pos_embed'))
+        assert decay[id(param)] == (0.0 if spared else 0.04), key
+    searches = [key for key, _ in model.named_parameters() if 'multi_scan.weights' in key]
+    assert len(searches) == {'localvim_t': 0, 'localvim_s': 20, 'localvmamb': 15}[name[:10]]
+
+
+def test_transforms_of_the_recipe():
+    cfg, _ = load('localvim_t_imagenet')
+    train, val = (cfg[f'{split}_dataloader'].dataset.pipeline[-1] for split in ('train', 'val'))
+    assert (train.auto_augment, train.re_prob, train.re_mode) == ('rand-m9-mstd0.5', 0.25, 'pixel')
+    assert round(224 / val.crop_pct) == 256 and not val.get('is_training')
