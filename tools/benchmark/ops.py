@@ -1,160 +1,312 @@
-"""Time the backends of the selective scan against the sequential reference, in turns.
+"""Time the backends of the selective scan in turns: eager and as a CUDA graph, beside the floor.
 
-    python tools/benchmark/ops.py                      # the shapes of the README, forward
-    python tools/benchmark/ops.py --backward --shape 2,256,128,8 --backends reference,torch
+    python tools/benchmark/ops.py --csv tools/benchmark/results/selective_scan_gpu.csv
+    python tools/benchmark/ops.py --device cpu --clock cpu --threads 1
+    python tools/benchmark/ops.py --only 'seg|VMamba' --dtype float16 --plot scan.png
 
-Backends take turns (A B A B) within one process, so that a change of the machine's load hits all
-of them; the table gives medians. With --require the exit code is 1 when a backend is too slow.
---clock cpu counts the process's own CPU time: use it with --threads 1 on a machine that others use.
+Takes a GPU if there is one. Every backend is first compared with a float64 scan, gradients
+included; one that is wrong is reported and not timed. Anchors in the same run: on a GPU the CUDA
+scan of mamba_ssm when it can be imported, on a CPU the sequential reference. Backends take turns
+(A B A B), so that a change of the machine's load hits all of them. On a GPU, calls rotate over
+copies of their inputs that together exceed the cache. --clock cpu counts the process's own time:
+use it with --threads 1 on a machine that others use. With --require the exit code is 1 when a
+backend is too slow.
 """
 
 import argparse
-import csv
-import platform
-import statistics
-import subprocess
+import re
 import sys
-import time
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from timing import (
+    CLOCKS,
+    ENVIRONMENT,
+    PERCENTILES,
+    append_rows,
+    as_graph,
+    default_clock,
+    environment,
+    in_sequence,
+    input_sets,
+    percentiles,
+    plot_rows,
+    relative_rms,
+    take_turns,
+)
 
 from mmhybrid.ops import available_backends, selective_scan
 
-CSV_COLUMNS = (
-    'device', 'torch', 'commit', 'clock', 'threads', 'pass', 'B', 'L', 'D', 'N', 'dtype', 'backend',
-    'turns', 'p20_ms', 'p50_ms', 'p80_ms', 'reference_over_this',
+
+class Shape(NamedTuple):
+    """One call: B sequences of L tokens, D channels, N states, and whether it has a gate."""
+
+    name: str
+    batch: int
+    length: int
+    channels: int
+    state: int
+    gate: bool = False
+
+
+GPU_SHAPES = (
+    *(Shape(f'detection MambaVision-{m} s3', 2, 12544, d, 8) for m, d in
+      (('T', 160), ('S', 192), ('B', 256))),
+    *(Shape(f'detection MambaVision-{m} s4', 2, 3136, d, 8) for m, d in
+      (('T', 320), ('S', 384), ('B', 512))),
+    *(Shape(f'segmentation MambaVision-{m} s3', 2, 4096, d, 8) for m, d in
+      (('T', 160), ('S', 192), ('B', 256))),
+    *(Shape(f'segmentation MambaVision-{m} s4', 2, 1024, d, 8) for m, d in
+      (('T', 320), ('S', 384), ('B', 512))),
+    Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 192, 8),
+    *(Shape(f'classification MambaVision-{m} s3', 128, 196, d, 8) for m, d in
+      (('T', 160), ('S', 192), ('B', 256))),
+    *(Shape(f'classification MambaVision-{m} s4', 128, 49, d, 8) for m, d in
+      (('T', 320), ('S', 384), ('B', 512))),
+    *(Shape(f'VMamba-T 512 stage {i + 1}', 2, 16384 >> 2 * i, 384 << i, 1) for i in range(4)),
+    Shape('Vim-S 1248 one direction', 1, 6085, 768, 16, gate=True),
 )  # fmt: skip
-SHAPES = ((2, 4096, 160, 8), (1, 12544, 160, 8), (64, 196, 160, 8), (64, 49, 320, 8))
+CPU_SHAPES = (
+    Shape('segmentation s3', 2, 4096, 160, 8),
+    Shape('detection s3, one image', 1, 12544, 160, 8),
+    Shape('classification s3', 64, 196, 160, 8),
+    Shape('classification s4', 64, 49, 320, 8),
+)
+SMALL = (Shape('even', 2, 64, 32, 8), Shape('uneven', 1, 37, 40, 1, gate=True))
+
+COLUMNS = (
+    *ENVIRONMENT, 'shape', 'B', 'L', 'D', 'N', 'even', 'dtype', 'layout', 'backend', 'pass', 'mode',
+    *PERCENTILES, 'floor_ms', 'reference_over_this', 'cuda_over_this', 'saved_MB', 'error_y',
+    'worst_gradient', 'error_gradient',
+)  # fmt: skip
+PASSES = ('forward', 'forward+backward')
+WRONG = 'wrong, not timed'
+
+# Bytes, exponentials and float32 operations per second of GPUs whose floor is known.
+RATES = {'H200': (4.3e12, 4.18e12, 33.4e12)}
+# RMS error against float64 beyond which nothing is timed: two roundings to the stored dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
-def make_inputs(shape: tuple[int, int, int, int], device: str) -> dict[str, torch.Tensor]:
-    """Inputs of (B, L, D, N) with steps and decay rates like those of a trained mixer."""
-    batch, length, channels, state = shape
-    generator = torch.Generator().manual_seed(0)
+def floor_ms(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -> float | None:
+    """Lower bound of forward, or forward plus backward: traffic, exponentials or arithmetic."""
+    rates = next((rates for name, rates in RATES.items() if name in device), None)
+    if rates is None:
+        return None
+    elements = shape.batch * shape.length * shape.channels
+    shared = 2 * shape.batch * shape.length * shape.state  # B and C
+    size, gate = dtype.itemsize, int(shape.gate)
+
+    def bound(tensors, rows, operations):
+        work = (
+            (tensors * elements + rows * shared) * size,
+            elements * (shape.state + 2 + 2 * gate),
+            elements * operations,
+        )
+        return max(amount / rate for amount, rate in zip(work, rates, strict=True)) * 1e3
+
+    forward = bound(3 + gate, 1, 6 * shape.state + 10)
+    # u, delta, dy in; du, ddelta out; the gate and its gradient.
+    return forward + bound(5 + 2 * gate, 2, 10 * shape.state + 14) if backward else forward
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int, token_major: bool):
+    """Inputs with steps and decay rates like those of a trained mixer."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=generator).to(device)
+        return torch.randn(*size, generator=generator, device=device)
 
-    return {
-        'u': normal(batch, channels, length),
-        'delta': normal(batch, channels, length) - 3,
+    def tokens(channels):
+        x = normal(shape.batch, shape.length, channels).to(dtype)
+        return x.transpose(1, 2) if token_major else x.transpose(1, 2).contiguous()
+
+    channels, state = shape.channels, shape.state
+    inputs = {
+        'u': tokens(channels),
+        'delta': tokens(channels),
         'A': -torch.arange(1.0, state + 1, device=device).repeat(channels, 1),
-        'B': normal(batch, state, length),
-        'C': normal(batch, state, length),
+        'B': tokens(state),
+        'C': tokens(state),
         'D': torch.ones(channels, device=device),
-        'delta_bias': normal(channels),
+        'delta_bias': normal(channels) - 3,
     }
+    return inputs | ({'z': tokens(channels)} if shape.gate else {})
 
 
-CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+def find_backends(device: str, wanted: list[str] | None) -> dict:
+    """Name -> function; what cannot run is left out, with the reason."""
+    if wanted is None:
+        wanted = ['triton', 'torch', 'cuda'] if device == 'cuda' else ['reference', 'torch', 'cpp']
+    found, statuses = {}, available_backends()
+    for name in wanted:
+        if name == 'cuda':
+            try:
+                from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+            except ImportError as error:
+                print(f'the CUDA kernel of mamba_ssm is not timed: {error}')
+            else:
+                found[name] = selective_scan_fn
+        elif name not in statuses:
+            raise SystemExit(f"--backends got '{name}', expected {', '.join(statuses)} or cuda")
+        elif statuses[name].usable:
+            found[name] = lambda name=name, **x: selective_scan(**x, backend=name)
+        else:
+            print(f'{name} is not timed: {statuses[name].reason}')
+    return found
 
 
-def run_once(
-    inputs: dict, backend: str, backward: bool, clock=time.perf_counter
-) -> tuple[float, torch.Tensor]:
-    """Seconds of one call, with its backward pass if asked for, and the output."""
-    inputs = {name: x.detach().requires_grad_(backward) for name, x in inputs.items()}
-    on_gpu = inputs['u'].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
+def run(function, inputs: dict, backward: bool):
+    """One call, and its gradients when asked for."""
     with torch.set_grad_enabled(backward):
-        y = selective_scan(**inputs, delta_softplus=True, backend=backend)
-        if backward:
-            y.backward(torch.ones_like(y))
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start, y.detach()
+        y = function(**inputs, delta_softplus=True)
+    if not backward:
+        return y, ()
+    return y, torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
 
 
-def processor() -> str:
-    """Name of the GPU or CPU, for the record."""
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(x.split(':', 1)[1].strip() for x in lines if x.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def errors(function, inputs: dict) -> dict[str, float]:
+    """Errors of y and of every gradient against a float64 scan."""
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    y_exact, exact_grads = run(lambda **x: selective_scan(**x, backend='torch'), exact, True)
+    y, grads = run(function, leaves, True)
+    named = {'y': relative_rms(y.detach(), y_exact.detach())}
+    for name, got, expected in zip(inputs, grads, exact_grads, strict=True):
+        named[name] = relative_rms(got, expected)
+    return named
 
 
-def commit() -> str:
-    """Short name of the commit that is measured."""
-    command = ['git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty']
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or 'unknown'
+def saved_megabytes(function, inputs: dict) -> float:
+    """What a call keeps for its backward pass on the GPU, beyond inputs and output."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = function(**inputs, delta_softplus=True)
+    return (torch.cuda.memory_allocated() - before - y.numel() * y.element_size()) / 2**20
 
 
-def write_rows(args, shape, what, times) -> None:
-    """Append one row per backend: where, what, and the 20th, 50th and 80th percentile in ms."""
-    path = Path(args.csv)
-    is_new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = processor() if args.device == 'cpu' else torch.cuda.get_device_name()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    with open(path, 'a', newline='') as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow(CSV_COLUMNS)
-        for name, values in times.items():
-            cuts = statistics.quantiles(values, n=10, method='inclusive')
-            percentiles = (f'{cuts[i] * 1e3:.3f}' for i in (1, 4, 7))
-            ratio = f"{medians['reference'] / medians[name]:.2f}"
-            writer.writerow([device, torch.__version__, commit(), args.clock, args.threads, what,
-                             *shape, 'float32', name, len(values), *percentiles, ratio])
+def measure(shape: Shape, functions: dict, args) -> list[dict]:
+    """All rows of one shape."""
+    dtype = getattr(torch, args.dtype)
+    common = environment(args.device, args.clock) | {
+        'shape': shape.name, 'B': shape.batch, 'L': shape.length, 'D': shape.channels,
+        'N': shape.state, 'dtype': args.dtype,
+        # whether L fills the chunks of the CUDA kernel
+        'even': shape.length % 2048 == 0 or shape.length in (128, 256, 512, 1024),
+    }  # fmt: skip
+    size = (3 + shape.gate) * shape.batch * shape.length * shape.channels * dtype.itemsize
+    rows, inputs, of_backend = [], {}, {}
+    for name, function in functions.items():
+        token_major = args.device == 'cuda' and name != 'cuda'
+        sets = [make_inputs(shape, dtype, args.device, seed, token_major)
+                for seed in range(input_sets(size, args.device))]
+        found = errors(function, sets[0])
+        error_y = found.pop('y')
+        worst = max(found, key=found.get)
+        row = common | {
+            'backend': name, 'layout': 'token' if token_major else 'channel',
+            'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
+            'error_gradient': f'{found[worst]:.1e}',
+        }  # fmt: skip
+        if max(error_y, found[worst]) <= TOLERANCE[dtype] * (1 if name == 'triton' else 4):
+            inputs[name], of_backend[name] = sets, row
+        else:
+            rows.append(row | {'mode': WRONG})
+    for what in args.passes:
+        backward = what == PASSES[1]
+        calls = {}
+        for name, sets in inputs.items():
+            leaves = [{k: x.detach().requires_grad_(backward) for k, x in one.items()}
+                      for one in sets]  # fmt: skip
+            calls[name] = [
+                lambda x=x, f=functions[name], b=backward: run(f, x, b) for x in leaves
+            ]
+            if backward and args.device == 'cuda':
+                of_backend[name]['saved_MB'] = f'{saved_megabytes(functions[name], leaves[0]):.2f}'
+        floor = floor_ms(shape, dtype, backward, common['device'])
+        for mode in args.modes:
+            build = in_sequence if mode == 'eager' else as_graph
+            # A graph of the thousands of launches of the other backends would be no use.
+            timed = {name: build(c) for name, c in calls.items()
+                     if mode == 'eager' or name in ('triton', 'cuda')}  # fmt: skip
+            take_turns(timed, 1, args.clock)  # compiles, and fills caches
+            times = take_turns(timed, args.rounds, args.clock)
+            stamps = {name: percentiles(values) for name, values in times.items()}
+            for name, stamp in stamps.items():
+                ratios = {
+                    f'{anchor}_over_this':
+                        f"{float(stamps[anchor]['p50_ms']) / float(stamp['p50_ms']):.2f}"
+                    for anchor in ('reference', 'cuda') if anchor in stamps
+                }  # fmt: skip
+                rows.append(of_backend[name] | stamp | ratios | {
+                    'pass': what, 'mode': mode, 'floor_ms': '' if floor is None else f'{floor:.4f}',
+                })  # fmt: skip
+    return rows
 
 
-def main() -> int:
-    """Print the table; return 1 when a requirement is missed or a result is wrong."""
+def show(row: dict) -> str:
+    """A row in one line, without what all rows share."""
+    shown = ('shape', 'backend', 'pass', 'mode', 'p50_ms', 'floor_ms', 'reference_over_this',
+             'cuda_over_this', 'saved_MB', 'error_y', 'worst_gradient', 'error_gradient')
+    return '  '.join(f'{key} {row[key]}' for key in shown if row.get(key))
+
+
+def parse_args(arguments=None):
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser.add_argument('--device', choices=['cuda', 'cpu'], default=here)
+    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'],
+                        help='default: bfloat16 on a GPU, float32 on a CPU')
     parser.add_argument('--shape', action='append', metavar='B,L,D,N', help='may be repeated')
-    parser.add_argument('--backends', help='comma-separated; default: all that are usable')
-    parser.add_argument('--backward', action='store_true', help='time both passes together')
-    parser.add_argument('--rounds', type=int, default=5, help='turns per backend (default: 5)')
+    parser.add_argument('--small', action='store_true', help='two small shapes, to try the script')
+    parser.add_argument('--only', metavar='REGEX', default='', help='shapes whose name matches')
+    parser.add_argument('--backends', type=lambda x: x.split(','), help='comma-separated')
+    parser.add_argument('--passes', choices=PASSES, nargs='+', default=PASSES)
+    parser.add_argument('--rounds', type=int, default=20, help='turns per backend (default: 20)')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--clock', choices=CLOCKS, default='wall')
-    parser.add_argument('--csv', metavar='PATH', help='append the results to this file')
+    parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
+    parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
+    parser.add_argument('--plot', metavar='PATH', help='draw the times, such as scan.png')
     parser.add_argument('--require', action='append', default=[], metavar='BACKEND=RATIO',
-                        help='fail when BACKEND is not RATIO times as fast as the reference')
-    args = parser.parse_args()
+                        help='fail when BACKEND is not RATIO times as fast as the anchor')
+    args = parser.parse_args(arguments)
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('PyTorch sees no GPU; use --device cpu')
+    args.dtype = args.dtype or {'cuda': 'bfloat16', 'cpu': 'float32'}[args.device]
+    args.clock = args.clock or default_clock(args.device)
+    if (args.clock == 'cuda') != (args.device == 'cuda'):
+        parser.error(f'--clock {args.clock} does not measure --device {args.device}')
+    args.modes = ('eager', 'graph') if args.device == 'cuda' else ('eager',)
+    args.require = {name: float(ratio) for name, ratio in (r.split('=') for r in args.require)}
+    return args
 
+
+def main(arguments=None) -> int:
+    """Print the rows and keep them; return 1 when a backend is wrong or too slow."""
+    args = parse_args(arguments)
     torch.set_num_threads(args.threads)
-    shapes = [tuple(map(int, s.split(','))) for s in args.shape] if args.shape else SHAPES
-    usable = [name for name, status in available_backends().items() if status.usable]
-    backends = args.backends.split(',') if args.backends else usable
-    backends = ['reference', *(name for name in backends if name != 'reference')]
-    required = {name: float(ratio) for name, ratio in (r.split('=') for r in args.require)}
-    if not set(required) <= set(backends):
-        parser.error(f'--require names {sorted(required)}, but only {backends} are timed.')
-
-    clock = CLOCKS[args.clock]
-    what = 'forward+backward' if args.backward else 'forward'
-    print(f'selective_scan {what}, float32, {args.device}, torch {torch.__version__}, '
-          f'{args.threads} threads, {args.clock} clock, median of {args.rounds} turns')
-    print(f"{'(B, L, D, N)':<22}" + ''.join(f'{name + " ms":>16}{"ratio":>8}' for name in backends))
-    failed = False
+    shapes = SMALL if args.small else GPU_SHAPES if args.device == 'cuda' else CPU_SHAPES
+    if args.shape:
+        shapes = [Shape(text, *map(int, text.split(','))) for text in args.shape]
+    functions = find_backends(args.device, args.backends)
+    if not set(args.require) <= set(functions):
+        raise SystemExit(f'--require names {sorted(args.require)}, but timed are {[*functions]}')
+    anchor = 'cuda_over_this' if args.device == 'cuda' else 'reference_over_this'
+    everything, failed = [], False
     for shape in shapes:
-        inputs = make_inputs(shape, args.device)
-        times: dict[str, list[float]] = {name: [] for name in backends}
-        expected = run_once(inputs, 'reference', False)[1]
-        for name in backends[1:]:  # also warms up; a wrong result is not worth timing
-            error = (run_once(inputs, name, args.backward)[1] - expected).abs().max().item()
-            if error > 1e-4 * expected.abs().max().item():
-                print(f'{name} is wrong at {shape}: largest difference {error:.2e}')
-                return 1
-        for _ in range(args.rounds):
-            for name in backends:
-                times[name].append(run_once(inputs, name, args.backward, clock)[0])
-        medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-        row = f'{str(shape):<22}'
-        for name in backends:
-            ratio = medians['reference'] / medians[name]
-            missed = ratio < required.get(name, 0)
-            failed |= missed
-            row += f'{medians[name]:>16.2f}{ratio:>7.1f}{"!" if missed else "x"}'
-        print(row, flush=True)
+        if not re.search(args.only, shape.name):
+            continue
+        rows = measure(shape, functions, args)
+        for row in rows:
+            late = float(row.get(anchor) or 'inf') < args.require.get(row['backend'], 0)
+            failed |= late or row['mode'] == WRONG
+            print(show(row) + ('  TOO SLOW' if late else ''), flush=True)
         if args.csv:
-            write_rows(args, shape, what, times)
+            append_rows(args.csv, COLUMNS, rows)
+        everything += rows
+    if args.plot and everything:
+        plot_rows(args.plot, everything, 'backend', f'Selective scan, {args.dtype}')
     return int(failed)
 
 

@@ -167,15 +167,19 @@ def saved_bytes(call: Callable[[], object], ignored: Iterable[torch.Tensor] = ()
 
     Args:
         call: runs the forward pass.
-        ignored: tensors that live on anyway, such as parameters.
+        ignored: parameters; they live on anyway, and their copies in another dtype (tensors of a
+            parameter's shape, or that transposed) are apart from what grows with the tokens.
     """
+    ignored = list(ignored)
+    shapes = {x.shape for x in ignored} | {x.shape[::-1] for x in ignored}
     seen = {x.untyped_storage()._cdata for x in ignored}
     total = 0
 
     def pack(x):
         nonlocal total
         storage = x.untyped_storage()
-        if storage._cdata not in seen:  # its identity, which fake tensors have too
+        # _cdata is the storage's identity, which fake tensors have too.
+        if storage._cdata not in seen and x.shape not in shapes:
             seen.add(storage._cdata)
             total += storage.nbytes()
         return x
@@ -184,6 +188,56 @@ def saved_bytes(call: Callable[[], object], ignored: Iterable[torch.Tensor] = ()
         result = call()  # kept until all is counted, so that no identity is used twice
     del result
     return total
+
+
+def plot_rows(path: str, rows: Sequence[dict], series: str, title: str) -> None:
+    """Draw medians (with p20 to p80) and floors: a panel per pass and mode, a group per shape.
+
+    Args:
+        path: image file to write.
+        rows: as they go to the CSV, with the columns shape, pass, mode and `PERCENTILES`, and
+            perhaps floor_ms; rows without a time are left out.
+        series: the column whose values are compared side by side.
+        title: what was measured.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit(f'--plot needs matplotlib ({error}); pip install matplotlib') from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if row.get('p50_ms')]
+    panels = list(dict.fromkeys((row['pass'], row['mode']) for row in timed))
+    names = list(dict.fromkeys(row[series] for row in timed))
+    shapes = list(dict.fromkeys(row['shape'] for row in timed))
+    height = 1.5 + 0.18 * len(shapes) * (len(names) + 1)
+    figure, axes = pyplot.subplots(
+        1, max(1, len(panels)), figsize=(3.5 + 4 * max(1, len(panels)), height), sharey=True,
+        squeeze=False, layout='constrained',
+    )  # fmt: skip
+    for axis, panel in zip(axes[0], panels, strict=False):
+        for row in timed:
+            if (row['pass'], row['mode']) != panel:
+                continue
+            i, group = names.index(row[series]), shapes.index(row['shape'])
+            low, middle, high = (float(row[f'p{p}_ms']) for p in (20, 50, 80))
+            at = group + (i + 0.5) / (len(names) + 1)
+            axis.barh(at, middle, 0.9 / (len(names) + 1), color=f'C{i}',
+                      xerr=[[middle - low], [high - middle]], ecolor='0.3')  # fmt: skip
+            if row.get('floor_ms'):
+                floor = float(row['floor_ms'])
+                axis.plot([floor, floor], [group, group + 0.9], color='k', linewidth=1)
+        axis.set(title=' '.join(panel), xlabel='ms per call', xscale='log')
+        axis.grid(axis='x', alpha=0.3)
+    axes[0][0].set_yticks([group + 0.45 for group in range(len(shapes))], shapes)
+    axes[0][0].invert_yaxis()
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f'C{i}') for i in range(len(names))]
+    figure.legend(handles, names, loc='outside lower center', ncols=len(names))
+    figure.suptitle(f'{title}\n{rows[0]["device"]}, torch {rows[0]["torch"]}; black: floor')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def relative_rms(got: torch.Tensor, expected: torch.Tensor) -> float:
