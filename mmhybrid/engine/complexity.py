@@ -4,14 +4,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mmengine.model import BaseModel
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmhybrid.analysis import CONVENTIONS, Cost, count_macs, sum_up
 
 from .errors import UserError
-from .whole_models import ModelSource, build_model
+from .whole_models import ModelSource, build_model, takes_samples
 
 __all__ = ['measure']
 
@@ -76,7 +75,7 @@ def _channels(source: ModelSource) -> int:
 def _forward(model: nn.Module, image: Tensor, rois: str, notes: list[str]) -> None:
     if getattr(model, 'roi_head', None) is not None:
         _two_stages(model, image, rois, notes)
-    elif isinstance(model, BaseModel):
+    elif takes_samples(model):
         if getattr(model, 'with_auxiliary_head', False):
             notes.append('without the auxiliary head, which only training runs; its parameters '
                          'count')

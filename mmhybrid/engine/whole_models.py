@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import os.path as osp
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from ..registry import MODELS
 from .config import load_config
 from .errors import UserError
 
-__all__ = ['ModelSource', 'build_model', 'checked_shape', 'find_model']
+__all__ = ['ModelSource', 'build_model', 'checked_shape', 'find_model', 'takes_samples']
 
 
 @dataclass
@@ -140,6 +141,11 @@ def build_model(source: ModelSource, device: str | torch.device = 'cpu',
         raise UserError(f'{source.name} cannot be built. {type(error).__name__}: {text}\n'
                         '(--traceback shows where)') from error
     return revert_sync_batchnorm(model).to(device)
+
+
+def takes_samples(model: nn.Module) -> bool:
+    """Whether a model is called as those of mmdet and mmseg: with data samples and a mode."""
+    return {'data_samples', 'mode'} <= set(inspect.signature(model.forward).parameters)
 
 
 def checked_shape(values: Sequence[int]) -> tuple[int, int]:

@@ -195,6 +195,6 @@ def test_errors_finish_the_sentence(capfd, arguments, parts):
 
 
 def test_unknown_keys_of_a_table(tmp_path, capfd):
-    (tmp_path / 'table.yml').write_text('Rows:\n  - {name: a, modell: b}\n')
+    (tmp_path / 'table.yml').write_text('Rows:\n  - {name: a, sizes: b}\n')
     assert run_command(main, [str(tmp_path / 'table.yml')]) == 1
     assert "row 'a' lacks or should not have" in capfd.readouterr().err
