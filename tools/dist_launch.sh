@@ -1,4 +1,4 @@
-# Sourced by dist_train.sh and dist_test.sh.
+# Sourced by dist_train.sh, dist_test.sh and dist_search.sh.
 # launch PROCESSES TOOL ARGUMENTS...: run a tool of this folder under torchrun.
 launch() {
     local processes=$1 tools

@@ -1,4 +1,4 @@
-# Sourced by slurm_train.sh and slurm_test.sh.
+# Sourced by slurm_train.sh, slurm_test.sh and slurm_search.sh.
 # launch PARTITION JOB TOOL ARGUMENTS...: run a tool of this folder under srun.
 launch() {
     local partition=$1 job=$2 tool=$3 tools

@@ -141,7 +141,8 @@ def _write(args: argparse.Namespace, cfg: Config, alphas: dict, how: str,
     say(f'Shares of the scan directions in %, * = the {args.pick} chosen\n'
         + alphas_table(alphas, args.pick))
     record = osp.join(cfg.work_dir, ALPHAS_FILE)
-    data = f' --data-root {args.data_root}' if args.data_root else ''
+    same_data = args.data_root and args.into is None
+    data = f' --data-root {args.data_root}' if same_data else ''
     say(f'Picture of the shares:   {picture}\n'
         + (f'Record of the alphas:    {record}\n' if osp.isfile(record) else '')
         + f'Config with the choice:  {path}\n'

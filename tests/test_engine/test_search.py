@@ -1,4 +1,7 @@
 """Choosing directions, and who trains the alphas."""
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -101,6 +104,31 @@ def test_blocks_that_do_not_run_are_told():
 def test_backbones_that_cannot_be_searched(model, expected):
     with pytest.raises(UserError, match=expected):
         supernet_blocks(config(model))
+
+
+def record(tmp_path, iteration, text):
+    """What the hook leaves in the file when training starts at this iteration."""
+    path = tmp_path / 'alphas.jsonl'
+    path.write_text(text)
+    model = Model(LocalVim(dict(dim=8, depth=1, state_dim=2), directions=None, out_indices=(0,)))
+    shown = []
+    DirectionSearchHook().before_train(SimpleNamespace(
+        iter=iteration, epoch=0, work_dir=str(tmp_path), model=model,
+        visualizer=SimpleNamespace(add_scalars=lambda scalars, step: shown.append(step))))
+    lines = path.read_text().splitlines()
+    assert shown in ([], [iteration])
+    return lines, len(shown)
+
+
+def test_record_begins_anew_or_goes_on(tmp_path):
+    old = ''.join(f'{{"iter": {i}}}\n' for i in (0, 200, 400, 600))
+    lines, new = record(tmp_path, 0, old)  # another search in the same folder
+    assert new and len(lines) == 1 and json.loads(lines[0])['iter'] == 0
+    lines, new = record(tmp_path, 400, old + '{"iter": 8')  # stopped while it wrote
+    assert not new and lines == old.splitlines()[:3]
+    lines, new = record(tmp_path, 500, old)  # a checkpoint between two records
+    assert new and lines[:3] == old.splitlines()[:3] and json.loads(lines[3])['iter'] == 500
+    assert list(json.loads(lines[3])['alphas']) == ['layers.0']
 
 
 class Model(nn.Module):

@@ -126,8 +126,8 @@ exit $status
     assert '2 processes on the CPU' in output and 'mIoU' in output
 
 
-@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh',
-                                    'slurm_test.sh'])
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'dist_search.sh',
+                                    'slurm_train.sh', 'slurm_test.sh', 'slurm_search.sh'])
 def test_usage(script):
     assert f'usage: bash tools/{script}' in finish(start(script, 'only_one'), code=2)
 
