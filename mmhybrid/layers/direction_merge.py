@@ -30,7 +30,7 @@ class ChannelAttention(nn.Module):
         self.channel_select = token_linear(dim // reduction, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, L, D) in and out; they are scaled as they are, not normalised."""
+        """Tokens (B, L, ..., D) in and out; they are scaled as they are, not normalised."""
         mean = self.norm(x).mean(dim=1, keepdim=True)
         return x * self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
 
@@ -57,17 +57,21 @@ def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
     """Sum of the directions, each under channel attention.
 
     Args:
-        ys: K results (B, L, D) in row-major order.
+        ys: stacks (B, k, D, L) of results in row-major order, together K.
         attention: one for all directions.
         shares: (K,); while searching, results are normalised and summed in these shares.
 
     Returns:
         (B, L, D).
     """
-    total = None
-    for k, y in enumerate(ys):
-        y = attention(y)
+    total, first = None, 0
+    for stack in ys:
+        count = stack.shape[1]
+        y = attention(stack.permute(0, 3, 1, 2))  # B L k D
         if shares is not None:
-            y = shares[k] * F.layer_norm(y, y.shape[-1:])
+            own = shares[first:first + count, None]
+            y = own * F.layer_norm(y, y.shape[-1:])
+        first += count
+        y = y.sum(2) if count > 1 else y.squeeze(2)
         total = y if total is None else total + y
     return total

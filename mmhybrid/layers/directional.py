@@ -6,39 +6,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops import selective_scan
-from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
+from mmhybrid.ops.cross_scan import DIRECTIONS, ScanPlan, scan_plan
+from mmhybrid.ops.selective_scan import choose_backend
+from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
+from mmhybrid.ops.walk_conv import walk_conv
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear import token_linear
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['LocalVimMixer', 'VimMixer', 'scan_branch']
+__all__ = ['Branch', 'LocalVimMixer', 'VimMixer', 'scan_branches']
 
 
-def scan_branch(x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor,
-                D: Tensor, *, reverse: bool = False, backend: str = 'auto') -> Tensor:
-    """Causal convolution, SiLU, projections and scan of one direction.
+class Branch(NamedTuple):
+    """What one direction owns.
 
-    Args:
-        x: sequence (B, E, L).
-        conv: depth-wise; looks at the tokens before each token along the walk.
+    Attributes:
+        conv1d: depth-wise; looks at the tokens before each token along the walk.
         x_proj: E to R + 2N, without bias.
         dt_proj: R to E; its bias enters once, inside the softplus.
         A_log: (E, N).
         D: (E,).
-        reverse: walk from the last token to the first.  Nothing is flipped but the kernel.
+    """
+
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: Tensor
+    D: Tensor
+
+
+def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
+                  z: Tensor | None = None, fused: bool | str = 'auto', backend: str = 'auto'
+                  ) -> list[Tensor]:
+    """Causal convolution, SiLU, projections and scan of one token row in K directions.
+
+    The Triton kernels read and write tokens where they are and take all directions together; for
+    other backends the tokens are reordered first, once per distinct order.
+
+    Args:
+        u: tokens (B, E, L) in row-major order, any strides.
+        branches: K of them.
+        plan: K directions of L tokens.
+        z: (B, E, L), gates the results by its SiLU.
+        fused: 'auto' to work through tables where the backend can, False for copies, True to
+            insist.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
-        (B, E, L), not gated.
+        Stacks (B, k, E, L) that together hold the K results in order, tokens in row-major order.
     """
+    A_log = branches[0].A_log
+    dtype = torch.promote_types(torch.promote_types(u.dtype, A_log.dtype), torch.float32)
+    name = choose_backend(backend, u.device, dtype, A_log.shape[1])
+    if reads_tables(fused, name):
+        y = _scan_through_tables(u, branches, plan, z)
+        if all(order.exact for order in plan.orders):
+            return [y]
+        return [plan.order_of(k).displace(y_k).unsqueeze(1) for k, y_k in enumerate(y.unbind(1))]
+    sequences = [order.take(u) for order in plan.orders]
+    gate = None if z is None else F.silu(z)
+    ys = []
+    for k, branch in enumerate(branches):
+        order = plan.order_of(k)
+        y = order.restore(_scan_sequence(sequences[plan.order_ids[k]], branch, plan.reverse[k],
+                                         name))
+        # released weights know a gate that went the same wrong way as its tokens
+        ys.append((y if gate is None else y * order.displace(gate)).unsqueeze(1))
+    return ys
+
+
+def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str) -> Tensor:
+    """One direction of a sequence (B, E, L'); if ``reverse`` nothing is flipped but the kernel."""
+    conv, x_proj, dt_proj, A_log, D = branch
     L, size = x.shape[-1], conv.kernel_size[0]
     weight = conv.weight.flip(-1) if reverse else conv.weight
     x = F.conv1d(x, weight, conv.bias, padding=size - 1, groups=conv.groups)
@@ -48,6 +96,38 @@ def scan_branch(x: Tensor, conv: nn.Conv1d, x_proj: nn.Linear, dt_proj: nn.Linea
     return selective_scan(
         x, torch.matmul(dt_proj.weight, step), -torch.exp(at_least_float32(A_log)), B, C, D,
         delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse, backend=backend)
+
+
+def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, z: Tensor | None
+                         ) -> Tensor:
+    """All directions at once, (B, K, E, L); the channels of a token lie side by side throughout.
+
+    After the convolution a zero token of an overhanging window is zero no more, so all values from
+    there on have places for the zero tokens too, behind those of the map: S in all.
+    """
+    B, _, L = u.shape
+    K, N, R = len(branches), branches[0].A_log.shape[1], branches[0].dt_proj.in_features
+    slots = plan.slots()
+    S = slots.shape[1]
+    x_BKES = walk_conv(u, torch.stack([b.conv1d.weight.squeeze(1) for b in branches]),
+                       torch.stack([b.conv1d.bias for b in branches]), slots, plan.steps())
+
+    def project(rows, layers):
+        return torch.bmm(rows, torch.stack([layer.weight for layer in layers]).mT)
+
+    def spread(rows):
+        return rows.unflatten(1, (B, S)).permute(1, 0, 3, 2)
+
+    rows = project(x_BKES.permute(1, 0, 3, 2).reshape(K, B * S, -1), [b.x_proj for b in branches])
+    step, b, c = rows.split([R, N, N], dim=2)
+    delta_BKES = spread(project(step, [b.dt_proj for b in branches]))
+    if z is not None:  # one copy for all directions, where there are zero tokens
+        z = (F.pad(z.mT, (0, 0, 0, S - L)).mT if S > L else z).unsqueeze(1).expand(-1, K, -1, -1)
+    y_BKES = selective_scan_ordered(
+        x_BKES, delta_BKES, -torch.exp(at_least_float32(torch.cat([b.A_log for b in branches]))),
+        spread(b), spread(c), torch.cat([b.D for b in branches]), z,
+        torch.cat([b.dt_proj.bias for b in branches]), True, order=slots, backend='triton')
+    return y_BKES[..., :L]
 
 
 class VimMixer(nn.Module):
@@ -64,17 +144,18 @@ class VimMixer(nn.Module):
         divide: take the mean of the directions instead of the sum.
         depth: blocks of the network; the output projection starts smaller by its root.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+        fused: see :class:`mmhybrid.layers.ss2d.SS2D`.
     """
 
     directions = ('h', 'h_flip')
 
     def __init__(self, dim: int, state_dim: int = 16, conv_size: int = 4,
                  dt_rank: int | None = None, divide: bool = True, depth: int = 24,
-                 backend: str = 'auto'):
+                 backend: str = 'auto', fused: bool | str = 'auto'):
         super().__init__()
         inner = 2 * dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.divide, self.backend = divide, backend
+        self.divide, self.backend, self.fused = divide, backend, fused
         self.A_log = nn.Parameter(torch.empty(inner, state_dim))
         self.D = nn.Parameter(torch.ones(inner))
         self.A_b_log = nn.Parameter(torch.empty(inner, state_dim))
@@ -99,22 +180,17 @@ class VimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
-    def branches(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Tokens (B, L, C) to the results of both directions and the gate, each (B, E, L)."""
-        u, z = self.in_proj(x).mT.chunk(2, dim=1)
-        plan = scan_plan(self.directions, 1, x.shape[1], x.device)
-        weights = (
-            (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-            (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b))
-        ys = [
-            scan_branch(plan.order_of(k).take(u), *weights[k], reverse=plan.reverse[k],
-                        backend=self.backend) for k in range(2)]
-        return ys, F.silu(z)
+    def branches(self) -> tuple[Branch, Branch]:
+        """What the two directions own."""
+        return (Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+                Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b))
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Shape (B, L, C) in and out; the shape of the map plays no role."""
-        (forward, backward), gate = self.branches(x)
-        y = (forward + backward) * gate
+        u, z = self.in_proj(x).mT.chunk(2, dim=1)
+        plan = scan_plan(self.directions, 1, x.shape[1], x.device)
+        ys = scan_branches(u, self.branches(), plan, fused=self.fused, backend=self.backend)
+        y = (ys[0].sum(1) if len(ys) == 1 else sum(ys[1:], ys[0]).squeeze(1)) * F.silu(z)
         # Half of the weight is half of the result, in every digit.
         weight = self.out_proj.weight * 0.5 if self.divide else self.out_proj.weight
         return F.linear(y.mT, weight)
@@ -138,16 +214,19 @@ class LocalVimMixer(nn.Module):
         dt_rank: R; None for ceil(C / 16).
         depth: blocks of the network; the output projection starts smaller by its root.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+        fused: see :class:`mmhybrid.layers.ss2d.SS2D`.
     """
 
     def __init__(self, dim: int, directions: Sequence[str] | None, *, class_token: bool = False,
                  v_restore: str = 'exact', state_dim: int = 16, conv_size: int = 4,
-                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto'):
+                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto',
+                 fused: bool | str = 'auto'):
         super().__init__()
         inner = 2 * dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.directions = tuple(directions or DIRECTIONS)
-        self.class_token, self.v_restore, self.backend = class_token, v_restore, backend
+        self.class_token, self.v_restore = class_token, v_restore
+        self.backend, self.fused = backend, fused
         # Plans are cheap; building one here refuses unknown directions before training starts.
         scan_plan(self.directions, 1, 1, restore=v_restore)
         self.in_proj = token_linear(dim, 2 * inner, bias=False)
@@ -170,25 +249,16 @@ class LocalVimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
+    def branches(self) -> list[Branch]:
+        """What the K directions own."""
+        return [Branch(*(getattr(self, f'{name}_{k}') for name in Branch._fields))
+                for k in range(len(self.directions))]
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, L, C) of a map of ``grid`` = (H, W) in and out."""
         u, z = self.in_proj(x).mT.chunk(2, dim=1)
         plan = scan_plan(self.directions, *grid, x.device, restore=self.v_restore,
                          class_token=grid[0] * grid[1] // 2 if self.class_token else None)
-        sequences = [order.take(u) for order in plan.orders]
-        y = merge_directions((self._branch(k, plan, sequences, z).mT
-                              for k in range(len(self.directions))),
-                             self.attn, self.multi_scan() if self.multi_scan else None)
+        ys = scan_branches(u, self.branches(), plan, z=z, fused=self.fused, backend=self.backend)
+        y = merge_directions(ys, self.attn, self.multi_scan() if self.multi_scan else None)
         return self.out_proj(y)
-
-    def _branch(self, k: int, plan, sequences: list[Tensor], z: Tensor) -> Tensor:
-        """Gated result (B, E, L) of direction ``k``."""
-        order = plan.order_of(k)
-        y = scan_branch(
-            sequences[plan.order_ids[k]], getattr(self, f'conv1d_{k}'),
-            getattr(self, f'x_proj_{k}'), getattr(self, f'dt_proj_{k}'),
-            getattr(self, f'A_log_{k}'), getattr(self, f'D_{k}'), reverse=plan.reverse[k],
-            backend=self.backend)
-        if not order.exact:  # the gate went the same wrong way
-            z = order.restore(order.take(z))
-        return order.restore(y) * F.silu(z)

@@ -14,7 +14,7 @@ from mmhybrid.ops.cross_scan import (
     scan,
     scan_plan,
 )
-from mmhybrid.ops.cross_scan.orders import _MAX_CACHED_ORDERS, _ORDERS, _PLANS
+from mmhybrid.ops.cross_scan.orders import _MAX_CACHED_TABLES, _PLANS, _TABLES
 from mmhybrid.ops.cross_scan.reference import order_reference, restore_reference
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
@@ -147,13 +147,15 @@ def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore,
     inputs = {name: x.double().requires_grad_() for name, x in inputs.items()}
     plan = scan_plan(directions, *size, restore=restore)
     expected = literal_scan(*inputs.values(), directions, size, restore)
-    for k, y in enumerate(cross_selective_scan(*inputs.values(), plan, merge=False)):
+    stacks = cross_selective_scan(*inputs.values(), plan, merge=False)
+    exact = all(order.exact for order in plan.orders)
+    assert len(stacks) == (1 if way == 'through tables' and exact else K)
+    for k, y in enumerate(torch.cat(stacks, 1).unbind(1)):
         torch.testing.assert_close(y, expected[k], msg=lambda m, k=k: f'{directions[k]}: {m}')
     merged = cross_selective_scan(*inputs.values(), plan)
     torch.testing.assert_close(merged, sum(expected))
-    # Twice (unmerged and merged) one call per length of the sequences.
-    lengths = {order.length for order in plan.orders}
-    assert len(calls) == (2 * len(lengths) if way == 'through tables' else 0)
+    # One call for all directions, unmerged and merged, whatever their lengths.
+    assert len(calls) == (2 if way == 'through tables' else 0)
     weight = torch.randn_like(merged)
     got = torch.autograd.grad((merged * weight).sum(), inputs.values())
     want = torch.autograd.grad((sum(expected) * weight).sum(), inputs.values())
@@ -179,14 +181,15 @@ def test_class_token_keeps_its_index_in_every_walk():
 def test_tables_are_cached_and_the_cache_is_bounded():
     first = scan_plan(('v', 'w7'), 9, 9).orders
     again = scan_plan(('w7', 'v_flip'), 9, 9).orders
-    assert first[0] is again[1] and first[1] is again[0]
-    for height in range(2, _MAX_CACHED_ORDERS + 12):
+    assert first[0].order is again[1].order and first[1].order is again[0].order
+    assert scan_plan(('v', 'w7'), 9, 9).orders is first
+    for height in range(2, _MAX_CACHED_TABLES + 12):
         scan_plan(('v',), height, 3)
-    assert len(_ORDERS) <= _MAX_CACHED_ORDERS
+    assert len(_TABLES) <= _MAX_CACHED_TABLES
 
 
 def test_tables_made_in_inference_mode_serve_training():
-    _ORDERS.clear()
+    _TABLES.clear()
     _PLANS.clear()
     with torch.inference_mode():
         cross_scan(torch.randn(1, 1, 3, 4), ('v', 'w2'))
@@ -196,7 +199,7 @@ def test_tables_made_in_inference_mode_serve_training():
 
 
 def test_tables_made_on_the_meta_device_are_real():
-    _ORDERS.clear()
+    _TABLES.clear()
     _PLANS.clear()
     with torch.device('meta'):
         plan = scan_plan(('v', 'w2_flip'), 3, 3)
@@ -206,13 +209,53 @@ def test_tables_made_on_the_meta_device_are_real():
 
 def test_a_tracer_leaves_no_tables_behind():
     from torch._subclasses.fake_tensor import FakeTensorMode
-    _ORDERS.clear()
+    _TABLES.clear()
     _PLANS.clear()
     with FakeTensorMode():
         shapes = [s.shape for s in cross_scan(torch.ones(1, 2, 3, 4), ('v', 'w2'))]
     assert shapes == [(1, 2, 12), (1, 2, 16)]
     x = torch.arange(12.).view(1, 1, 3, 4)
     assert cross_scan(x, ('v',))[0].flatten().tolist() == x.mT.flatten().tolist()
+
+
+@pytest.mark.plain_empty
+def test_operators():
+    order = scan_plan(('v', 'w2'), 3, 5).orders[1]
+    x = torch.randn(2, 3, 15, requires_grad=True)
+    calls = [
+        (torch.ops.mmhybrid.reorder, (x, order.order, order.inverse, True, False)),
+        (torch.ops.mmhybrid.scan_tables, (torch.empty(0), 'w', 2, False, 3, 5, None)),
+        (torch.ops.mmhybrid.scan_tables, (torch.empty(0), 'v', 0, True, 4, 4, 8))]
+    for operator, arguments in calls:
+        found = torch.library.opcheck(operator.default, arguments)
+        assert len(found) >= 4 and set(found.values()) == {'SUCCESS'}
+
+
+def test_slots_give_every_zero_token_a_place():
+    plan = scan_plan(('v_flip', 'w2', 'w7_flip'), 3, 5)
+    walks, slots, steps = plan.walks(), plan.slots(), plan.steps()
+    assert walks.shape == slots.shape == steps.shape == (3, 49)
+    for k, name in enumerate(plan.directions):
+        walk = order_reference(name, 3, 5)
+        assert walks[k].tolist() == walk + [-1] * (49 - len(walk)), name
+        assert sorted(slots[k].tolist()) == list(range(49))
+        assert torch.equal(slots[k][walks[k] >= 0], walks[k][walks[k] >= 0])
+        assert torch.equal(slots[k][steps[k].long()], torch.arange(49, dtype=torch.int32))
+    assert plan.walks() is walks and plan.slots() is slots  # made once
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_asking_for_tables_or_copies(fused):
+    arguments = (torch.zeros(1, 2, 9), torch.zeros(2, 3, 2), torch.ones(2, 2, 1),
+                 -torch.ones(4, 1), torch.ones(4), torch.ones(4), scan_plan(('h', 'v'), 3, 3))
+    if fused:
+        with pytest.raises(RuntimeError, match="would run on 'torch'; use fused='auto'"):
+            cross_selective_scan(*arguments, fused=True, backend='torch')
+        with pytest.raises(ValueError, match="got fused='no', expected 'auto', True or False"):
+            cross_selective_scan(*arguments, fused='no')
+    else:
+        y = cross_selective_scan(*arguments, fused=False, backend='torch')
+        assert torch.equal(y, torch.zeros(1, 2, 9))
 
 
 @pytest.mark.parametrize(('call', 'message'), [

@@ -199,15 +199,14 @@ def test_second_derivative_is_refused_clearly():
     assert inputs['A'].grad.isfinite().all()
 
 
+@pytest.mark.plain_empty
 def test_operator_registration():
     inputs = make_inputs(1, 4, 30, gate=True, groups=1)
     inputs = {k: x.requires_grad_() for k, x in inputs.items()}
     order = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
     arguments = (*(inputs.get(name) for name in order), True, False)
-    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    found = torch.library.opcheck(torch.ops.mmhybrid.selective_scan_torch.default, arguments,
-                                  test_utils=checks)  # fmt: skip
-    assert set(found.values()) == {'SUCCESS'}
+    found = torch.library.opcheck(torch.ops.mmhybrid.selective_scan_torch.default, arguments)
+    assert len(found) >= 4 and set(found.values()) == {'SUCCESS'}
 
 
 @pytest.mark.plain_empty

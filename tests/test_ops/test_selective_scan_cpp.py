@@ -209,15 +209,14 @@ def test_other_vector_widths(flags, fresh_library, monkeypatch):
 
 
 @needs_kernel
+@pytest.mark.plain_empty
 def test_operator_registration():
     inputs = to_float(make_inputs(1, 4, 30, gate=True, groups=1))
     inputs = {k: x.requires_grad_() for k, x in inputs.items()}
     order = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
     arguments = (*(inputs.get(name) for name in order), True, False)
-    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    found = torch.library.opcheck(torch.ops.mmhybrid.selective_scan_cpp.default, arguments,
-                                  test_utils=checks)  # fmt: skip
-    assert set(found.values()) == {'SUCCESS'}
+    found = torch.library.opcheck(torch.ops.mmhybrid.selective_scan_cpp.default, arguments)
+    assert len(found) >= 4 and set(found.values()) == {'SUCCESS'}
 
 
 @needs_kernel

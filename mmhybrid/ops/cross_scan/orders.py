@@ -4,10 +4,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['DIRECTIONS', 'Direction', 'ScanOrder', 'ScanPlan', 'scan_plan']
@@ -16,8 +17,8 @@ __all__ = ['DIRECTIONS', 'Direction', 'ScanOrder', 'ScanPlan', 'scan_plan']
 DIRECTIONS = ('h', 'h_flip', 'v', 'v_flip', 'w2', 'w2_flip', 'w7', 'w7_flip')
 
 _NAME = re.compile(r'(?:(?P<axis>[hv])|w(?P<window>[1-9]\d*))(?P<flip>_flip)?')
-# A four-stage backbone has twelve tables per image size, and at most one plan per block.
-_MAX_CACHED_ORDERS = 64
+# A four-stage backbone has sixteen pairs of tables per image size and at most a plan per block.
+_MAX_CACHED_TABLES = 64
 _MAX_CACHED_PLANS = 128
 
 
@@ -79,40 +80,58 @@ class ScanOrder:
         """Tokens (..., L) in row-major order -> sequence (..., L')."""
         if self.identity:
             return x
-        return _Reorder.apply(x, self.order, self.inverse, self.overhang > 0, False)
+        return _reorder(x, self.order, self.inverse, self.overhang > 0, False)
 
     def restore(self, y: Tensor) -> Tensor:
         """Sequence (..., L') -> tokens (..., L) in row-major order; zero tokens are dropped."""
         if self.identity:
             return y
         unplace = self.order if self.exact else self.inverse
-        return _Reorder.apply(y, self.place, unplace, False, self.overhang > 0)
+        return _reorder(y, self.place, unplace, False, self.overhang > 0)
 
     def displace(self, y: Tensor) -> Tensor:
         """Results (..., L) at the tokens that were scanned -> where :meth:`restore` puts them."""
         return y if self.exact else self.restore(self.take(y))
 
 
-class _Reorder(torch.autograd.Function):
-    """Read by one table; the gradient reads by its inverse (no scatter, no atomics).
+# Two operators, so that a compiler sees one node where there would be ten, whatever the size.
+_library = torch.library.Library('mmhybrid', 'FRAGMENT')
+_library.define('reorder(Tensor x, Tensor table, Tensor inverse, bool holes, bool inverse_holes) '
+                '-> Tensor')
+_library.define('scan_tables(Tensor like, str kind, int window, bool flip, SymInt height, '
+                'SymInt width, SymInt? class_token) -> (Tensor order, Tensor inverse)')
+_reorder, _scan_tables = torch.ops.mmhybrid.reorder, torch.ops.mmhybrid.scan_tables
 
-    A table with holes has -1 where a zero is read.
-    """
 
-    @staticmethod
-    def forward(ctx, x, table, inverse, holes, inverse_holes):
-        ctx.save_for_backward(inverse, table)
-        ctx.holes = inverse_holes, holes
-        # torch.gather with an expanded index: several times faster than index_select on a CPU.
-        index = table.long()
-        if not holes:
-            return x.gather(-1, index.expand(*x.shape[:-1], -1))
-        out = x.gather(-1, index.clamp_min(0).expand(*x.shape[:-1], -1))
-        return out.masked_fill_(index < 0, 0)
+@torch.library.impl(_library, 'reorder', 'CompositeExplicitAutograd')
+def _gather(x, table, inverse, holes, inverse_holes):
+    """Read the last axis of x by a table; one with holes has -1 where a zero is read."""
+    # torch.gather with an expanded index: several times faster than index_select on a CPU.
+    index = table.long()
+    if not holes:
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    out = x.gather(-1, index.clamp_min(0).expand(*x.shape[:-1], -1))
+    return out.masked_fill_(index < 0, 0)
 
-    @staticmethod
-    def backward(ctx, grad):
-        return _Reorder.apply(grad, *ctx.saved_tensors, *ctx.holes), None, None, None, None
+
+@torch.library.register_fake('mmhybrid::reorder', lib=_library)
+def _gather_fake(x, table, *_):
+    return x.new_empty((*x.shape[:-1], table.shape[0]))
+
+
+def _reorder_context(ctx, inputs, output):
+    _, table, inverse, *holes = inputs
+    ctx.save_for_backward(inverse, table)
+    ctx.holes = holes[::-1]
+
+
+def _reorder_backward(ctx, grad):
+    """The gradient reads by the inverse: no scatter, no atomics."""
+    return _reorder(grad, *ctx.saved_tensors, *ctx.holes), None, None, None, None
+
+
+torch.library.register_autograd('mmhybrid::reorder', _reorder_backward,
+                                setup_context=_reorder_context, lib=_library)
 
 
 @dataclass(frozen=True)
@@ -136,39 +155,66 @@ class ScanPlan:
     order_ids: tuple[int, ...]
     orders: tuple[ScanOrder, ...]
     num_tokens: int
-    _walks: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def order_of(self, k: int) -> ScanOrder:
         """The order that direction ``k`` walks along."""
         return self.orders[self.order_ids[k]]
 
-    def groups(self, senses: bool = True) -> list[tuple[bool, list[int]]]:
-        """Directions of one length: (reverse, direction indices).
-
-        With ``senses`` those that are walked in the two senses are kept apart, for scans that take
-        a flag; otherwise they are together, for scans that take a table (:meth:`walks`).
-        """
+    def groups(self) -> list[tuple[bool, list[int]]]:
+        """Directions that one scan without tables takes together: (reverse, their indices)."""
         grouped: dict[tuple[bool, int], list[int]] = {}
         for k, reverse in enumerate(self.reverse):
-            key = senses and reverse, self.order_of(k).overhang
-            grouped.setdefault(key, []).append(k)
+            grouped.setdefault((reverse, self.order_of(k).overhang), []).append(k)
         return [(reverse, ks) for (reverse, _), ks in grouped.items()]
 
-    def walks(self, ks: Sequence[int]) -> Tensor:
-        """int32 (len(ks), L'): the token visited at each step, -1 for a zero token.
+    def walks(self) -> Tensor:
+        """int32 (K, S): the token visited at each step, -1 for a zero token.
 
-        The flips are in the table, so that one scan serves directions of both senses.
+        The flips are in the table, so that one scan serves directions of both senses.  S is the
+        length of the longest sequence; shorter ones visit zero tokens after their end, where they
+        change no result.
         """
-        key = tuple(ks)
-        if key in self._walks:
-            return self._walks[key]
-        tables = [self.order_of(k).order for k in key]
+        def build():
+            steps = max(order.length for order in self.orders)
+            rows = []
+            for k, reverse in enumerate(self.reverse):
+                order = self.order_of(k)
+                row = order.order.flip(0) if reverse else order.order
+                rows.append(F.pad(row, (0, steps - order.length), value=-1))
+            return torch.stack(rows)
+
+        return self._keep('walks', build)
+
+    def slots(self) -> Tensor:
+        """int32 (K, S): the walks with an own place for every zero token, behind the L tokens.
+
+        Rows are permutations of S places, for what stores a value also for zero tokens.
+        """
+        def build():
+            walks = self.walks()
+            zero = walks < 0
+            return torch.where(zero, self.num_tokens - 1 + zero.cumsum(1), walks).int()
+
+        return self._keep('slots', build)
+
+    def steps(self) -> Tensor:
+        """int32 (K, S): the step at which each place of :meth:`slots` is visited."""
+        def build():
+            slots = self.slots().long()
+            steps = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
+            return torch.empty_like(slots).scatter_(1, slots, steps).int()
+
+        return self._keep('steps', build)
+
+    def _keep(self, name: str, build: Callable[[], Tensor]) -> Tensor:
+        if name in self._kept:
+            return self._kept[name]
         with _for_training():
-            walks = torch.stack([table.flip(0) if self.reverse[k] else table
-                                 for k, table in zip(key, tables, strict=True)])
-        if _worth_keeping(walks):
-            self._walks[key] = walks
-        return walks
+            table = build()
+        if _worth_keeping(table):
+            self._kept[name] = table
+        return table
 
 
 def scan_plan(directions: Sequence[str], height: int, width: int,
@@ -209,7 +255,8 @@ def _build_plan(directions, height, width, device, restore, class_token) -> Scan
         key = direction.kind, direction.window, flip
         if key not in orders:
             released = restore == 'released' and direction.kind == 'v'
-            orders[key] = len(orders), _order(*key, height, width, device, released, class_token)
+            orders[key] = len(orders), _build_order(*key, height, width, device, released,
+                                                    class_token)
         order_ids.append(orders[key][0])
         reverse.append(direction.flip)
     return ScanPlan(directions, tuple(reverse), tuple(order_ids),
@@ -218,13 +265,7 @@ def _build_plan(directions, height, width, device, restore, class_token) -> Scan
 
 
 _PLANS: OrderedDict[tuple, ScanPlan] = OrderedDict()
-_ORDERS: OrderedDict[tuple, ScanOrder] = OrderedDict()
-
-
-def _order(*key) -> ScanOrder:
-    if torch.compiler.is_compiling():
-        return _build_order(*key)
-    return _cached(_ORDERS, _MAX_CACHED_ORDERS, _build_order, key)
+_TABLES: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def _cached(cache: OrderedDict, size: int, build, key: tuple):
@@ -234,7 +275,7 @@ def _cached(cache: OrderedDict, size: int, build, key: tuple):
         return cache[key]
     with _for_training():
         found = build(*key)
-    if _worth_keeping(found.orders[0].order if isinstance(found, ScanPlan) else found.order):
+    if _worth_keeping(found.orders[0].order if isinstance(found, ScanPlan) else found[0]):
         cache[key] = found
         if len(cache) > size:
             cache.popitem(last=False)
@@ -256,24 +297,52 @@ def _worth_keeping(table: Tensor) -> bool:
 def _build_order(kind, window, flip, height, width, device, released, class_token) -> ScanOrder:
     exact = not released or height == width
     overhang = window if kind == 'w' and (height % window or width % window) else 0
-    order, inverse = _tables(kind, window, height, width, device, overhang > 0)
     identity = kind == 'h'
     if class_token is not None:
         if not exact:
             raise ValueError(
                 f"restore='released' has no meaning for a class token on a {height} x {width} map: "
                 "the release only takes square ones; use restore='exact'")
+        identity = identity and (not flip or height * width - class_token == class_token)
+    key = kind, window, flip, height, width
+    if torch.compiler.is_compiling():
+        tables = _scan_tables(torch.empty(0, device=device), *key, class_token)
+    else:
+        tables = _cached(_TABLES, _MAX_CACHED_TABLES, _tables, (device, *key, class_token))
+    return ScanOrder(*tables, overhang=overhang, identity=identity, exact=exact)
+
+
+@torch.library.impl(_library, 'scan_tables', 'CompositeExplicitAutograd')
+def _copied_tables(like, *key):
+    # Copies, because a compiler may write other things to the results once they are used.
+    tables = _cached(_TABLES, _MAX_CACHED_TABLES, _tables, (like.device, *key))
+    return tuple(table.clone() for table in tables)
+
+
+@torch.library.register_fake('mmhybrid::scan_tables', lib=_library)
+def _tables_fake(like, kind, window, flip, height, width, class_token):
+    extra = int(class_token is not None)
+    length = height * width
+    if kind == 'w':
+        length = -(-height // window) * (-(-width // window)) * window * window
+    return (like.new_empty((length + extra,), dtype=torch.int32),
+            like.new_empty((height * width + extra,), dtype=torch.int32))
+
+
+def _tables(device, kind, window, flip, height, width, class_token) -> tuple[Tensor, Tensor]:
+    """The token read at each position, -1 for a zero token; and the position of each token."""
+    order, inverse = _map_tables(kind, window, height, width, device)
+    if class_token is not None:
         # The index counts along the walk, so from the end of the order when that is flipped.
         at = order.shape[0] - class_token if flip else class_token
-        identity = identity and at == class_token
         order = _inserted(order + (order >= class_token), at, class_token)
         inverse = _inserted(inverse + (inverse >= at), class_token, at)
-    return ScanOrder(order.int(), inverse.int(), overhang=overhang, identity=identity, exact=exact)
+    return order.int(), inverse.int()
 
 
-def _tables(kind: str, window: int, height: int, width: int, device: torch.device, holes: bool
-            ) -> tuple[Tensor, Tensor]:
-    """The row-major token read at each position, -1 outside of the map; and the inverse."""
+def _map_tables(kind: str, window: int, height: int, width: int, device: torch.device
+                ) -> tuple[Tensor, Tensor]:
+    """The same without class token and flip."""
     row = torch.arange(height, device=device)[:, None]
     col = torch.arange(width, device=device)[None]
     token = row * width + col
@@ -285,9 +354,7 @@ def _tables(kind: str, window: int, height: int, width: int, device: torch.devic
     inverse = ((row // window * cols + col // window) * window + row % window) * window
     row = torch.arange(rows * window, device=device).view(rows, 1, window, 1)
     inner = torch.arange(cols * window, device=device).view(1, cols, 1, window)
-    order = row * width + inner
-    if holes:
-        order = torch.where((row < height) & (inner < width), order, -1)
+    order = torch.where((row < height) & (inner < width), row * width + inner, -1)
     return order.flatten(), (inverse + col % window).flatten()
 
 

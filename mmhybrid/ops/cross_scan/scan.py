@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..precision import autocast_off
 from ..selective_scan import choose_backend, selective_scan
-from ..selective_scan.ordered import selective_scan_ordered
+from ..selective_scan.ordered import reads_tables, selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
 __all__ = ['cross_merge', 'cross_restore', 'cross_scan', 'cross_selective_scan']
@@ -54,7 +54,8 @@ def cross_merge(ys: Sequence[Tensor], directions: Sequence[str], height: int, wi
 
 def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                          dt_bias: Tensor, plan: ScanPlan, *, merge: bool = True,
-                         float32: bool = False, backend: str = 'auto') -> Tensor | list[Tensor]:
+                         float32: bool = False, fused: bool | str = 'auto', backend: str = 'auto'
+                         ) -> Tensor | list[Tensor]:
     """Selective scan of one map in K directions, results back in row-major order.
 
     Everything that goes in is row-major and exists once: the step, input and output projections
@@ -73,13 +74,16 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
         D: (K * D,), the skip.
         dt_bias: (K * D,), added before the softplus.
         plan: from :func:`scan_plan`.
-        merge: sum over the directions, or a list of K results.
+        merge: sum over the directions, or their results in stacks.
         float32: what follows ``x_proj`` is in float32 under autocast and for half precision, the
             results too.
+        fused: 'auto' to read through tables where the backend can, False for copies, True to
+            insist.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
-        (B, D, L), or a list of K of these; dtype of ``u`` unless ``float32``.
+        (B, D, L), or a list of stacks (B, k, D, L) that together hold the K results in order;
+        dtype of ``u`` unless ``float32``.
 
     Source: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.1.
     """
@@ -91,7 +95,7 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
             'scan_plan(directions, height, width) of this map')
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     name = choose_backend(backend, u.device, dtype, A.shape[-1])
-    tables = name == 'triton'
+    tables = reads_tables(fused, name)
     if tables:
         # Channels side by side are what the kernels read; one copy serves all directions.
         u = u.mT.contiguous().mT
@@ -104,39 +108,29 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
     proj = proj.unflatten(1, (K, -1))
     A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
     with precision:
-        scans = _scan_through_tables if tables else _scan_copies
-        return scans(u, proj, dt_weight, A, D, dt_bias, plan, merge, name)
+        inputs = u, proj, dt_weight, A, D, dt_bias, plan, name
+        ys = _scan_through_tables(*inputs) if tables else _scan_copies(*inputs, merge)
+    return _total([y.squeeze(1) if y.shape[1] == 1 else y.sum(1) for y in ys]) if merge else ys
 
 
 def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                         dt_bias: Tensor, plan: ScanPlan, merge: bool, backend: str
-                         ) -> Tensor | list[Tensor]:
-    """The kernels read and write tokens where they are; flips are in the tables.
-
-    One call per length of the sequences, so one for all directions unless windows overhang.
-    """
+                         dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
+    """One call for all directions: the kernels read and write tokens where they are."""
     rank, N = dt_weight.shape[2], A.shape[-1]
-    ys: list[Tensor | None] = [None] * len(plan.directions)
-    sums = []
-    for _, ks in plan.groups(senses=False):
-        step, b, c = _pick(proj.transpose(0, 1), ks).transpose(0, 1).split([rank, N, N], dim=2)
-        delta = (step.mT @ _pick(dt_weight, ks).to(step.dtype).mT).mT
-        y = selective_scan_ordered(
-            u.unsqueeze(1).expand(-1, len(ks), -1, -1), delta, _pick(A, ks).flatten(0, 1), b, c,
-            _pick(D, ks).flatten(), delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True,
-            order=plan.walks(ks), backend=backend)
-        if merge and all(plan.order_of(k).exact for k in ks):
-            sums.append(y.sum(1))
-            continue
-        for k, y_k in zip(ks, y.unbind(1), strict=True):
-            ys[k] = plan.order_of(k).displace(y_k)
-    return _total([*sums, *(y for y in ys if y is not None)]) if merge else ys
+    step, b, c = proj.split([rank, N, N], dim=2)
+    delta = (step.mT @ dt_weight.to(step.dtype).mT).mT  # channels side by side
+    y = selective_scan_ordered(
+        u.unsqueeze(1).expand(-1, len(plan.directions), -1, -1), delta, A.flatten(0, 1), b, c,
+        D.flatten(), delta_bias=dt_bias.flatten(), delta_softplus=True, order=plan.walks(),
+        backend=backend)
+    if all(order.exact for order in plan.orders):
+        return [y]
+    return [plan.order_of(k).displace(y_k).unsqueeze(1) for k, y_k in enumerate(y.unbind(1))]
 
 
 def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                 dt_bias: Tensor, plan: ScanPlan, merge: bool, backend: str
-                 ) -> Tensor | list[Tensor]:
-    """Tokens are reordered before the scan and put back after it."""
+                 dt_bias: Tensor, plan: ScanPlan, backend: str, merge: bool) -> list[Tensor]:
+    """Tokens are reordered before the scan and put back after it; merged, K is 1."""
     rank, N = dt_weight.shape[2], A.shape[-1]
     sequences: dict[tuple[int, ...], Tensor] = {}
     ys: list[Tensor | None] = [None] * len(plan.directions)
@@ -154,11 +148,11 @@ def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tenso
         for k, y_k in zip(ks, y.chunk(len(ks), dim=1), strict=True):
             ys[k] = y_k
     if not merge:
-        return [plan.order_of(k).restore(y) for k, y in enumerate(ys)]
+        return [plan.order_of(k).restore(y).unsqueeze(1) for k, y in enumerate(ys)]
     # Both senses of one order are summed before the way back, which is then walked once.
-    return _total([
-        order.restore(_total([y for k, y in enumerate(ys) if plan.order_ids[k] == i]))
-        for i, order in enumerate(plan.orders)])
+    restored = [order.restore(_total([y for k, y in enumerate(ys) if plan.order_ids[k] == i]))
+                for i, order in enumerate(plan.orders)]
+    return [_total(restored).unsqueeze(1)]
 
 
 def _total(tensors: list[Tensor]) -> Tensor:

@@ -8,7 +8,28 @@ from torch import Tensor
 
 from . import choose_backend, fused, selective_scan
 
-__all__ = ['selective_scan_ordered']
+__all__ = ['reads_tables', 'selective_scan_ordered']
+
+
+def reads_tables(fused: bool | str, backend: str) -> bool:
+    """Whether a mixer's scan will read tokens through tables rather than from reordered copies.
+
+    Args:
+        fused: 'auto' where it can, False never, True to insist.
+        backend: what :func:`choose_backend` has chosen.
+
+    Raises:
+        ValueError: for another value of ``fused``.
+        RuntimeError: ``fused`` is True and the backend cannot.
+    """
+    if fused not in ('auto', True, False):
+        raise ValueError(f"got fused={fused!r}, expected 'auto', True or False")
+    if fused is True and backend != 'triton':
+        raise RuntimeError(
+            f"fused=True needs the Triton kernels, but the scan would run on '{backend}'; use "
+            "fused='auto', or see `mmhybrid doctor` for what Triton lacks"
+        )
+    return fused is not False and backend == 'triton'
 
 
 def selective_scan_ordered(

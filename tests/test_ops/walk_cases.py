@@ -1,0 +1,293 @@
+"""Cases of the scans through order tables, run by test_walks_triton.py in a process of their own.
+
+Mixers and operators on Triton's interpreter against the same in float64 on reordered copies. The
+name of this file keeps pytest from collecting it together with the other tests.
+"""
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scan_cases import assert_same
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mmhybrid.layers import directional
+from mmhybrid.layers.directional import LocalVimMixer, VimMixer
+from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
+from mmhybrid.ops.selective_scan import fused
+from mmhybrid.ops.walk_conv import walk_conv
+
+assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_walks_triton.py instead'
+torch.set_num_threads(1)
+
+VMAMBA = ('h', 'v', 'h_flip', 'v_flip')
+
+
+def compare(module, x, *rest, tolerance=2e-5):
+    """Outputs and all gradients by name of a module on Triton, against itself in float64."""
+    found = []
+    for dtype, backend in ((torch.float32, 'triton'), (torch.float64, 'torch')):
+        module = module.to(dtype)
+        module.zero_grad()
+        module.backend = backend
+        image = x.detach().to(dtype).requires_grad_()
+        y = module(image, *rest)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (y * weight).sum().backward()
+        found.append({'y': y.detach(), 'gradient of x': image.grad} | {
+            f'gradient of {name}': p.grad.clone() for name, p in module.named_parameters()})
+    assert_same(*found, tolerance)
+
+
+# --- one map in K directions ----------------------------------------------------------------------
+
+CHOICES = [
+    (('h',), (1, 1), True, 'exact'),
+    (('v_flip',), (2, 3), False, 'released'),
+    (('h', 'h_flip'), (2, 3), False, 'exact'),
+    (('h_flip', 'v', 'w2'), (3, 3), True, 'exact'),
+    (VMAMBA, (3, 2), True, 'exact'),
+    (VMAMBA, (2, 3), True, 'released'),
+    (('h', 'v', 'w2', 'w2_flip', 'h_flip'), (3, 2), False, 'exact'),
+    (('w3_flip', 'h', 'v', 'w2', 'v_flip', 'h_flip'), (3, 4), True, 'exact'),
+    ((*DIRECTIONS[:6], 'w3'), (2, 2), True, 'exact'),
+    (DIRECTIONS, (3, 2), False, 'exact'),
+]
+
+
+@pytest.mark.parametrize(('directions', 'size', 'merge', 'restore'), CHOICES,
+                         ids=lambda c: f'{len(c)}-{c[-1]}' if isinstance(c, tuple) else str(c))
+def test_cross_scan(directions, size, merge, restore):
+    K, B, D, N, R, L = len(directions), 1, 3, 2, 2, size[0] * size[1]
+    generator = torch.Generator().manual_seed(K)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = dict(
+        u=randn(B, D, L), x_proj=randn(K, R + 2 * N, D), dt_weight=randn(K, D, R),
+        A=-0.1 - randn(K * D, N).abs(), D=randn(K * D), dt_bias=randn(K * D))
+    weight = randn(B, K, D, L)
+    plan = scan_plan(directions, *size, restore=restore)
+    results = []
+    for dtype, backend in ((torch.float32, 'triton'), (torch.float64, 'torch')):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+        with mock.patch.object(scan, 'selective_scan', wraps=scan.selective_scan) as copies, \
+                mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+            y = cross_selective_scan(*leaves.values(), plan, merge=merge, backend=backend)
+        assert kernels.call_count == (backend == 'triton')
+        assert bool(copies.call_count) == (backend == 'torch')
+        y = y if merge else torch.cat(y, 1)
+        grads = torch.autograd.grad((y * (weight[:, 0] if merge else weight)).sum(),
+                                    leaves.values())
+        results.append(dict(zip(('y', *leaves), (y.detach(), *grads), strict=True)))
+    assert_same(*results, 1e-5)
+
+
+# --- the mixers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('options', [
+    dict(channel_first=True), dict(channel_first=False, gate=True, conv_bias=True, state_dim=2)],
+    ids=['current', 'gated'])
+def test_ss2d(options):
+    torch.manual_seed(0)
+    shape = (2, 4, 3, 5) if options['channel_first'] else (1, 3, 5, 4)
+    compare(SS2D(4, **options), torch.randn(shape))
+
+
+@pytest.mark.parametrize('v_restore', ['exact', 'released'])
+def test_local_ss2d(v_restore):
+    torch.manual_seed(0)
+    mixer = LocalSS2D(8, ('h', 'v_flip', 'w2', 'w3_flip'), state_dim=2, v_restore=v_restore)
+    compare(mixer, torch.randn(1, 2, 3, 8))
+
+
+@pytest.mark.parametrize('divide', [True, False])
+def test_vim(divide):
+    torch.manual_seed(0)
+    mixer = VimMixer(6, state_dim=3, divide=divide)
+    with mock.patch.object(directional, 'walk_conv', wraps=walk_conv) as convolution, \
+            mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+        compare(mixer, torch.randn(1, 11, 6))
+    assert convolution.call_count == kernels.call_count == 1
+
+
+LOCAL = ('h', 'v_flip', 'w2_flip', 'w3')
+
+
+@pytest.mark.parametrize(('directions', 'size', 'class_token', 'v_restore'), [
+    (LOCAL, (3, 5), False, 'exact'),
+    (LOCAL, (3, 4), False, 'released'),
+    (LOCAL, (4, 4), True, 'exact'),
+    (('h_flip', 'v', 'w2'), (2, 4), False, 'exact'),
+    (None, (2, 2), False, 'exact'),
+])
+def test_localvim(directions, size, class_token, v_restore):
+    torch.manual_seed(0)
+    mixer = LocalVimMixer(8, directions, state_dim=2, class_token=class_token, v_restore=v_restore)
+    with mock.patch.object(directional, 'walk_conv', wraps=walk_conv) as convolution, \
+            mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+        compare(mixer, torch.randn(1, size[0] * size[1] + class_token, 8), size)
+    assert convolution.call_count == kernels.call_count == 1
+
+
+def test_half_precision():
+    """Mixed precision: bfloat16 between the projections, against float32 on copies."""
+    torch.manual_seed(0)
+    for mixer, x, rest in ((SS2D(8, channel_first=True), torch.randn(1, 8, 3, 4), ()),
+                           (LocalVimMixer(8, LOCAL, state_dim=2), torch.randn(1, 12, 8), ((3, 4),)),
+                           (VimMixer(8, state_dim=2), torch.randn(1, 12, 8), ())):
+        mixer.backend = 'torch'
+        expected = mixer(x, *rest)
+        mixer.backend = 'triton'
+        with torch.autocast('cpu', torch.bfloat16):
+            y = mixer(x, *rest)
+        # the interpreter cuts off where a GPU rounds
+        assert_same({'y': y}, {'y': expected}, 0.06)
+        y.float().sum().backward()
+        for name, p in mixer.named_parameters():
+            assert bool(torch.isfinite(p.grad).all()), name
+
+
+# --- the convolution ------------------------------------------------------------------------------
+
+
+def conv_inputs(directions, size, channels=3, taps=4, dtype=torch.float32):
+    plan = scan_plan(directions, *size)
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    K, L = len(directions), plan.num_tokens
+    return [randn(2, L, channels).mT, randn(K, channels, taps), randn(K, channels)], plan
+
+
+def conv_reference(u, weight, bias, plan):
+    results = []
+    for k, slots in enumerate(plan.slots().long()):
+        row = F.pad(u, (0, len(slots) - u.shape[2]))[..., slots]
+        row = F.pad(row, (weight.shape[2] - 1, 0))
+        y = F.silu(F.conv1d(row, weight[k][:, None], bias[k], groups=u.shape[1]))
+        results.append(torch.zeros_like(y).index_copy(-1, slots, y))
+    return torch.stack(results, 1)
+
+
+@pytest.mark.parametrize(('directions', 'size', 'channels', 'taps'), [
+    (('h', 'h_flip'), (1, 40), 65, 4), (('v', 'w2', 'w7_flip'), (3, 5), 3, 4),
+    (('v_flip',), (13, 11), 2, 3), (('w2',), (1, 1), 1, 1)])
+def test_walk_conv(directions, size, channels, taps):
+    tensors, plan = conv_inputs(directions, size, channels, taps)
+    leaves = [x.requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    y, expected = walk_conv(*leaves, plan.slots(), plan.steps()), conv_reference(*exact, plan)
+    assert y.permute(1, 0, 3, 2).is_contiguous()
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for result, inputs in ((y, leaves), (expected, exact)):
+        grads = torch.autograd.grad((result * weight).sum(), inputs)
+        results.append(dict(zip(('y', 'u', 'weight', 'bias'), (result, *grads), strict=True)))
+    assert_same(*results, 2e-6)
+
+
+def test_walk_conv_is_an_operator():
+    tensors, plan = conv_inputs(('h', 'w2_flip'), (3, 3))
+    arguments = (*(x.requires_grad_() for x in tensors), plan.slots(), plan.steps())
+    torch.library.opcheck(torch.ops.mmhybrid.walk_conv.default, arguments)
+    y = walk_conv(*arguments)
+    (du,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match='first derivative only'):
+        du.sum().backward()
+    with pytest.raises(ValueError, match=r'weight \(K, E, T\).*got \(2, 3, 9\), \(1, 3, 4\)'):
+        walk_conv(tensors[0], tensors[1][:1], *arguments[2:])
+
+
+# --- what is materialised -------------------------------------------------------------------------
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every storage that appears, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.found = set(), []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        # what exists already is not made here, whoever gives a view of it
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor):
+                self.seen.add(x.untyped_storage()._cdata)
+        out = function(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.found.append((str(function), storage.nbytes(), storage))
+        return out
+
+    def rows(self, unit):
+        """Sizes of what was allocated, in units of one sequence (B, D, L), by operator."""
+        return [(name, nbytes / unit) for name, nbytes, _ in self.found if nbytes >= 0.9 * unit]
+
+
+@pytest.mark.parametrize('family', ['ss2d', 'vim', 'localvim'])
+def test_no_copy_per_direction(family, monkeypatch):
+    """What a forward pass makes that is as large as a sequence: results, and no reordered copy."""
+    torch.manual_seed(0)
+    lanes, checked = fused._lanes, []
+
+    def without_copy(x):
+        """What the launcher of the scan would copy, if it lay badly in memory."""
+        checked.append(x)
+        assert lanes(x) is x
+        return x
+
+    monkeypatch.setattr(fused, '_COPY_ABOVE', 0)
+    monkeypatch.setattr(fused, '_lanes', without_copy)
+    if family == 'ss2d':
+        D, L = 32, 24
+        u, rank, N = torch.randn(1, D, L), 2, 1
+        plan = scan_plan(VMAMBA, 4, 6)
+        weights = (torch.randn(4, rank + 2 * N, D), torch.randn(4, D, rank),
+                   -torch.rand(4 * D, N), torch.randn(4 * D), torch.randn(4 * D))
+
+        def run(backend):
+            return cross_selective_scan(u, *weights, plan, backend=backend)
+
+        # u with channels side by side, the steps and the results of four directions, their sum
+        expected = [('clone', 1), ('bmm', 4), ('selective_scan_triton', 4), ('sum', 1)]
+    else:
+        D, L = 64, 24
+        cls, K = (VimMixer, 2) if family == 'vim' else (LocalVimMixer, 4)
+        options = {} if family == 'vim' else dict(directions=('h', 'v', 'w2', 'v_flip'))
+        mixer = cls(D // 2, state_dim=1, dt_rank=1, **options)
+        u, z = torch.randn(2, 1, L, D).mT
+        branches = mixer.branches()
+        plan = scan_plan(mixer.directions, 4, 6)
+
+        def run(backend):
+            gate = None if family == 'vim' else z
+            return directional.scan_branches(u, branches, plan, z=gate, backend=backend)
+
+        expected = [('walk_conv', K), ('bmm', K), ('selective_scan_triton', K)]
+    with torch.no_grad():
+        plan.walks(), plan.slots(), plan.steps()
+        found = {}
+        for backend in ('triton', 'torch'):
+            with Allocations() as allocations:
+                run(backend)
+            found[backend] = allocations.rows(D * L * 4)
+    made = [(name.split('.')[1], size) for name, size in found['triton']
+            if name.split('.')[1] not in ('stack', 'cat')]  # of weights
+    assert [name for name, _ in made] == [name for name, _ in expected], made
+    for (name, size), (_, units) in zip(made, expected, strict=True):
+        assert size == pytest.approx(units), name
+    assert len(checked) == 3  # u, the step and the gate of the one call
+    gathered = sum(size for name, size in found['torch'] if 'reorder' in name or 'gather' in name)
+    assert gathered > 0 or family == 'vim'  # the twin does copy
