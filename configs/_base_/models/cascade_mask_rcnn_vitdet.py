@@ -1,0 +1,57 @@
+# Cascade Mask R-CNN for plain backbones as detectron2's ViTDet builds it: one mask head, boxes of
+# all classes in common, L1 on the deltas, samples drawn once and only relabelled in later stages.
+# A config on top of this file states `backbone` and `neck.backbone_channel`.
+#
+# What stays mmdet's: boxes that come from ground truth leave after the first stage, and the loss of
+# the RPN is divided by the anchors sampled, not by 256 (equal unless fewer were found).
+_base_ = './cascade_mask_rcnn.py'
+
+norm = dict(type='LN2d', eps=1e-6)
+model = dict(
+    neck=dict(_delete_=True, type='mmhybrid.SimpleFPN', out_channels=256, num_outs=5),
+    rpn_head=dict(
+        num_convs=2, loss_bbox=dict(_delete_=True, type='L1Loss', loss_weight=1.0)),
+    roi_head=dict(
+        type='mmhybrid.OneMaskCascadeRoIHead',
+        stage_loss_weights=[1, 1, 1],
+        bbox_head=[
+            dict(
+                type='Shared4Conv1FCBBoxHead',
+                in_channels=256,
+                conv_out_channels=256,
+                fc_out_channels=1024,
+                roi_feat_size=7,
+                num_classes=80,
+                bbox_coder=dict(
+                    type='DeltaXYWHBBoxCoder',
+                    target_means=[0.0] * 4,
+                    target_stds=[1 / centre, 1 / centre, 1 / side, 1 / side]),
+                reg_class_agnostic=True,
+                norm_cfg=norm,
+                loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+                loss_bbox=dict(type='L1Loss', loss_weight=1.0))
+            for centre, side in ((10, 5), (20, 10), (30, 15))
+        ],
+        mask_head=dict(norm_cfg=norm)),
+    train_cfg=dict(
+        rpn=dict(allowed_border=-1),
+        rpn_proposal=dict(max_per_img=1000),
+        rcnn=[
+            dict(
+                assigner=dict(
+                    type='MaxIoUAssigner',
+                    pos_iou_thr=iou,
+                    neg_iou_thr=iou,
+                    min_pos_iou=iou,
+                    match_low_quality=False,
+                    ignore_iof_thr=-1),
+                sampler=dict(
+                    type='RandomSampler',
+                    num=512,
+                    pos_fraction=0.25,
+                    neg_pos_ub=-1,
+                    add_gt_as_proposals=True) if iou == 0.5 else dict(type='PseudoSampler'),
+                mask_size=28,
+                pos_weight=-1,
+                debug=False) for iou in (0.5, 0.6, 0.7)
+        ]))

@@ -1,0 +1,28 @@
+# Cascade Mask R-CNN with LocalVim-T on COCO in the manner of ViTDet. No such recipe was released:
+# data and optimizer are those of the Mask R-CNN, heads those of the published Vim detector.
+_base_ = [
+    './_base_/models/cascade_mask_rcnn_vitdet.py',
+    './_base_/datasets/coco_lsj_grey.py',
+    './_base_/schedules/coco_lsj_100e.py',
+    './_base_/runtime_det_iterations.py',
+]
+
+published_checkpoint = dict(
+    name='local_vim_tiny.ckpt',
+    url='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt',
+    licence='Apache-2.0')
+
+model = dict(
+    backbone=dict(
+        type='mmhybrid.LocalVim', arch='tiny', img_size=1024, out_indices=(19,),
+        drop_path_rate=0.1),
+    neck=dict(backbone_channel=192))
+train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(
+    dtype=None,
+    clip_grad=dict(max_norm=35, norm_type=2),
+    paramwise_cfg=dict(custom_keys={
+        'backbone.patch_embed': dict(lr_mult=0.7 ** 13),
+        'backbone.pos_embed': dict(lr_mult=0.7 ** 13, decay_mult=0.0),
+    }),
+    optimizer=dict(weight_decay=0.05))

@@ -1,0 +1,12 @@
+# Cascade Mask R-CNN with LocalVMamba-T on COCO, 36 epochs at many scales. No such recipe was
+# released: optimizer and drop path are those of the Mask R-CNN.
+_base_ = [
+    './_base_/models/cascade_mask_rcnn.py',
+    './_base_/datasets/coco_instance_ms.py',
+    './_base_/schedules/coco_3x.py',
+    './_base_/runtime_det.py',
+]
+
+model = dict(
+    backbone=dict(type='mmhybrid.LocalVMamba', arch='tiny', drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]))

@@ -1,0 +1,12 @@
+# Mask R-CNN with LocalVMamba-T on COCO, 36 epochs at many scales; see the config of 12 epochs for
+# weights and the restoring of column scans.
+_base_ = [
+    './_base_/models/mask_rcnn.py',
+    './_base_/datasets/coco_instance_ms.py',
+    './_base_/schedules/coco_3x.py',
+    './_base_/runtime_det.py',
+]
+
+model = dict(
+    backbone=dict(type='mmhybrid.LocalVMamba', arch='tiny', drop_path_rate=0.2),
+    neck=dict(in_channels=[96, 192, 384, 768]))
