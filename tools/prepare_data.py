@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # In a clone that is not installed the package is beside this folder.
@@ -19,6 +20,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k  # noqa: E402
 from mmhybrid.datasets.mini_coco import write_mini_coco  # noqa: E402
+from mmhybrid.datasets.mini_imagenet import (  # noqa: E402
+    verify_mini_imagenet,
+    write_mini_imagenet,
+)
 from mmhybrid.datasets.verify import verify_ade20k, verify_coco  # noqa: E402
 
 # Below --root; for the real sets these are the folders that our configs name.
@@ -27,11 +32,19 @@ FOLDERS = {
     'ade20k': 'ade/ADEChallengeData2016',
     'mini-coco': 'mini_coco',
     'mini-ade20k': 'mini_ade20k/ADEChallengeData2016',
+    'mini-imagenet': 'mini_imagenet',
 }
 CONFIGS = {
     'mini-coco': 'configs/cascade_mambavision_mini_coco.py',
     'mini-ade20k': 'configs/upernet_mambavision_mini_ade20k.py',
+    'mini-imagenet': 'configs/classification/localvmamba_mini_imagenet.py',
 }
+WRITE = {'mini-coco': write_mini_coco, 'mini-ade20k': write_mini_ade20k,
+         'mini-imagenet': write_mini_imagenet}
+# Whether a set is whole, without opening images: this takes no time.
+VERIFY = {'mini-coco': partial(verify_coco, samples=0),
+          'mini-ade20k': partial(verify_ade20k, samples=0),
+          'mini-imagenet': verify_mini_imagenet}
 OPTIONS = ('train', 'val', 'seed')
 
 
@@ -81,21 +94,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def generate(args: argparse.Namespace, folder: Path) -> int:
     """Write a mini set; returns the exit status."""
-    write = write_mini_coco if args.dataset == 'mini-coco' else write_mini_ade20k
     options = {name: getattr(args, name) for name in OPTIONS
                if getattr(args, name) is not None}
     start = time.monotonic()
     try:
-        written = write(folder, **options, force=args.force,
-                        progress=ProgressLine(args.dataset, 'images'))
+        written = WRITE[args.dataset](
+            folder, **options, force=args.force, progress=ProgressLine(args.dataset, 'images'))
     except (ValueError, FileExistsError, ModuleNotFoundError, FileNotFoundError) as error:
         print(f'prepare_data: {error}', file=sys.stderr)
         return 1
     if written:
         print(f'{args.dataset} written to {folder}/ in {time.monotonic() - start:.0f} s.')
-    else:  # whole, too? without opening images this takes no time
-        verify = verify_coco if args.dataset == 'mini-coco' else verify_ade20k
-        report = verify(folder, samples=0)
+    else:  # whole, too?
+        report = VERIFY[args.dataset](folder)
         if not report.ok:
             print('prepare_data: ' + ' '.join(report.problems), file=sys.stderr)
             return 1

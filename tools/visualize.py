@@ -72,6 +72,9 @@ def main(argv=None):
     if args.num < 1:
         raise UserError(f'--num is {args.num}; expected at least 1 picture.')
     cfg, _ = load_config(args.config, args.cfg_options, args.data_root)
+    if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
+        raise UserError('There is nothing to draw over the images of a classifier. tools/test.py '
+                        '--out FILE.pkl writes its predictions.')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     check_data(cfg, ['test'])
     check_checkpoint_file(args.checkpoint)

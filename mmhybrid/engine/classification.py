@@ -93,13 +93,15 @@ class TimmTransform:
         re_prob: probability of random erasing.
         re_mode: 'const', 'rand' or 'pixel'.
         crop_pct: side of the test crop over the short side of the resized picture.
+        scale: range of the random crop's share of the picture's area.
 
     The result (3, input_size, input_size) is float32, with ImageNet's mean and spread removed.
     """
 
     def __init__(self, input_size: int = 224, is_training: bool = False,
                  auto_augment: str | None = None, interpolation: str = 'bicubic',
-                 re_prob: float = 0.0, re_mode: str = 'pixel', crop_pct: float = 0.875):
+                 re_prob: float = 0.0, re_mode: str = 'pixel', crop_pct: float = 0.875,
+                 scale: Sequence[float] = (0.08, 1.0)):
         try:
             from timm.data import create_transform
         except ImportError as error:
@@ -107,7 +109,8 @@ class TimmTransform:
                             f'imported ({error}). Run: pip install timm') from error
         self.transform = create_transform(
             input_size, is_training=is_training, auto_augment=auto_augment,
-            interpolation=interpolation, re_prob=re_prob, re_mode=re_mode, crop_pct=crop_pct)
+            interpolation=interpolation, re_prob=re_prob, re_mode=re_mode, crop_pct=crop_pct,
+            scale=tuple(scale))
 
     def __call__(self, results: dict) -> dict:
         """Replace the picture by the tensor."""

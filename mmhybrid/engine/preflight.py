@@ -73,8 +73,9 @@ def _data_advice(cfg) -> str:
     if any(hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes')
            for dataset in _datasets(cfg.get('train_dataloader'))):
         return (f'The config reads from data_root={cfg.get("data_root")!r}. Expected one folder '
-                'per class in it, train/<class>/<name>.jpg and val/<class>/<name>.jpg. If your '
-                'data is elsewhere, add --data-root FOLDER')
+                'per class in it, train/<class>/<name>.jpg and val/<class>/<name>.jpg.\n'
+                '  your data is elsewhere: add --data-root FOLDER\n'
+                '  a small generated set:  python tools/prepare_data.py mini-imagenet --root data/')
     return (f'The config reads from data_root={cfg.get("data_root")!r}. What to do, one of:\n'
             '  your data is elsewhere:        add --data-root FOLDER\n'
             f'  what is needed, and from where: python tools/prepare_data.py {real} --root data/\n'

@@ -1,5 +1,6 @@
 """Classification from folders of images: train, resume, test, search; and the recipes."""
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,11 @@ def test_mistakes(toy, tmp_path, capfd):
     torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / 'x.pth')
     text = fails(run_test, tmp_path / 'x.pth', *data, '--show-dir', 'pictures')
     assert '--out FILE.pkl' in text
+    sys.path.insert(0, str(CONFIGS.parents[1] / 'tools'))
+    import visualize
+    capfd.readouterr()
+    assert run_command(visualize.main, [str(config), 'x.pth']) == 1
+    assert 'nothing to draw' in capfd.readouterr().err
     victim = folder / 'val' / 'red' / 'bad.png'
     victim.write_bytes(b'no picture')
     try:
@@ -156,6 +162,17 @@ def test_published_recipe(name, parameters, epochs):
         assert decay[id(param)] == (0.0 if spared else 0.04), key
     searches = [key for key, _ in model.named_parameters() if 'multi_scan.weights' in key]
     assert len(searches) == {'localvim_t': 0, 'localvim_s': 20, 'localvmamb': 15}[name[:10]]
+
+
+def test_mini_config_is_a_classifier_of_its_data():
+    from mmhybrid.datasets.mini_imagenet import KINDS, SIDE
+    cfg, model = load('localvmamba_mini_imagenet')
+    assert cfg.model.num_classes == len(KINDS)
+    assert all(cfg[f'{split}_dataloader'].dataset.pipeline[-1].input_size == SIDE
+               for split in ('train', 'val', 'test'))
+    assert {cfg[f'{split}_dataloader'].dataset.data_root for split in ('train', 'val', 'test')} == {
+        cfg.data_root}
+    assert [len(layer.blocks) for layer in model.backbone.layers] == [1, 1, 2, 1]
 
 
 def test_transforms_of_the_recipe():

@@ -10,14 +10,15 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import prepare_data  # noqa: E402
 
 
-@pytest.mark.parametrize('dataset, folder', [
-    ('mini-coco', 'mini_coco'), ('mini-ade20k', 'mini_ade20k/ADEChallengeData2016')])
-def test_mini_sets(dataset, folder, tmp_path, capsys):
-    command = [dataset, '--root', str(tmp_path), '--train', '2', '--val', '1']
+@pytest.mark.parametrize('dataset, folder, count', [
+    ('mini-coco', 'mini_coco', 2), ('mini-ade20k', 'mini_ade20k/ADEChallengeData2016', 2),
+    ('mini-imagenet', 'mini_imagenet', 5)])
+def test_mini_sets(dataset, folder, count, tmp_path, capsys):
+    command = [dataset, '--root', str(tmp_path), '--train', str(count), '--val', str(count)]
     assert prepare_data.main(command) == 0
     out, err = capsys.readouterr()
     assert f'{dataset} written to {tmp_path / folder}/' in out
-    assert 's left' in err and '3/3 images' in err
+    assert 's left' in err and f'{2 * count}/{2 * count} images' in err
     config = prepare_data.CONFIGS[dataset]
     assert f'{config} --cfg-options data_root={tmp_path / folder}/' in out
     assert (ROOT / config).is_file()
