@@ -235,7 +235,7 @@ def scan_plan(directions: Sequence[str], height: int, width: int,
         ValueError: for an unknown direction, an empty list, or an unknown ``restore``.
     """
     directions, device = tuple(directions), torch.device(device)
-    if torch.compiler.is_compiling():  # the tables become part of the graph, for any size
+    if _traced(device):  # the tables become part of the graph, for any size
         return _build_plan(directions, height, width, device, restore, class_token)
     return _cached(_PLANS, _MAX_CACHED_PLANS, _build_plan,
                    (directions, height, width, device, restore, class_token))
@@ -289,6 +289,11 @@ def _for_training():
     return torch.inference_mode(False)
 
 
+def _traced(device: torch.device) -> bool:
+    """Whether a compiler or a mode watches, for which tensors are not what they seem."""
+    return torch.compiler.is_compiling() or not _worth_keeping(torch.empty(0, device=device))
+
+
 def _worth_keeping(table: Tensor) -> bool:
     """False for what is made while a tracer watches: no real tensor, which must not outlive it."""
     return not torch.compiler.is_compiling() and type(table) is Tensor
@@ -305,7 +310,7 @@ def _build_order(kind, window, flip, height, width, device, released, class_toke
                 "the release only takes square ones; use restore='exact'")
         identity = identity and (not flip or height * width - class_token == class_token)
     key = kind, window, flip, height, width
-    if torch.compiler.is_compiling():
+    if _traced(device):
         tables = _scan_tables(torch.empty(0, device=device), *key, class_token)
     else:
         tables = _cached(_TABLES, _MAX_CACHED_TABLES, _tables, (device, *key, class_token))
