@@ -127,7 +127,7 @@ def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, 
         x_BKES, delta_BKES, -torch.exp(at_least_float32(torch.cat([b.A_log for b in branches]))),
         spread(b), spread(c), torch.cat([b.D for b in branches]), z,
         torch.cat([b.dt_proj.bias for b in branches]), True, order=slots, backend='triton')
-    return y_BKES[..., :L]
+    return y_BKES.mT[:, :, :L].mT  # cut with the channels last, so that its gradient lies that way
 
 
 class VimMixer(nn.Module):

@@ -236,20 +236,34 @@ class Allocations(TorchDispatchMode):
         return [(name, nbytes / unit) for name, nbytes, _ in self.found if nbytes >= 0.9 * unit]
 
 
-@pytest.mark.parametrize('family', ['ss2d', 'vim', 'localvim'])
-def test_no_copy_per_direction(family, monkeypatch):
-    """What a forward pass makes that is as large as a sequence: results, and no reordered copy."""
-    torch.manual_seed(0)
-    lanes, checked = fused._lanes, []
+@pytest.fixture
+def checked(monkeypatch):
+    """What the launcher of the scan would copy if it lay badly in memory; that fails."""
+    lanes, seen = fused._lanes, []
 
     def without_copy(x):
-        """What the launcher of the scan would copy, if it lay badly in memory."""
-        checked.append(x)
+        seen.append(x)
         assert lanes(x) is x
         return x
 
     monkeypatch.setattr(fused, '_COPY_ABOVE', 0)
     monkeypatch.setattr(fused, '_lanes', without_copy)
+    return seen
+
+
+@pytest.mark.parametrize('mixer', [
+    LocalVimMixer(4, ('h', 'v_flip', 'w2'), state_dim=1, backend='triton'),
+    VimMixer(4, state_dim=1, backend='triton')],
+    ids=['overhanging windows', 'vim'])
+def test_no_copy_in_the_backward_pass(mixer, checked):
+    mixer(torch.randn(2, 15, 4), (3, 5)).square().sum().backward()
+    assert len(checked) == 3 + 4  # of the forward pass; the same and the gradient of the result
+
+
+@pytest.mark.parametrize('family', ['ss2d', 'vim', 'localvim'])
+def test_no_copy_per_direction(family, checked):
+    """What a forward pass makes that is as large as a sequence: results, and no reordered copy."""
+    torch.manual_seed(0)
     if family == 'ss2d':
         D, L = 32, 24
         u, rank, N = torch.randn(1, D, L), 2, 1
