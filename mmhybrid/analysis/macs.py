@@ -269,7 +269,7 @@ _RULES = {
 
 
 # Operators of ours that multiply nothing.
-_FREE = {'mmhybrid::reorder'}
+_FREE = {'mmhybrid::reorder', 'mmhybrid::scan_tables'}
 
 
 def _rule(func) -> Callable[..., Record] | None:
