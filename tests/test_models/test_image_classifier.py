@@ -71,6 +71,15 @@ def test_wrong_arguments(arguments, error, text):
         ImageClassifier(**{'backbone': BACKBONE, **arguments})
 
 
+@pytest.mark.parametrize('kind', [
+    'MambaVisionClassifier', 'VimClassifier', 'VMambaClassifier', 'LocalVMambaClassifier'])
+def test_every_family_is_built_with_the_number_of_classes(kind):
+    with torch.device('meta'):
+        model = ImageClassifier(dict(type=f'mmhybrid.{kind}'), num_classes=7)
+    head, = (param for name, param in model.named_parameters() if name.endswith('head.weight'))
+    assert head.shape[0] == 7
+
+
 def test_wrong_calls(batch):
     model = ImageClassifier(BACKBONE, num_classes=3)
     with pytest.raises(ValueError, match="mode='loss' needs one class index per image"):
