@@ -61,6 +61,7 @@ class ScanOrder:
         length: L', number of positions of the sequence; larger than the number of tokens L where
             windows overhang the map.
         order: int32 (L',); the token read at each position, -1 for a zero token.
+        inverse: int32 (L,); the position at which each token is read.
         place: int32 (L,); the position from which each token is restored.
         overhang: side of the windows if some of them overhang the map, else 0; orders of a map
             with the same overhang have the same length.
@@ -291,12 +292,18 @@ def _for_training():
 
 def _traced(device: torch.device) -> bool:
     """Whether a compiler or a mode watches, for which tensors are not what they seem."""
-    return torch.compiler.is_compiling() or not _worth_keeping(torch.empty(0, device=device))
+    return torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor
 
 
 def _worth_keeping(table: Tensor) -> bool:
-    """False for what is made while a tracer watches: no real tensor, which must not outlive it."""
-    return not torch.compiler.is_compiling() and type(table) is Tensor
+    """False for what must not outlive the moment.
+
+    That is what a tracer sees in place of a tensor, and what the capture of a CUDA graph makes,
+    which has values only once the graph is replayed.
+    """
+    if torch.compiler.is_compiling() or type(table) is not Tensor:
+        return False
+    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _build_order(kind, window, flip, height, width, device, released, class_token) -> ScanOrder:
