@@ -108,7 +108,7 @@ class _Shapes(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.linspace:
-            kwargs = dict(device='cpu', **kwargs)
+            kwargs = {**kwargs, 'device': 'cpu'}
         elif func in self.filling and args[0].is_meta:
             return args[0]
         return func(*args, **kwargs)
