@@ -102,18 +102,16 @@ class MambaVisionMixer(nn.Module):
         # the meta device, where only shapes are tracked, knows no autocast
         if self.fused is False or x.numel() == 0 or x.is_meta:
             return 'plain'
-        kind = x.device.type
         state = self.state_dim
+        if self.fused == 'auto' and choose_backend(
+                self.backend, x.device, torch.float32, state) != 'triton':
+            return 'plain'
+        kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         refusal = mambavision_mixer.refusal(x.device, dtype, state)
-        if self.fused is True:
-            if refusal:
-                raise RuntimeError(f'MambaVisionMixer was asked for fused=True, but {refusal}')
-            return 'fused'
-        if refusal:
-            return 'plain'
-        backend = choose_backend(self.backend, x.device, torch.float32, state)
-        return 'fused' if backend == 'triton' else 'plain'
+        if refusal and self.fused is True:
+            raise RuntimeError(f'MambaVisionMixer was asked for fused=True, but {refusal}')
+        return 'plain' if refusal else 'fused'
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""

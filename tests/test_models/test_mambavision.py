@@ -481,3 +481,16 @@ def test_architectures_are_those_of_the_published_table():
         assert list(ARCHITECTURES[arch]['depths']) == facts['depths']
         if variant not in ('L2_512_21k', 'L3_512_21k'):
             assert list(ARCHITECTURES[arch]['window_size']) == facts['window_size']
+
+
+def test_options_of_the_mixer_reach_every_mixer():
+    net = toy(scan_backend='triton', fused_mixer=True, lean_mixer=True)
+    mixers = [m for m in net.modules() if isinstance(m, MambaVisionMixer)]
+    assert len(mixers) == 2 + 1
+    assert all((m.backend, m.fused, m.lean) == ('triton', True, True) for m in mixers)
+    plain = [m for m in toy().modules() if isinstance(m, MambaVisionMixer)]
+    assert all((m.backend, m.fused, m.lean) == ('auto', 'auto', False) for m in plain)
+    with pytest.raises(ValueError, match="fused='always', expected True, False or 'auto'"):
+        toy(fused_mixer='always')
+    with pytest.raises(TypeError, match='lean_mixer'):
+        toy(lean_mixer='yes')

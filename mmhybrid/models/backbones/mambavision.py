@@ -136,12 +136,12 @@ class HybridStage(nn.Module):
         layer_scale: see :class:`HybridBlock`.
         downsample: whether the stage owns the convolution that leads to the next stage.
         with_cp: whether to recompute blocks in the backward pass.
-        scan_backend: see :func:`mmhybrid.ops.selective_scan`.
+        mixer: keyword arguments of :class:`mmhybrid.layers.MambaVisionMixer`.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_paths: Sequence[float],
                  mlp_ratio: float = 4, layer_scale: float | None = None, downsample: bool = True,
-                 with_cp: bool = False, scan_backend: str = 'auto'):
+                 with_cp: bool = False, mixer: dict | None = None):
         super().__init__()
         self.window = window
         self.with_cp = with_cp
@@ -149,7 +149,7 @@ class HybridStage(nn.Module):
         self.blocks = nn.ModuleList(
             HybridBlock(
                 dim,
-                MambaVisionMixer(dim, backend=scan_backend) if j < scans
+                MambaVisionMixer(dim, **mixer or {}) if j < scans
                 else Attention(dim, num_heads),
                 mlp_ratio, rate, layer_scale)
             for j, rate in enumerate(drop_paths))
@@ -192,6 +192,9 @@ class MambaVision(StagedBackbone):
         out_norm: norm of each output: 'ln2d' (or True) for LayerNorm over channels, 'bn' for
             BatchNorm, None (or False) for none.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        fused_mixer: whether scan blocks use fused kernels: True, False, or 'auto' for where the
+            scan runs in Triton, see :class:`mmhybrid.layers.MambaVisionMixer`.
+        lean_mixer: whether those kernels keep less memory for the backward pass and compute more.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -226,6 +229,8 @@ class MambaVision(StagedBackbone):
                  with_cp: bool = False,
                  out_norm: str | bool | None = 'ln2d',
                  scan_backend: str = 'auto',
+                 fused_mixer: bool | str = 'auto',
+                 lean_mixer: bool = False,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(init_cfg=init_cfg)
         arch = _checked_architecture(arch)
@@ -239,7 +244,7 @@ class MambaVision(StagedBackbone):
         _check_layer_scale(layer_scale)
         check_integers('in_channels', [in_channels], 1)
         check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
-        check_flags(norm_eval=norm_eval, with_cp=with_cp)
+        check_flags(norm_eval=norm_eval, with_cp=with_cp, lean_mixer=lean_mixer)
 
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
@@ -250,6 +255,7 @@ class MambaVision(StagedBackbone):
 
         self.patch_embed = ConvStem(in_channels, arch['stem_width'], arch['dim'])
         self.levels = nn.ModuleList()
+        mixer = dict(backend=scan_backend, fused=fused_mixer, lean=lean_mixer)
         rates_of = drop_path_rates(drop_path_rate, arch['depths'])
         for i, (dim, rates) in enumerate(zip(dims, rates_of, strict=True)):
             shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp)
@@ -258,7 +264,7 @@ class MambaVision(StagedBackbone):
             else:
                 self.levels.append(HybridStage(
                     dim, arch['num_heads'][i], window_size[i], rates, arch['mlp_ratio'],
-                    layer_scale, scan_backend=scan_backend, **shared))
+                    layer_scale, mixer=mixer, **shared))
         for i in self.out_indices:
             self.add_module(f'outnorm{i}', _output_norm(out_norm, dims[i]))
         self.freeze()
