@@ -177,15 +177,19 @@ class _Whole(TorchFunctionMode):
         self.counter = counter
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        rule = _WHOLE.get(func)
-        if rule is None:
-            return func(*args, **(kwargs or {}))
-        self.counter.paused = True
-        try:
-            out = func(*args, **(kwargs or {}))
-        finally:
-            self.counter.paused = False
-        self.counter.add(rule(out, *args, **(kwargs or {})), [], [])
+        kwargs = kwargs or {}
+        if func not in _WHOLE:
+            return func(*args, **kwargs)
+        rule, shape = _WHOLE[func]
+        if args and args[0].is_meta:  # many small operators would only find out the shape
+            out = args[0].new_empty(shape(*args, **kwargs))
+        else:
+            self.counter.paused = True
+            try:
+                out = func(*args, **kwargs)
+            finally:
+                self.counter.paused = False
+        self.counter.add(rule(out, *args, **kwargs), [], [])
         return out
 
 
@@ -237,13 +241,27 @@ def _attention(out, query, key, value, *_, **__) -> Record:
     return Record('', 'attention', macs)
 
 
+def _layer_norm(out, x, shape, weight=None, *_, **__) -> Record:
+    return _norm(5)(out, x, weight)
+
+
 def _rms_norm(out, x, *_, **__) -> Record:
     return Record('', 'norm', 4 * x.numel())
 
 
+def _same_shape(x, *_, **__):
+    return x.shape
+
+
+def _attended_shape(query, key, value, *_, **__):
+    return (*query.shape[:-1], value.shape[-1])
+
+
+# function -> rule, and shape of the result
 _WHOLE = {
-    nn.functional.scaled_dot_product_attention: _attention,
-    nn.functional.rms_norm: _rms_norm,
+    nn.functional.scaled_dot_product_attention: (_attention, _attended_shape),
+    nn.functional.layer_norm: (_layer_norm, _same_shape),
+    nn.functional.rms_norm: (_rms_norm, _same_shape),
 }
 
 _RULES = {
@@ -252,7 +270,7 @@ _RULES = {
     'aten::bmm': _mm,
     'aten::addmm': _addmm,
     'aten::baddbmm': _addmm,
-    'aten::native_layer_norm': lambda out, x, shape, *rest: _norm(5)(out, x, *rest),
+    'aten::native_layer_norm': _layer_norm,
     'aten::native_group_norm': _group_norm,
     'aten::native_batch_norm': _norm(2),
     'aten::cudnn_batch_norm': _norm(2),
