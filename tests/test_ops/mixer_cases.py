@@ -87,15 +87,14 @@ def test_every_gradient(length, dim, lean, options):
 
 
 def test_every_run_gives_the_same_bits():
-    mixer, x = make_mixer(72, fused=True, state_dim=2), torch.randn(2, 18, 72)
+    mixer, x = make_mixer(136, fused=True, state_dim=1), torch.randn(2, 5, 136)
     first = results(mixer, x, torch.ones_like(x))
     for name, value in results(mixer, x, torch.ones_like(x)).items():
         assert torch.equal(value, first[name]), f'{name} differs from run to run'
 
 
-@pytest.mark.parametrize('lean', [False, True])
-@pytest.mark.parametrize('tokens', [4, 12])
-def test_kept_states(lean, tokens, monkeypatch):
+@pytest.mark.parametrize(('tokens', 'lean'), [(4, False), (4, True), (12, False)])
+def test_kept_states(tokens, lean, monkeypatch):
     """A scan that is cut: in chunks that are kept as they are, and in some that are thinned."""
     plan = scan.launch_plan
 
@@ -119,8 +118,8 @@ def weights_of(mixer):
             mixer.out_proj.weight)  # fmt: skip
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_parameters(dtype):
+def test_half_precision_parameters():
+    dtype = torch.bfloat16
     mixer = make_mixer(24, fused=True, state_dim=2).to(dtype)
     got = compare(mixer, torch.randn(2, 11, 24).to(dtype), 2 * STORED[dtype], state_dim=2)
     assert {value.dtype for value in got.values()} == {dtype}
@@ -139,7 +138,7 @@ def test_autocast_stores_halves_and_keeps_gradients_whole(dtype):
 
 
 def test_backward_inside_autocast():
-    mixer, x = make_mixer(8, fused=True), torch.randn(1, 5, 8)
+    mixer, x = make_mixer(8, fused=True, state_dim=1), torch.randn(1, 5, 8)
     dy = torch.randn(1, 5, 8)
     outside = results(mixer, x, dy)
     y = mixer(x)
@@ -151,8 +150,8 @@ def test_backward_inside_autocast():
 
 
 def test_checkpointing_changes_nothing():
-    mixer, x = make_mixer(12, fused=True, state_dim=2), torch.randn(2, 9, 12)
-    dy = torch.randn(2, 9, 12)
+    mixer, x = make_mixer(12, fused=True, state_dim=2), torch.randn(1, 6, 12)
+    dy = torch.randn(1, 6, 12)
     calls = []
     mixer.register_forward_pre_hook(lambda *_: calls.append(1))
     kept = results(mixer, x, dy)
@@ -168,7 +167,7 @@ def test_tokens_with_strides():
 
 
 def test_frozen_input_and_parameters():
-    mixer = make_mixer(8, fused=True)
+    mixer = make_mixer(8, fused=True, state_dim=1)
     mixer.conv1d_x.weight.requires_grad_(False)
     mixer(torch.randn(1, 6, 8)).sum().backward()
     assert mixer.conv1d_x.weight.grad is None and mixer.conv1d_z.weight.grad is not None

@@ -1,11 +1,13 @@
 """What the kernels of the fused mixer become on a GPU, read from the machine code."""
 
+import collections
 import importlib
 import itertools
 
 import pytest
 import torch
 from machine_code import Recorder, build, compiler, count, specialisation
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmhybrid.layers import MambaVisionMixer
 from mmhybrid.ops.mambavision_mixer import fused
@@ -48,6 +50,44 @@ def launches(kernels, monkeypatch, batch, length, dim, dtype=torch.bfloat16, lea
 
 def names(calls):
     return [kernel.fn.__name__.removesuffix('_kernel') for kernel, _ in calls]
+
+
+class Log(TorchDispatchMode):
+    """Counts PyTorch's operations that are neither views nor allocations."""
+
+    FREE = {'t', 'view', '_unsafe_view', 'as_strided', 'slice', 'transpose', 'unsqueeze', 'squeeze',
+            'permute', 'select', 'detach', 'new_empty', 'empty', 'empty_like'}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.seen = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        nothing = args and isinstance(args[0], torch.Tensor) and args[0].numel() == 0
+        if name not in self.FREE and not nothing:
+            self.seen[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.plain_empty
+def test_nothing_is_copied_turned_or_concatenated(kernels, monkeypatch):
+    logs = []
+    for name in ('_forward', '_backward'):
+        function = getattr(fused, name)
+
+        def logged(*arguments, function=function):
+            with Log() as log:
+                result = function(*arguments)
+            logs.append(log.seen)
+            return result
+
+        monkeypatch.setattr(fused, name, logged)
+    launches(kernels, monkeypatch, 2, 3136, 640)
+    forward, backward = logs
+    assert forward == {'mm': 4}
+    # Seven gradients and the step again; the taps' sum, the decay rates and the doubled bias.
+    assert backward == {'mm': 8, 'addmm_': 1, 'sum': 1, 'mul': 2}
 
 
 def test_launches(kernels, monkeypatch):
