@@ -107,7 +107,9 @@ class _names:
     def __enter__(self):
         for name, module in self.modules.items():
             # hooks would miss what calls ``part.forward(x)``, as mmseg does
-            module.forward = functools.partial(self.run, name, module.forward)
+            # wraps: the arguments stay visible to those who ask for the signature
+            module.forward = functools.wraps(module.forward)(
+                functools.partial(self.run, name, module.forward))
 
     def __exit__(self, *_):
         for module in self.modules.values():

@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmhybrid.analysis import CONVENTIONS, Cost, count_macs, sum_up
+from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
 
 from .errors import UserError
 from .whole_models import ModelSource, build_model, takes_samples
@@ -40,7 +40,24 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
     if convention not in CONVENTIONS:
         raise UserError(f'--convention got {convention!r}; expected one of '
                         f'{", ".join(CONVENTIONS)}.')
-    model = build_model(source, 'meta')
+    try:
+        counted = _count(source, shape, convention, 'meta')
+    except _NeedsNumbers:
+        counted = _count(source, shape, convention, 'cpu')
+        counted[2].append('really computed on the CPU, because the model looks at numbers')
+    model, records, notes = counted
+    rows = sum_up(model, records, convention, depth)
+    return Cost(source.name, (_channels(source), *shape), convention, rows,
+                sum(record.macs for record in records), notes)
+
+
+class _NeedsNumbers(Exception):
+    """The model does something that shapes alone cannot answer."""
+
+
+def _count(source: ModelSource, shape: Sequence[int], convention: str, device: str
+           ) -> tuple[nn.Module, list[Record], list[str]]:
+    model = build_model(source, device)
     model.eval()  # not in one line: many backbones of mmdet return nothing
     types = {type(module).__name__ for module in model.modules()}
     if convention == 'localvim-released' and not types & {*_ONE_DIRECTION}:
@@ -50,21 +67,20 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
         # whatever a config or the environment wants to scan with: shapes need no device for it
         if type(module).__module__.startswith('mmhybrid.') and hasattr(module, 'backend'):
             module.backend = 'torch'
-    image = torch.empty(1, _channels(source), *shape, device='meta')
+    image = torch.zeros(1, _channels(source), *shape, device=device)
     notes: list[str] = []
     try:
-        records = count_macs(
-            model, lambda: _forward(model, image, CONVENTIONS[convention].rois, notes))
+        return model, count_macs(
+            model, lambda: _forward(model, image, CONVENTIONS[convention].rois, notes)), notes
     except UserError:
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
+        if device == 'meta' and ('meta tensor' in str(error) or 'Meta' in str(error)):
+            raise _NeedsNumbers from error
         raise UserError(
             f'{source.name} cannot run on a {shape[0]} x {shape[1]} image without data: '
             f'{type(error).__name__}: {error}\nTry another --shape, or --backbone-only '
             '(--traceback shows where).') from error
-    rows = sum_up(model, records, convention, depth)
-    return Cost(source.name, tuple(image.shape[1:]), convention, rows,
-                sum(record.macs for record in records), notes)
 
 
 def _channels(source: ModelSource) -> int:

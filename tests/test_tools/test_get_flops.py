@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mmhybrid.engine.complexity import measure
 from mmhybrid.engine.errors import run_command
@@ -130,6 +131,31 @@ def test_classifier_of_a_config():
     source = find_model(str(ROOT / 'configs/classification/localvim_t_imagenet.py'))
     assert measure(source, (224, 224), 'localvim-released').macs / 1e9 == pytest.approx(
         1.482, rel=0.005)
+
+
+def test_what_a_segmentor_runs():
+    config = str(ROOT / 'configs/upernet_vmamba_t_ade20k.py')
+    cost = measure(find_model(config), (128, 256), depth=1)
+    assert [note.partition(',')[0] for note in cost.notes] == ['without the auxiliary head']
+    rows = {row.module: row for row in cost.rows}
+    assert rows['auxiliary_head'].total == 0 < rows['auxiliary_head'].parameters
+    # resizing happens in decode_head.forward, which mmseg calls without the module's hooks
+    assert rows['decode_head'].macs['resize'] > 1e6
+    assert cost.macs == rows['backbone'].total + rows['decode_head'].total
+
+
+def test_a_model_that_looks_at_numbers(tmp_path):
+    from mmengine.registry import MODELS
+
+    @MODELS.register_module(force=True)
+    class Looks(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1) if x.sum().item() == 0 else x)
+
+    config = tmp_path / 'looks.py'
+    config.write_text("model = dict(type='Looks', in_features=48, out_features=5)\n")
+    cost = measure(find_model(str(config)), (4, 4))
+    assert cost.macs == 240 and 'really computed' in cost.notes[0]
 
 
 def test_single_stage_detector(tmp_path):
