@@ -192,7 +192,7 @@ def test_walk_conv(directions, size, channels, taps):
     for result, inputs in ((y, leaves), (expected, exact)):
         grads = torch.autograd.grad((result * weight).sum(), inputs)
         results.append(dict(zip(('y', 'u', 'weight', 'bias'), (result, *grads), strict=True)))
-    assert_same(*results, 2e-6)
+    assert_same(*results, 1e-5)  # the slope of the SiLU is a difference, and may nearly vanish
 
 
 def test_walk_conv_is_an_operator():
