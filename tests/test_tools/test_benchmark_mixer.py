@@ -107,3 +107,14 @@ def test_floor_and_gate(mixer, capsys):
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     assert code == 1 and mixer.WRONG in printed and 'p50_ms' not in printed
+
+
+def test_kept_results_have_the_columns_of_the_script(mixer):
+    paths = sorted((FOLDER / 'results').glob('mixer*.csv'))
+    assert paths
+    for path in paths:
+        with open(path, newline='') as file:
+            rows = list(csv.DictReader(file))
+        assert rows and tuple(rows[0]) == mixer.COLUMNS, path
+        for row in rows:
+            assert float(row['p20_ms']) <= float(row['p50_ms']) <= float(row['p80_ms'])
