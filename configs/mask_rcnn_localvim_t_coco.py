@@ -2,7 +2,7 @@
 # in float32; the paper's text calls it a Cascade Mask R-CNN.
 _base_ = [
     './_base_/models/mask_rcnn_vitdet.py',
-    './_base_/datasets/coco_lsj_grey.py',
+    './_base_/datasets/coco_lsj.py',
     './_base_/schedules/coco_lsj_100e.py',
     './_base_/runtime_det_iterations.py',
 ]
@@ -13,6 +13,8 @@ published_checkpoint = dict(
     licence='Apache-2.0')
 
 model = dict(
+    data_preprocessor=dict(
+        type='mmhybrid.ColourPadPreprocessor', pad_colour=(114, 114, 114), pad_size_divisor=1024),
     backbone=dict(
         type='mmhybrid.LocalVim', arch='tiny', img_size=1024, out_indices=(19,),
         drop_path_rate=0.1),

@@ -124,8 +124,6 @@ def _shrink_pipeline(steps, detector):
             _shrink_pipeline(step.transforms, detector)
         if 'scale' in step:
             step.scale = (LONG_SIDE, SHORT_SIDE if detector else CROP)
-        if step.type == 'Pad':
-            step.size = (LONG_SIDE, LONG_SIDE)
         if 'scales' in step:
             step.scales = [(LONG_SIDE, SHORT_SIDE), (LONG_SIDE, SHORT_SIDE - 32)]
         if 'crop_size' in step:

@@ -7,6 +7,7 @@ from .backbones import (
     MM_LocalVim,
     MM_LocalVSSM,
     MM_mamba_vision,
+    TimmFeatures,
     Vim,
     VisionMambaSeg,
     VMamba,
@@ -24,5 +25,5 @@ from .necks import SimpleFPN
 
 __all__ = ['ImageClassifier', 'LocalVMamba', 'LocalVMambaClassifier', 'LocalVim',
            'LocalVimClassifier', 'MM_LocalVSSM', 'MM_LocalVim', 'MM_VSSM', 'MM_mamba_vision',
-           'MambaVision', 'MambaVisionClassifier', 'SimpleFPN', 'VMamba', 'VMambaClassifier', 'Vim',
-           'VimClassifier', 'VisionMambaSeg', 'load_weights']
+           'MambaVision', 'MambaVisionClassifier', 'SimpleFPN', 'TimmFeatures', 'VMamba',
+           'VMambaClassifier', 'Vim', 'VimClassifier', 'VisionMambaSeg', 'load_weights']
