@@ -50,6 +50,13 @@ def test_a_wrong_choice_is_not_timed(backbone, monkeypatch, capsys):
     assert 'choice reference' in out and 'choice torch' not in out
 
 
+def test_compiled(backbone, capsys):
+    done = backbone.main([*QUICK, '--models', 'Vim', '--choices', 'torch', '--passes', 'forward',
+                          '--modes', 'eager', 'compiled', '--compiler', 'eager'], SMALL)
+    out = capsys.readouterr().out
+    assert done == 0 and 'mode eager' in out and 'mode compiled' in out
+
+
 def test_choices_reach_every_mixer(backbone):
     for name, arguments in SMALL.items():
         model = backbone.build(name, arguments)

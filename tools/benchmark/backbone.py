@@ -143,7 +143,8 @@ def measure(args, model: str, choices: list[str], record: dict, arguments: dict 
             memory[choice] = memory_of(network, call, x, what, args.dtype)
             for mode in args.modes:
                 if mode == 'compiled':
-                    call_compiled = step(torch.compile(network), x, what, args.dtype)
+                    call_compiled = step(torch.compile(network, backend=args.compiler), x, what,
+                                         args.dtype)
                     call_compiled()
                     works[mode, choice] = in_sequence([call_compiled])
                 else:
@@ -218,6 +219,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--passes', nargs='+', choices=PASSES, default=PASSES)
     parser.add_argument('--modes', nargs='+', choices=MODES,
                         help='default: eager, and graph on a GPU')
+    parser.add_argument('--compiler', default='inductor', metavar='BACKEND',
+                        help='of torch.compile, for the mode compiled (default: inductor)')
     parser.add_argument('--turns', type=int, default=5, help='turns per choice (default: 5)')
     parser.add_argument('--threads', type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument('--device', choices=('cpu', 'cuda'),
