@@ -34,6 +34,8 @@
 #define W 4
 #endif
 #define TILE 32  // tokens; cpp.py has the same number
+#define LINE 16  // floats of a cache line
+#define LINES (TILE / LINE)
 
 namespace {
 
@@ -220,17 +222,35 @@ void read_tile(const View& x, int64_t b, int64_t c, int64_t t, int lanes, int co
   }
 }
 
-// Ask for a tile that comes next: a channel's tokens lie far from those of its neighbours, in too
-// many streams for the processor to foresee. (Always inline: else g++ takes it for a function
-// without effect.)
-template <int WRITE>
-__attribute__((always_inline)) inline void prefetch_tile(const View& x, int64_t b, int64_t c,
-                                                         int64_t t, int lanes, int count) {
-  if (x.token != 1 && x.token != -1) return;
-  for (int i = 0; i < lanes; ++i)
-    for (int j = 0; j < count; j += 64 / sizeof(float))
-      __builtin_prefetch(x.at(b, c + i, t + j), WRITE);
-}
+// Asks for the tile that comes next, a line per view and token while this one is computed: a
+// channel's tokens lie far from those of its neighbours, in too many streams for the processor to
+// foresee, and all requests at once would fill its queue and stop it.
+template <int READS, int WRITES> struct Ahead {
+  const float* first[READS + WRITES];
+  int64_t channel[READS + WRITES];
+  int lines = 0;  // per view
+  // Views in the order of READS, then WRITES; channels from c, tokens from t.
+  void aim(const View* const* views, int64_t b, int64_t c, int64_t t, int lanes, int count) {
+    lines = lanes * LINES;
+    for (int k = 0; k < READS + WRITES; ++k) {
+      const View& x = *views[k];
+      const bool along = x.token == 1 || x.token == -1;
+      first[k] = x.at(b, c, x.token == -1 ? t + count - 1 : t);
+      channel[k] = along ? x.channel : 0;  // else neighbours share lines, which are foreseen
+    }
+  }
+  // (Always inline: else g++ takes it for a function without effect.)
+  __attribute__((always_inline)) void fetch(int i) const {
+    if (i >= lines) return;
+    for (int k = 0; k < READS + WRITES; ++k) {
+      const float* p = first[k] + i / LINES * channel[k] + i % LINES * LINE;
+      if (k < READS)
+        __builtin_prefetch(p, 0);
+      else
+        __builtin_prefetch(p, 1);
+    }
+  }
+};
 
 void write_tile(const View& x, int64_t b, int64_t c, int64_t t, int lanes, int count,
                 const vec* in) {
@@ -320,7 +340,8 @@ int block_lanes(const Arguments& a, int64_t block) {
 }
 int64_t state_size(const Arguments& a) { return a.padded_state * a.heads; }  // per item
 
-// Step (and its derivative, if asked for) of one tile.
+// Step of one tile, and with SLOPE its derivative.
+template <bool SLOPE>
 void make_steps(const Arguments& a, int64_t b, int64_t c, int64_t t, int lanes, int count,
                 vec* step, vec* slope) {
   read_tile(a.delta, b, c, t, lanes, count, step);
@@ -329,7 +350,7 @@ void make_steps(const Arguments& a, int64_t b, int64_t c, int64_t t, int lanes, 
     vec x = step[i] + bias, s = splat(1.f);
     if (a.softplus) softplus(x, x, s);
     step[i] = x;
-    if (slope) slope[i] = s;
+    if (SLOPE) slope[i] = s;
   }
 }
 
@@ -338,7 +359,8 @@ void make_steps(const Arguments& a, int64_t b, int64_t c, int64_t t, int lanes, 
 // One part of NB states over one tile: h[n] in and out, y added to.
 template <int NB, bool OUT>
 void forward_part(int count, int NP, const vec* step, const vec* input, const float* A, int64_t lda,
-                  const float* B, const float* C, int lanes, vec* h_io, vec* y) {
+                  const float* B, const float* C, int lanes, const Ahead<2, OUT>& ahead,
+                  vec* h_io, vec* y) {
   vec h[NB], rate[NB];
   for (int n = 0; n < NB; ++n) {
     h[n] = h_io[n];
@@ -346,6 +368,7 @@ void forward_part(int count, int NP, const vec* step, const vec* input, const fl
   }
   for (int i = 0; i < count; ++i, B += NP, C += NP) {
     vec d = step[i], x = input[i], sum = {};
+    ahead.fetch(i);
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
       h[n] = exp2_(d * rate[n]) * h[n] + x * B[n];
@@ -375,12 +398,12 @@ void forward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
       const int64_t t = tile * TILE;
       const float* B = a.B + (item * a.length + t) * NP;
       const float* C = a.C + (item * a.length + t) * NP;
+      Ahead<2, OUT> ahead;
       if (tile + 1 < last) {
-        prefetch_tile<0>(a.delta, b, c, t + TILE, lanes, tile_tokens(a, tile + 1));
-        prefetch_tile<0>(a.u, b, c, t + TILE, lanes, tile_tokens(a, tile + 1));
-        if (OUT) prefetch_tile<1>(a.y, b, c, t + TILE, lanes, tile_tokens(a, tile + 1));
+        const View* views[] = {&a.delta, &a.u, &a.y};
+        ahead.aim(views, b, c, t + TILE, lanes, tile_tokens(a, tile + 1));
       }
-      make_steps(a, b, c, t, lanes, count, step, nullptr);
+      make_steps<false>(a, b, c, t, lanes, count, step, nullptr);
       read_tile(a.u, b, c, t, lanes, count, u);
       vec skip = OUT && a.D ? load_some(a.D + c, lanes) : vec{};
       vec total = {};
@@ -396,7 +419,8 @@ void forward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
         float* out = OUT ? in + row : in;
         for (int n = 0; n < NB; ++n)
           h[n] = !OUT && tile == first ? vec{} : load_some(in + n * a.heads, lanes);
-        forward_part<NB, OUT>(count, (int)NP, step, input, A, a.heads, B + n0, C + n0, lanes, h, y);
+        forward_part<NB, OUT>(count, (int)NP, step, input, A, a.heads, B + n0, C + n0, lanes,
+                              ahead, h, y);
         // The start of the next chunk is known already, and its task may be reading it.
         if (!OUT || tile + 1 < last || last == g.tiles)
           for (int n = 0; n < NB; ++n) store_some(out + n * a.heads, h[n], lanes);
@@ -476,7 +500,8 @@ struct Scratch {
 template <int NB>
 void backward_part(int count, int NP, const vec* step, const vec* input, const vec* grad_y,
                    const float* A, int64_t lda, const float* B, const float* C, int lanes,
-                   Scratch& s, int n0, vec* g_io, vec* grad_A, vec* grad_input, vec* grad_step) {
+                   Scratch& s, int n0, const Ahead<3, 2>& ahead, vec* g_io, vec* grad_A,
+                   vec* grad_input, vec* grad_step) {
   vec rate[NB], g[NB], dA[NB];
   for (int n = 0; n < NB; ++n) rate[n] = load_some(A + n * lda, lanes);
   {
@@ -484,6 +509,7 @@ void backward_part(int count, int NP, const vec* step, const vec* input, const v
     for (int n = 0; n < NB; ++n) h[n] = s.state[n];
     for (int i = 0; i < count; ++i) {
       vec d = step[i] * LOG2E, x = input[i];
+      ahead.fetch(i);
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) {
         vec decay = exp2_(d * rate[n]);
@@ -555,7 +581,7 @@ void adjoint_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
     for (int64_t block = from; block < to; ++block) {
       const int lanes = block_lanes(a, block);
       const int64_t c = group * a.heads + block * W;
-      make_steps(a, b, c, t, lanes, count, step, nullptr);
+      make_steps<false>(a, b, c, t, lanes, count, step, nullptr);
       read_tile(a.grad_y, b, c, t, lanes, count, grad_y);
       vec total = {};
       for (int i = 0; i < count; ++i) total += step[i];
@@ -592,18 +618,16 @@ void backward_task(const Arguments& a, const Grid& g, int64_t item, int64_t spli
       const int lanes = block_lanes(a, block);
       const int64_t c = group * a.heads + block * W;
       // Next come the following block, or the first block of the tile on the left.
+      Ahead<3, 2> ahead;
       const int64_t next_tile = block + 1 < to ? tile : tile - 1;
       if (next_tile >= first) {
         const int64_t next = block + 1 < to ? block + 1 : from;
         const int64_t c1 = group * a.heads + next * W, t1 = next_tile * TILE;
         const int lanes1 = block_lanes(a, next), count1 = tile_tokens(a, next_tile);
-        prefetch_tile<0>(a.delta, b, c1, t1, lanes1, count1);
-        prefetch_tile<0>(a.u, b, c1, t1, lanes1, count1);
-        prefetch_tile<0>(a.grad_y, b, c1, t1, lanes1, count1);
-        prefetch_tile<1>(a.grad_u, b, c1, t1, lanes1, count1);
-        prefetch_tile<1>(a.grad_delta, b, c1, t1, lanes1, count1);
+        const View* views[] = {&a.delta, &a.u, &a.grad_y, &a.grad_u, &a.grad_delta};
+        ahead.aim(views, b, c1, t1, lanes1, count1);
       }
-      make_steps(a, b, c, t, lanes, count, step, slope);
+      make_steps<true>(a, b, c, t, lanes, count, step, slope);
       read_tile(a.u, b, c, t, lanes, count, u);
       read_tile(a.grad_y, b, c, t, lanes, count, grad_y);
       for (int i = 0; i < count; ++i) {
@@ -619,7 +643,8 @@ void backward_task(const Arguments& a, const Grid& g, int64_t item, int64_t spli
           dA[n] = vec{};
         }
         backward_part<NB>(count, (int)NP, step, input, grad_y, A, a.heads, a.B + bc + n0,
-                          a.C + bc + n0, lanes, s, (int)n0, h, dA, grad_input, grad_step);
+                          a.C + bc + n0, lanes, s, (int)n0, ahead, h, dA, grad_input,
+                          grad_step);
         for (int n = 0; n < NB; ++n) {
           store_some(adjoint + offset + n * a.heads, h[n], lanes);
           add_some(sums.A + offset + n * a.heads, dA[n], lanes, tile == last - 1);
