@@ -12,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmhybrid.ops.cross_scan import scan_plan
 
 
+pytestmark = pytest.mark.plain_empty
+
+
 def tiny(arguments):
     """One block per stage, or two blocks: a compiler follows every block anew."""
     arch = dict(arguments['arch'])

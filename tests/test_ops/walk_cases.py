@@ -125,7 +125,8 @@ LOCAL = ('h', 'v_flip', 'w2_flip', 'w3')
     (LOCAL, (3, 4), False, 'released'),
     (LOCAL, (4, 4), True, 'exact'),
     (('h_flip', 'v', 'w2'), (2, 4), False, 'exact'),
-    (None, (2, 2), False, 'exact'),
+    # the search walks through windows of 7, whatever the map
+    pytest.param(None, (2, 2), False, 'exact', marks=pytest.mark.slow),
 ])
 def test_localvim(directions, size, class_token, v_restore):
     torch.manual_seed(0)
@@ -140,8 +141,7 @@ def test_half_precision():
     """Mixed precision: bfloat16 between the projections, against float32 on copies."""
     torch.manual_seed(0)
     for mixer, x, rest in ((SS2D(8, channel_first=True), torch.randn(1, 8, 3, 4), ()),
-                           (LocalVimMixer(8, LOCAL, state_dim=2), torch.randn(1, 12, 8), ((3, 4),)),
-                           (VimMixer(8, state_dim=2), torch.randn(1, 12, 8), ())):
+                           (LocalVimMixer(8, LOCAL, state_dim=2), torch.randn(1, 6, 8), ((2, 3),))):
         mixer.backend = 'torch'
         expected = mixer(x, *rest)
         mixer.backend = 'triton'
