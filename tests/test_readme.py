@@ -24,6 +24,9 @@ SHORTER = {
     'cascade_mambavision_mini_coco': 'train_cfg.max_epochs=1 train_cfg.val_interval=1',
     'upernet_mambavision_mini_ade20k':
         'train_cfg.max_iters=4 train_cfg.val_interval=4 default_hooks.checkpoint.interval=4',
+    'upernet_localvmamba_mini_ade20k':
+        'train_cfg.max_iters=4 train_cfg.val_interval=4 default_hooks.checkpoint.interval=4',
+    'localvmamba_mini_imagenet': 'train_cfg.max_epochs=1 train_cfg.val_interval=1',
 }
 
 
@@ -80,19 +83,27 @@ def test_commands_run(clone):
         words = shlex.split(command.replace(f'epoch_{epochs()}.pth', 'epoch_1.pth'))
         if words[0] == 'mmhybrid' and not shutil.which('mmhybrid', path=env['PATH']):
             words[:1] = ['python', '-m', 'mmhybrid']  # run from a tree that is not installed
-        if 'train' in words[1]:
+        if 'train' in words[1] or 'search' in words[1]:
             options = next(SHORTER[name] for name in SHORTER if name in command)
             words += options.split() if '--cfg-options' in words else ['--cfg-options',
                                                                        *options.split()]
         if 'prepare_data' in words[1]:
-            words += ['--train', '8', '--val', '4']
+            words += ['--train', '10', '--val', '5']  # every class needs an image
         done = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True,
                               timeout=600)
         assert done.returncode == 0, f'{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
         ran.append(words[1])
     for tool in ('tools/prepare_data.py', 'tools/train.py', 'tools/test.py', 'tools/dist_test.sh',
-                 'tools/visualize.py'):
+                 'tools/visualize.py', 'tools/search_directions.py', 'tools/get_flops.py',
+                 'tools/benchmark/model.py'):
         assert tool in ran, f'the README does not show {tool}'
+
+
+def test_costs_are_those_of_the_whole_table():
+    whole = (ROOT / 'configs/complexity.md').read_text().splitlines()
+    rows = re.findall(r'^\| .* \| (?:yes|.*\*\*no\*\*.*) \| .* \|$', README, re.M)
+    assert len(rows) > 8
+    assert set(rows) <= set(whole)
 
 
 def test_plugin_config_builds_elsewhere(tmp_path):
