@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmhybrid.ops.cross_scan import scan_plan
 
-
 pytestmark = pytest.mark.plain_empty
 
 

@@ -166,7 +166,8 @@ class ScanPlan:
         """Directions that one scan without tables takes together: (reverse, their indices)."""
         grouped: dict[tuple[bool, int], list[int]] = {}
         for k, reverse in enumerate(self.reverse):
-            grouped.setdefault((reverse, self.order_of(k).overhang), []).append(k)
+            key = reverse, self.order_of(k).overhang
+            grouped[key] = [*grouped.get(key, ()), k]
         return [(reverse, ks) for (reverse, _), ks in grouped.items()]
 
     def walks(self) -> Tensor:

@@ -163,5 +163,6 @@ def _pick(t: Tensor, ks: list[int]) -> Tensor:
     """Rows ``ks`` of dimension 0; a view where they are evenly spaced."""
     if len(ks) == t.shape[0]:
         return t
-    steps = {b - a for a, b in zip(ks, ks[1:], strict=False)}
-    return t[ks[0]:ks[-1] + 1:steps.pop() if steps else 1] if len(steps) < 2 else t[ks]
+    step = ks[1] - ks[0] if len(ks) > 1 else 1
+    even = step > 0 and ks == list(range(ks[0], ks[-1] + 1, step))
+    return t[ks[0]:ks[-1] + 1:step] if even else t[ks]
