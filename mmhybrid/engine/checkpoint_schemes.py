@@ -7,26 +7,70 @@ they understand ``hf://`` and the short names of published weights.
 """
 from __future__ import annotations
 
+import ast
 import io
+import logging
 import os.path as osp
 
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from mmhybrid.weights import WeightsError, read_checkpoint, read_file
+from mmhybrid.weights import TRUST_VARIABLE, WeightsError, read_checkpoint, read_file, trusted
 
 __all__ = ['install']
 
 
 def _inert(checkpoint: object) -> object:
-    """Take away the text that mmengine's ``resume`` would run as a Python config.
+    """Take away texts that mmengine would run as a Python config.
 
-    Its own checkpoints keep theirs under another name, which only inferencers that are given no
-    config read.
+    ``resume`` runs ``meta.config``, which its own checkpoints do not have. Inferencers that are
+    given no config run the one that training wrote; it stays if it only sets plain values.
     """
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get('meta'), dict):
-        checkpoint['meta'].pop('config', None)
+    if not isinstance(checkpoint, dict):
+        return checkpoint
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict):
+        meta.pop('config', None)
+    hub = checkpoint.get('message_hub')
+    for holder in (meta, hub.get('runtime_info') if isinstance(hub, dict) else None):
+        if not isinstance(holder, dict) or 'cfg' not in holder:
+            continue
+        if not trusted() and not _sets_plain_values(holder['cfg']):
+            del holder['cfg']
+            print_log('The config inside the checkpoint does more than set plain values, so it is '
+                      'left out; give the config file where one is needed (or set '
+                      f'{TRUST_VARIABLE}=1 for files of your own).', logger='current',
+                      level=logging.WARNING)
     return checkpoint
+
+
+def _sets_plain_values(text: object) -> bool:
+    """Whether a config's text is nothing but names that are set to literals and ``dict(...)``."""
+    try:
+        return all(
+            isinstance(line, ast.Assign) and _plain(line.value)
+            and all(isinstance(target, ast.Name) for target in line.targets)
+            for line in ast.parse(text).body)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def _plain(node: ast.expr) -> bool:
+    if isinstance(node, ast.Constant):
+        return True
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant)
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return all(map(_plain, node.elts))
+    if isinstance(node, ast.Dict):
+        return all(key is not None and _plain(key) for key in node.keys) and all(
+            map(_plain, node.values))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        # float: infinities
+        return node.func.id in ('dict', 'float') and all(
+            map(_plain, [*node.args, *(item.value for item in node.keywords)]))
+    return False
 
 
 def load_from_local(filename: str, map_location=None) -> object:

@@ -9,14 +9,22 @@ import os
 from .download import sha256_of
 from .errors import WeightsError
 from .nesting import strip_wrappers, unwrap
-from .reading import TRUST_VARIABLE, check_file, file_format, read_file, safetensors_metadata
+from .reading import (
+    TRUST_VARIABLE,
+    check_file,
+    file_format,
+    read_file,
+    safetensors_metadata,
+    trusted,
+)
 from .recognition import Identity, identify, kind_of
 from .released import RELEASED, Released
 from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
            'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of', 'read_checkpoint',
-           'read_file', 'safetensors_metadata', 'sha256_of', 'strip_wrappers', 'unwrap']
+           'read_file', 'safetensors_metadata', 'sha256_of', 'strip_wrappers', 'trusted',
+           'unwrap']
 
 
 def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:

@@ -17,13 +17,19 @@ import torch
 from .allowed import Refused, allowed_names, check_pickle, harmless_globals
 from .errors import WeightsError
 
-__all__ = ['TRUST_VARIABLE', 'check_file', 'file_format', 'read_file', 'safetensors_metadata']
+__all__ = ['TRUST_VARIABLE', 'check_file', 'file_format', 'read_file', 'safetensors_metadata',
+           'trusted']
 
 #: Environment variable that allows everything a pickle may do.
 TRUST_VARIABLE = 'MMHYBRID_TRUST_CHECKPOINTS'
 _AGAIN = 'fetch it again'
 _LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
 _log = logging.getLogger(__name__)
+
+
+def trusted() -> bool:
+    """Whether the user vouches for every checkpoint of this program."""
+    return os.environ.get(TRUST_VARIABLE, '0') not in ('', '0')
 
 
 def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: bool = False,
@@ -56,7 +62,7 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
     kind = file_format(file, name)
     if kind == 'safetensors':
         return _read_safetensors(file, map_location, name)
-    trust = trust or os.environ.get(TRUST_VARIABLE, '0') not in ('', '0')
+    trust = trust or trusted()
     allowed_names()  # not within the try statement: an error of ours is no damaged file
     try:
         if not trust:

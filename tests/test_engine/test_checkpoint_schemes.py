@@ -64,6 +64,37 @@ def test_a_config_in_the_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
+@pytest.mark.parametrize('place', ['meta', 'message_hub'])
+@pytest.mark.parametrize('text', [
+    "import os\nos.mkdir('x')\n", "model = __import__('os').mkdir('x')\n",
+    "model = dict(**{'a': open('x')})\n", "model = [y for y in open('x')]\n", 'x = (\n',
+    'x.y = 1\n', "model = dict(open('x'))\n", "dict = float = open\nx = dict('x')\n",
+    'dict(a=1)\n', "model = f'{open(1)}'\n", 'model = ' + 50 * '[' + 'print()' + 50 * ']'])
+def test_inferencers_find_no_config_that_runs(place, text, tmp_path, monkeypatch):
+    def saved():
+        return dict(state_dict={}, **{'meta': dict(cfg=text)} if place == 'meta' else {
+            'message_hub': dict(runtime_info=dict(cfg=text))})
+
+    def kept():
+        read = CheckpointLoader.load_checkpoint(str(tmp_path / 'w.pth'))
+        return 'cfg' in (read['meta'] if place == 'meta' else read['message_hub']['runtime_info'])
+
+    torch.save(saved(), tmp_path / 'w.pth')
+    assert not kept()
+    monkeypatch.setenv('MMHYBRID_TRUST_CHECKPOINTS', '1')
+    assert kept()
+
+
+def test_configs_of_training_stay(tmp_path):
+    from pathlib import Path
+
+    from mmengine.config import Config
+    for path in sorted((Path(__file__).parents[2] / 'configs').glob('*_t_*.py')):
+        text = Config.fromfile(path).pretty_text + "x = [float('inf'), -1e-05, {3: None}, {1}]\n"
+        torch.save(dict(state_dict={}, meta=dict(cfg=text)), tmp_path / 'w.pth')
+        assert CheckpointLoader.load_checkpoint(str(tmp_path / 'w.pth'))['meta']['cfg'] == text
+
+
 def test_own_checkpoints_come_back_whole(tmp_path):
     first = toy.run(tmp_path / 'a', dict(type='EpochBasedTrainLoop', max_epochs=1),
                     dict(interval=1))
