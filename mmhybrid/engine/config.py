@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import os.path as osp
 from pathlib import Path
@@ -10,6 +11,8 @@ from mmengine.config import Config, ConfigDict
 
 from mmhybrid.weights import RELEASED, is_known_source
 
+from ..models.backbones.base import DenseBackbone
+from ..registry import MODELS
 from .amp import has_accelerator
 from .errors import UserError
 
@@ -151,20 +154,38 @@ def apply_pretrained(cfg: Config, path: str | None) -> list[str]:
     backbone = cfg.model.get('backbone')
     if path:
         if backbone is None:
-            raise UserError('--pretrained sets model.backbone.init_cfg, and this model has no '
-                            'backbone. Use --cfg-options load_from=... instead.')
+            raise UserError('--pretrained is for model.backbone, and this model has none. Use '
+                            '--cfg-options load_from=... instead.')
         elsewhere = is_remote(path) or is_known_source(path)
         if not elsewhere and not osp.isfile(osp.expanduser(path)):
             raise UserError(f'--pretrained {path} does not exist.{_published(cfg)}')
         path = path if elsewhere else osp.expanduser(path)
         cfg.pretrained = path
-        backbone.init_cfg = ConfigDict(type='Pretrained', checkpoint=path)
+        for node in (cfg.model, backbone):  # two files at once are an error, or the other one wins
+            if node.get('pretrained'):
+                node.pretrained = None
+        argument = _weights_argument(backbone)
+        backbone[argument] = path if argument != 'init_cfg' else ConfigDict(
+            type='Pretrained', checkpoint=path)
         return []
     if cfg.get('load_from') or cfg.get('resume') or backbone is None:
         return []
-    if backbone.get('init_cfg') or backbone.get('pretrained'):
+    if (backbone.get(_weights_argument(backbone)) or backbone.get('pretrained')
+            or cfg.model.get('pretrained')):
         return []
     return ['Training starts from random weights.' + _published(cfg)]
+
+
+def _weights_argument(backbone: ConfigDict) -> str:
+    """The setting that names a backbone's weights: drop-ins take init_cfg without effect."""
+    kind = backbone.get('type')
+    if isinstance(kind, str):
+        kind = MODELS.module_dict.get(kind.rpartition('.')[2])
+    if isinstance(kind, type) and issubclass(kind, DenseBackbone):
+        for name in ('pretrained', 'pretrained_ckpt'):
+            if name in inspect.signature(kind).parameters:
+                return name
+    return 'init_cfg'
 
 
 def _published(cfg: Config) -> str:

@@ -1,7 +1,9 @@
 """What the command line does to a config."""
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mmhybrid.engine.config import (
@@ -14,6 +16,7 @@ from mmhybrid.engine.config import (
     redirect_data,
 )
 from mmhybrid.engine.errors import UserError
+from mmhybrid.registry import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 COCO = str(CONFIGS / 'cascade_mambavision_t_coco.py')
@@ -126,6 +129,49 @@ def test_pretrained(tmp_path):
     for source in ('mambavision-t-1k', 'hf://org/repository', 'https://example.org/w.pth'):
         assert apply_pretrained(cfg, source) == []
         assert cfg.model.backbone.init_cfg.checkpoint == source
+
+
+WINDOWS = dict(depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=[2, 2, 2, 2])
+
+
+@pytest.mark.parametrize('backbone, argument', [
+    (dict(type='MM_mamba_vision', dim=8, in_dim=8, **WINDOWS), 'pretrained'),
+    (dict(type='mmhybrid.MM_VSSM', dims=8, depths=[1, 1, 1, 1], pretrained='old.pth'),
+     'pretrained'),
+    (dict(type='MM_LocalVSSM', dims=8, depths=[1] * 4, directions=[['h']] * 4), 'pretrained'),
+    (dict(type='MM_LocalVim', embed_dim=8, depth=1, out_indices=[0], directions=[['h']]),
+     'pretrained_ckpt'),
+    (dict(type='VisionMambaSeg', embed_dim=8, depth=4, out_indices=[0, 1, 2, 3]), 'pretrained'),
+    (dict(type='Vim', arch=dict(dim=8, depth=4), out_indices=[0, 1, 2, 3]), None),
+])
+def test_pretrained_is_loaded_by_every_kind_of_backbone(tmp_path, backbone, argument):
+    # The released classes' configs inherit an init_cfg that these classes accept without effect.
+    inherited = dict(init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'))
+    cfg = Config(dict(model=dict(pretrained='old.pth', backbone=dict(backbone))))
+    file = tmp_path / 'weights.pth'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        source = MODELS.build({**backbone, 'pretrained': None} if 'pretrained' in backbone
+                              else dict(backbone))
+        torch.save(source.state_dict(), file)
+        assert apply_pretrained(cfg, str(file)) == []
+        assert cfg.model.pretrained is None
+        assert cfg.model.backbone.get('pretrained') == (
+            str(file) if argument == 'pretrained' else None)
+        if argument is not None:
+            cfg.model.backbone.update(inherited)
+        model = MODELS.build(cfg.model.backbone)
+        model.init_weights()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_an_init_cfg_without_effect_is_no_start():
+    cfg = Config(dict(model=dict(backbone=dict(
+        type='MM_mamba_vision', init_cfg=dict(type='Pretrained', checkpoint='x')))))
+    assert 'random weights' in apply_pretrained(cfg, None)[0]
+    cfg.model.backbone.pretrained = 'x'
+    assert apply_pretrained(cfg, None) == []
 
 
 def test_pretrained_as_an_option(tmp_path):
