@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scan_cases import assert_same
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -200,6 +201,12 @@ def test_walk_conv_is_an_operator():
     arguments = (*(x.requires_grad_() for x in tensors), plan.slots(), plan.steps())
     torch.library.opcheck(torch.ops.mmhybrid.walk_conv.default, arguments)
     y = walk_conv(*arguments)
+    plain = [x.detach() for x in (torch.ones_like(y), *arguments)]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = torch.ops.mmhybrid.walk_conv_backward(*plain)
+    # compiled code relies on the layouts that the fakes announce
+    for found, fake in zip(torch.ops.mmhybrid.walk_conv_backward(*plain), fakes, strict=True):
+        assert (found.stride(), found.dtype) == (fake.stride(), fake.dtype)
     (du,) = torch.autograd.grad(y.sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match='first derivative only'):
         du.sum().backward()

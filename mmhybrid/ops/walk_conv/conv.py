@@ -109,7 +109,8 @@ def _backward(dout, u, weight, bias, slots, steps):
             **shape,
         )
     sums = sums.sum(1)
-    dweight = sums[:, :taps].mT.to(weight.dtype, memory_format=torch.contiguous_format)
+    # Laid out as the fake says; `to` alone would leave float32 transposed.
+    dweight = sums[:, :taps].mT.to(weight.dtype).contiguous()
     return du, dweight, sums[:, taps].to(bias.dtype, copy=True)
 
 
