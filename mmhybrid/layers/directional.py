@@ -118,7 +118,7 @@ def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, 
     def spread(rows):
         return rows.unflatten(1, (B, S)).permute(1, 0, 3, 2)
 
-    rows = project(x_BKES.permute(1, 0, 3, 2).reshape(K, B * S, -1), [b.x_proj for b in branches])
+    rows = project(x_BKES.permute(1, 0, 3, 2).flatten(1, 2), [b.x_proj for b in branches])
     step, b, c = rows.split([R, N, N], dim=2)
     delta_BKES = spread(project(step, [b.dt_proj for b in branches]))
     if z is not None:  # one copy for all directions, where there are zero tokens

@@ -138,6 +138,18 @@ def test_localvim(directions, size, class_token, v_restore):
     assert convolution.call_count == kernels.call_count == 1
 
 
+def test_no_images():
+    for mixer, rest in ((LocalVimMixer(8, ('h', 'w2'), state_dim=1), ((2, 3),)),
+                        (VimMixer(8, state_dim=1), ())):
+        mixer.backend = 'triton'
+        with mock.patch.object(directional, 'walk_conv', wraps=walk_conv) as convolution:
+            y = mixer(torch.zeros(0, 6, 8), *rest)
+        assert convolution.call_count == 1 and y.shape == (0, 6, 8)
+        y.sum().backward()
+        for name, p in mixer.named_parameters():
+            assert not p.grad.any(), name
+
+
 def test_half_precision():
     """Mixed precision: bfloat16 between the projections, against float32 on copies."""
     torch.manual_seed(0)
