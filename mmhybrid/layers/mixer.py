@@ -127,7 +127,9 @@ class MambaVisionMixer(nn.Module):
         # Both halves in one convolution: channels are independent in it.
         weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
         xz_BCL = self.in_proj(x).transpose(1, 2)
-        xz_BCL = F.silu(F.conv1d(xz_BCL, weight, padding=weight.shape[-1] // 2, groups=2 * E))
+        # A number, not a size of a tensor, which torch.jit.trace would follow.
+        padding = self.conv1d_x.kernel_size[0] // 2
+        xz_BCL = F.silu(F.conv1d(xz_BCL, weight, padding=padding, groups=2 * E))
         u_BEL, z_BEL = xz_BCL.split(E, dim=1)
 
         dt, B, C = torch.matmul(self.x_proj.weight, u_BEL).split([R, N, N], dim=1)

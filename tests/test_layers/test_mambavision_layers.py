@@ -95,6 +95,13 @@ def test_mixer_passes_its_backend_on():
     assert torch.allclose(mixer(x), expected, atol=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore:.*jit.trace:DeprecationWarning')
+def test_mixer_can_be_traced():
+    mixer, x = MambaVisionMixer(8, fused=False).eval(), torch.randn(1, 5, 8)
+    traced = torch.jit.trace(mixer, x, check_trace=False)
+    torch.testing.assert_close(traced(2 * x), mixer(2 * x))
+
+
 def test_mixer_keeps_scan_parameters_in_float32_under_autocast(monkeypatch):
     seen = {}
 
