@@ -27,6 +27,8 @@ __all__ = ['Comparison', 'LoadReport', 'compare', 'fit_weights', 'load_backbone'
 
 #: Below this share of matching tensors a file is taken for that of another model.
 LEAST_MATCH = 0.95
+# The last layer of our classifiers; its first dimension is the number of classes.
+_HEAD = r'(classifier\.)?head\.'
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike, **options) -> Load
 
 def load_backbone(module: nn.Module, source: str | os.PathLike, *, prefix: str | None = None,
                   key: str | None = None, strict: bool = True, map_location='cpu',
-                  trust: bool = False) -> LoadReport:
+                  trust: bool = False, new_classes: bool = False) -> LoadReport:
     """Load a file into a backbone, or refuse it.
 
     Accepted are files whose names, after unwrapping, agree with the module's to at least 95 % and
@@ -197,6 +199,7 @@ def load_backbone(module: nn.Module, source: str | os.PathLike, *, prefix: str |
         strict: False loads whatever fits, however little, but not nothing.
         map_location: device on which the file is read.
         trust: read pickles that may run code, too.
+        new_classes: see :func:`fit_weights`.
 
     Returns:
         What matched and what did not.
@@ -206,11 +209,12 @@ def load_backbone(module: nn.Module, source: str | os.PathLike, *, prefix: str |
         WeightsError: if it cannot be used, saying why in one line.  The module is then unchanged.
     """
     checkpoint = read_checkpoint(source, map_location, trust)
-    return _load(module, checkpoint, os.fspath(source), prefix=prefix, key=key, strict=strict)
+    return _load(module, checkpoint, os.fspath(source), prefix=prefix, key=key, strict=strict,
+                 new_classes=new_classes)
 
 
 def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: str | None = None,
-                key: str | None = None, strict: bool = True
+                key: str | None = None, strict: bool = True, new_classes: bool = False
                 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Bring the weights of a checkpoint into the form of a module without loading them.
 
@@ -221,6 +225,8 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
         prefix: see :func:`load_backbone`.
         key: see :func:`load_backbone`.
         strict: see :func:`load_backbone`.
+        new_classes: let a classifier's last layer keep its initial values if the file has it for
+            another number of classes.
 
     Returns:
         The tensors that match, and the report.
@@ -239,7 +245,13 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     resized = {name: (original[name], tuple(tensor.shape)) for name, tensor in fitted.items()
                if name in original and original[name] != tuple(tensor.shape)
                and len(original[name]) == tensor.dim()}
-    result = compare(module, fitted, getattr(module, 'may_differ', None))
+    may_differ = getattr(module, 'may_differ', None)
+    if new_classes:
+        others = _of_other_classes(module, fitted)
+        fitted = {name: tensor for name, tensor in fitted.items() if name not in others}
+        aside += others
+        may_differ = '|'.join([may_differ or r'\Z', *map(re.escape, others)])
+    result = compare(module, fitted, may_differ)
     if not result.matched or strict and not result.fits:
         raise WeightsError(_refusal(module, original, result, source))
     identity = identify(_part(original) if whole else original)
@@ -285,6 +297,14 @@ def _fit_input(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Te
                 repeated = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
                 fitted[name] = repeated * (3 / channels)
     return fitted
+
+
+def _of_other_classes(module: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Names of the last layer, where nothing but the number of classes differs."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return [name for name, tensor in state_dict.items()
+            if re.match(_HEAD, name) and name in own and tensor.dim() == len(own[name]) > 0
+            and tensor.shape[0] != own[name][0] and tuple(tensor.shape[1:]) == own[name][1:]]
 
 
 def _refusal(module: nn.Module, shapes: Mapping[str, tuple], result: Comparison, source: str

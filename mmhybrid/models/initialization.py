@@ -44,6 +44,7 @@ def initialize_from_checkpoint(module: BaseModule, initialize_rest: Callable[[],
         check_names(entry, ['type', 'checkpoint', *_OPTIONS],
                     "init_cfg of type 'Pretrained': unknown key")
         options = {key: entry[key] for key in _OPTIONS if entry.get(key) is not None}
-        report = load_backbone(module, entry['checkpoint'], **options)
+        # A training may start from a classifier of other classes.
+        report = load_backbone(module, entry['checkpoint'], new_classes=True, **options)
         level = logging.INFO if report.fits else logging.WARNING
         print_log(str(report), logger='current', level=level)

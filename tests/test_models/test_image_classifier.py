@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from mmhybrid.models import ImageClassifier
+from mmhybrid.models.checkpoints import load_backbone
+from mmhybrid.registry import MODELS
+from mmhybrid.weights import WeightsError
 
 BACKBONE = dict(type='mmhybrid.LocalVimClassifier', arch=dict(dim=8, depth=2, state_dim=2),
                 img_size=32, directions='unsearched', drop_path_rate=0.0)
@@ -86,3 +89,32 @@ def test_wrong_calls(batch):
         model(batch[0], mode='loss')
     with pytest.raises(ValueError, match="expected 'loss', 'predict' or 'tensor'"):
         model(*batch, mode='train')
+
+
+@pytest.mark.parametrize('backbone, head', [
+    (dict(type='LocalVMambaClassifier', arch=dict(dim=8, depths=(1, 1, 1, 1)),
+          directions='unsearched'), 'classifier.head'),
+    (dict(type='VimClassifier', arch=dict(dim=16, depth=2)), 'head'),
+])
+def test_weights_for_other_classes_leave_the_last_layer_fresh(tmp_path, backbone, head):
+    given = MODELS.build(dict(backbone, num_classes=7))
+    file = tmp_path / 'weights.pth'
+    torch.save(given.state_dict(), file)
+    model = MODELS.build(dict(type='ImageClassifier', num_classes=5, backbone=dict(
+        backbone, init_cfg=dict(type='Pretrained', checkpoint=str(file)))))
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    model.init_weights()
+    own = model.backbone.state_dict()
+    assert {name for name in own if name.startswith(f'{head}.')} == {
+        f'{head}.weight', f'{head}.bias'}
+    for name, tensor in own.items():
+        source = before if name.startswith(f'{head}.') else given.state_dict()
+        assert torch.equal(tensor, source[name]), name
+    # evaluating with them would be meaningless, so loading them by hand is refused
+    with pytest.raises(WeightsError, match='does not fit|another variant'):
+        load_backbone(model.backbone, file)
+    wider = MODELS.build(dict(backbone, num_classes=5, arch=dict(
+        backbone['arch'], dim=2 * backbone['arch']['dim']),
+        init_cfg=dict(type='Pretrained', checkpoint=str(file))))
+    with pytest.raises(WeightsError):
+        wider.init_weights()
