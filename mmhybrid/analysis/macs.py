@@ -82,8 +82,8 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> list[Record]:
     """Count what ``forward`` costs.
 
     Args:
-        model: gives names to modules; in eval mode, on the meta device (any other works, and then
-            really computes).
+        model: gives names to modules; in eval mode, on the meta device, or on the CPU, where it
+            really computes. On a GPU fused mixers run as one operator, which has no rule.
         forward: calls the model, or parts of it.
 
     Returns:

@@ -67,6 +67,8 @@ def _count(source: ModelSource, shape: Sequence[int], convention: str, device: s
         # whatever a config or the environment wants to scan with: shapes need no device for it
         if type(module).__module__.startswith('mmhybrid.') and hasattr(module, 'backend'):
             module.backend = 'torch'
+            if hasattr(module, 'fused'):
+                module.fused = False
     image = torch.zeros(1, _channels(source), *shape, device=device)
     notes: list[str] = []
     try:

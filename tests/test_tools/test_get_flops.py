@@ -119,6 +119,17 @@ def test_nothing_of_the_scan_is_left_to_the_config(monkeypatch):
     assert measure(source, (64, 64)).macs == plain.macs
 
 
+def test_fused_kernels_are_not_needed_where_numbers_are():
+    from mmhybrid.engine import complexity
+    fused = {'fused_mixer': True, 'arch': 'tiny'}
+    counted = []
+    for options, device in ((fused, 'meta'), (fused, 'cpu'), ({'arch': 'tiny'}, 'cpu')):
+        source = find_model('MambaVision', {f'model.{k}': v for k, v in options.items()})
+        records = complexity._count(source, (32, 32), 'all', device)[1]
+        counted.append(sum(record.macs for record in records))
+    assert counted[0] == counted[1] == counted[2] > 0
+
+
 def test_a_backbone_of_another_package_alone():
     """Many backbones of mmdet return nothing from train() and eval()."""
     config = str(ROOT / 'configs/mask_rcnn_swin_t_coco.py')
