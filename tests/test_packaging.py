@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -71,6 +72,19 @@ def wheel(source_tree, tmp_path_factory):
     )  # fmt: skip
     (path,) = folder.glob('mmhybrid-*.whl')
     return path
+
+
+def test_sdist_has_every_file(source_tree, tmp_path):
+    """A wheel built from the source distribution must not lack what one from a clone has."""
+    run([sys.executable, 'setup.py', '-q', 'sdist', '-d', tmp_path], cwd=source_tree,
+        env=clean_environment())
+    (path,) = tmp_path.glob('mmhybrid-*.tar.gz')
+    with tarfile.open(path) as archive:
+        there = {name.partition('/')[2] for name in archive.getnames()}
+    for folder in ('mmhybrid', 'configs', 'tools', 'requirements'):
+        files = {file.relative_to(ROOT).as_posix() for file in (ROOT / folder).rglob('*')
+                 if file.is_file() and not {'__pycache__', '.mim'} & set(file.parts)}
+        assert files and files <= there, sorted(files - there)
 
 
 @pytest.fixture(scope='module')
