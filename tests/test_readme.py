@@ -88,7 +88,8 @@ def test_commands_run(clone):
             words += options.split() if '--cfg-options' in words else ['--cfg-options',
                                                                        *options.split()]
         if 'prepare_data' in words[1]:
-            words += ['--train', '10', '--val', '5']  # every class needs an image
+            # every class needs an image, and a batch of classification 20
+            words += ['--train', '20' if 'imagenet' in command else '8', '--val', '5']
         done = subprocess.run(words, cwd=clone, env=env, capture_output=True, text=True,
                               timeout=600)
         assert done.returncode == 0, f'{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'

@@ -83,6 +83,12 @@ def run_training(args: argparse.Namespace,
         check_checkpoint_file(cfg.pretrained, 'pretrained checkpoint')
     splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     runner = _build(cfg, args, splits, notes, warnings)
+    loader = runner.train_loop.dataloader
+    if not len(loader):
+        raise UserError(
+            f'{len(loader.dataset)} training images make no batch of {loader.batch_size}, and '
+            'train_dataloader.drop_last leaves incomplete batches out. Use --cfg-options '
+            'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
     runner.train()
     return runner
 

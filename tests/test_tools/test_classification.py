@@ -62,6 +62,15 @@ def trained(toy):
     return config, folder, folder / 'w'
 
 
+def test_too_few_images_for_a_batch(toy, tmp_path, capfd):
+    config, folder = toy
+    status = run_command(run_train, [
+        str(config), '--data-root', str(folder), '--work-dir', str(tmp_path), '--cfg-options',
+        'train_dataloader.batch_size=25'])
+    assert status == 1
+    assert '24 training images make no batch of 25' in capfd.readouterr().err
+
+
 def test_it_learns_and_is_tested(trained, tmp_path):
     config, folder, work_dir = trained
     metrics = run_test([str(config), str(work_dir / 'epoch_6.pth'), '--data-root', str(folder),
