@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+# In a clone that is not installed the package is beside tools/.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
 #: Where and on what a row was measured; the first columns of every results file.
 ENVIRONMENT = ('device', 'torch', 'triton', 'commit', 'clock', 'threads')
 #: The last columns of every results file, in milliseconds per call.
