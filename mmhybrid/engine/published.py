@@ -93,7 +93,9 @@ def markdown(sections: dict[str, Sequence[Comparison]], path: str) -> str:
         'one. Every number that is not under "published" is counted by the tool on the full-size '
         'model. Multiply-accumulates in G (papers say FLOPs); the conventions are explained by '
         '`python tools/get_flops.py --help`. "Everything" counts convolutions, linear layers, '
-        'attention products, scans, norms and resizing, whatever was published.', '']
+        'attention products, scans, norms and resizing, whatever was published. A number '
+        'reproduces if it is what was printed, once rounded or cut off to the printed digits, or '
+        'within 0.5 % of it.', '']
     for title, comparisons in sections.items():
         lines += [f'## {title}', '',
                   '| model | image | parameters M: published | counted | cost G: published '
