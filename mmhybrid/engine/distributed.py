@@ -6,9 +6,11 @@ process group, passes ``device_ids`` to DistributedDataParallel, and SyncBN rais
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from .amp import has_accelerator
 from .errors import UserError
 
-__all__ = ['prepare_launch', 'replace_sync_bn']
+__all__ = ['leave_process_group', 'prepare_launch', 'replace_sync_bn']
 
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm')
 
@@ -64,6 +66,25 @@ def prepare_launch(cfg, launcher: str) -> list[str]:
     cfg.model_wrapper_cfg = wrapper
     notes.append(f'{dist.get_world_size()} processes on the CPU, connected through gloo.')
     return notes
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one. Nothing may hold a runner or model any more.
+
+    gloo's threads drop the tensors of a transfer when they get round to it. One that does so while
+    Python shuts down aborts the process, after all work was done, so they have to end before. They
+    end with the last reference to the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    first = dist.get_rank() == 0
+    group = dist.group.WORLD
+    gc.collect()  # DistributedDataParallel holds the group, in a cycle with the runner
+    dist.destroy_process_group()
+    del group  # the last reference is Python's: only that one lets go of the GIL to join threads
+    if first:
+        with suppress(OSError):  # absent, or in use by another run
+            os.rmdir('.dist_test')  # where mmengine's evaluators met
 
 
 def replace_sync_bn(cfg) -> int:

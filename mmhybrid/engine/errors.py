@@ -52,12 +52,15 @@ def run_command(main, argv=None) -> int:
 
     Known errors become one block of text on stderr; everything else keeps its traceback, and so
     do known errors with ``--traceback`` or the environment variable ``MMHYBRID_TRACEBACK=1``.
+    After success the process leaves its process group.
     """
+    from .distributed import leave_process_group
     argv = sys.argv[1:] if argv is None else list(argv)
     full = '--traceback' in argv or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0')
     rank = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
     try:
         main(argv)
+        leave_process_group()
     except KeyboardInterrupt:
         print('\nStopped.', file=sys.stderr)
         return 130

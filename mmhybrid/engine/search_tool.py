@@ -30,7 +30,7 @@ from .search import (
     supernet_blocks,
     write_searched_config,
 )
-from .tools import finish, parse, run_training, training_parser
+from .tools import parse, run_training, training_parser
 
 __all__ = ['search']
 
@@ -67,7 +67,6 @@ def search(argv: list[str] | None = None) -> str | None:
         alphas = model_alphas(searched_backbone(runner))
         path = _write(args, given[0], alphas, f'searched for {runner.iter} iterations',
                       runner.logger.info)
-    finish()
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 from mmengine.config import Config, DictAction
@@ -27,7 +26,7 @@ from .distributed import prepare_launch
 from .errors import UserError, guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data
 
-__all__ = ['finish', 'parse', 'run_training', 'test', 'train', 'training_parser']
+__all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
 
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
 
@@ -35,7 +34,6 @@ HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.Checkpoi
 def train(argv: list[str] | None = None) -> None:
     """Train a model; ``argv`` as on the command line of tools/train.py."""
     run_training(parse(training_parser('Train a detector, a segmentor or a classifier.'), argv))
-    finish()
 
 
 def training_parser(description: str) -> argparse.ArgumentParser:
@@ -52,7 +50,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
 
 def run_training(args: argparse.Namespace,
                  change: Callable[[Config], list[str]] | None = None) -> Runner:
-    """Train as ``args`` of a :func:`training_parser` say; :func:`finish` belongs after it.
+    """Train as ``args`` of a :func:`training_parser` say.
 
     Args:
         args: the parsed command line.
@@ -123,7 +121,6 @@ def test(argv: list[str] | None = None) -> dict:
     metrics = runner.test()
     if args.out:
         runner.logger.info(f'Predictions are in {args.out}')
-    finish()
     return metrics
 
 
@@ -180,13 +177,3 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     for text in warnings:
         runner.logger.warning(text)
     return runner
-
-
-def finish() -> None:
-    """Leave the process group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        first = torch.distributed.get_rank() == 0
-        torch.distributed.destroy_process_group()
-        if first:
-            with suppress(OSError):  # absent, or in use by another run
-                os.rmdir('.dist_test')  # where mmengine's evaluators met

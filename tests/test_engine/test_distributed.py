@@ -72,8 +72,9 @@ def test_slurm_node_list_without_scontrol(monkeypatch):
 
 WORKER = """
 import sys, torch, toy
+from pathlib import Path
 from mmengine.config import Config
-from mmhybrid.engine.distributed import prepare_launch
+from mmhybrid.engine.distributed import leave_process_group, prepare_launch
 cfg = Config(dict())
 prepare_launch(cfg, 'pytorch')
 assert torch.distributed.get_backend() == 'gloo' and cfg.model_wrapper_cfg.device_ids is None
@@ -92,7 +93,13 @@ drop = lambda names: [name for name in names if 'running' not in name]
 assert drop(toy.difference(whole, resumed)) == [], toy.difference(whole, resumed)
 assert drop(toy.difference(whole, other))
 print('bitwise')
-torch.distributed.destroy_process_group()
+names = lambda: {path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')}
+before = names()
+del whole, resumed, other
+leave_process_group()
+if before:
+    assert any('gloo' in name for name in before), before
+    assert not any('gloo' in name for name in names()), names()
 """
 
 

@@ -14,7 +14,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.tools import test as run_test
+from mmhybrid.engine.tools import train as run_train
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -98,6 +100,29 @@ def test_train_and_resume(task, tmp_path):
         *arguments[:2], '--resume', *arguments[2:], 'train_cfg.max_iters=3']))
     assert 'resumed epoch: 0, iter: 2' in output
     assert torch.load('w/iter_3.pth', weights_only=False)['meta']['iter'] == 3
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='threads are listed by Linux')
+def test_threads_end_with_the_work(task, tmp_path, monkeypatch):
+    """One of gloo's that is still at work while Python shuts down aborts the process."""
+    it = task('seg')
+    for name, value in dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1',
+                            MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, value)
+
+    def of_gloo():
+        return [path for path in Path('/proc/self/task').glob('*/comm')
+                if 'gloo' in path.read_text()]
+
+    for tool, *arguments in ((run_train, it.config), (run_test, it.config, 'w/iter_1.pth')):
+        def main(argv, tool=tool):
+            tool(argv)
+            assert of_gloo()
+        assert run_command(main, [
+            *arguments, '--launcher', 'pytorch', '--data-root', it.data, '--work-dir', 'w',
+            *it.options, 'train_cfg.max_iters=1', 'val_dataloader.dataset.indices=1',
+            'test_dataloader.dataset.indices=1']) == 0
+        assert not of_gloo()
 
 
 def test_slurm(task, tmp_path):
