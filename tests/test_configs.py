@@ -230,6 +230,8 @@ def test_the_cascade_of_vitdet(path):
     assert model.rpn_head.num_convs == 2 and model.rpn_head.loss_bbox.type == 'L1Loss'
     assert model.train_cfg.rpn.allowed_border == -1
     assert model.train_cfg.rpn_proposal.max_per_img == 1000
+    assert all(head.norm_cfg == dict(type='LN2d', eps=1e-6)
+               for head in (*heads, model.roi_head.mask_head))
 
 
 def test_multi_scale_training_sizes():
@@ -240,6 +242,61 @@ def test_multi_scale_training_sizes():
     assert [scale[1] for scale in cropped[0].scales] == [400, 500, 600]
     assert {scale[0] for scale in plain[0].scales + cropped[0].scales} == {1333}
     assert (cropped[1].crop_type, cropped[1].crop_size) == ('absolute_range', (384, 600))
+    assert cropped[1].allow_negative_crop
+    flip = cfg.train_dataloader.dataset.pipeline[2]
+    assert (flip.type, flip.prob) == ('RandomFlip', 0.5)
+
+
+# What our base files set otherwise than those that mmdet and mmseg ship; a star is every stage.
+DIFFERENCES = {
+    'models/mask_rcnn.py': ('mmdet', 'models/mask-rcnn_r50_fpn.py', {}),
+    'models/cascade_mask_rcnn.py': ('mmdet', 'models/cascade-mask-rcnn_r50_fpn.py', {
+        f'model.roi_head.bbox_head.*.{key}': value for key, value in {
+            'type': 'ConvFCBBoxHead', 'num_shared_convs': 4, 'num_shared_fcs': 1,
+            'conv_out_channels': 256, 'norm_cfg.type': 'SyncBN', 'norm_cfg.requires_grad': True,
+            'reg_class_agnostic': False, 'reg_decoded_bbox': True, 'loss_bbox.type': 'GIoULoss',
+            'loss_bbox.loss_weight': 10.0, 'loss_bbox.beta': None}.items()}),
+    'models/upernet.py': ('mmseg', 'models/upernet_swin.py', {
+        'model.decode_head.num_classes': 150, 'model.auxiliary_head.num_classes': 150,
+        'model.data_preprocessor.size': (512, 512)}),
+    'datasets/coco_instance.py': ('mmdet', 'datasets/coco_instance.py', {}),
+    'datasets/ade20k.py': ('mmseg', 'datasets/ade20k.py', {'train_dataloader.batch_size': 2}),
+    'datasets/ade20k_640.py': ('mmseg', 'datasets/ade20k_640x640.py', {
+        'train_dataloader.batch_size': 2}),
+}
+
+
+@pytest.mark.parametrize('name', DIFFERENCES)
+def test_heads_and_data_are_those_of_the_toolkits(name):
+    from importlib.util import find_spec
+
+    package, theirs, expected = DIFFERENCES[name]
+    folder = Path(find_spec(package).origin).parent / '.mim/configs/_base_'
+    ours, theirs = (settings(Config.fromfile(path)) for path in (
+        ROOT / 'configs/_base_' / name, folder / theirs))
+    found = {key: ours.get(key) for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+    starred = {re.sub(r'(bbox_head)\.\d', r'\1.*', key): value for key, value in found.items()}
+    assert starred == expected
+    assert len(found) == len(expected) * (3 if '*' in ''.join(expected) else 1)
+
+
+def settings(cfg):
+    """Every value that does not depend on the backbone or the machine, by its place."""
+    found = {}
+
+    def walk(node, place):
+        pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(
+            node, (list, tuple)) and any(isinstance(item, dict) for item in node) else None
+        if pairs is None:
+            found[place] = tuple(node) if isinstance(node, list) else node
+        for key, value in pairs or ():
+            if key not in ('backbone', 'in_channels', 'pretrained', 'backend_args', 'data_root'):
+                walk(value, f'{place}.{key}' if place else str(key))
+
+    walk({key: cfg[key] for key in cfg if key == 'model' or key.endswith(
+        ('_dataloader', '_evaluator'))}, '')
+    assert len(found) > 20
+    return found
 
 
 def sizes(loader, key):
