@@ -16,7 +16,15 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS', '2') or 2)))
 
 
+# Files that take longest come first: with two processes, one that starts late ends alone.
+LONG = ('test_readme', 'test_selective_scan_triton', 'test_distributed', 'test_walks_triton',
+        'test_compile', 'test_configs', 'test_selective_scan_static', 'test_mambavision_mixer',
+        'test_get_flops', 'test_errors', 'test_registry', 'test_doctor', 'test_train_and_test')
+
+
 def pytest_collection_modifyitems(config, items):
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
     if 'slow' not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker('slow'):

@@ -41,4 +41,6 @@ echo "[tests] codespell" >&2
 echo "[tests] pytest ($stack stack)" >&2
 # Two processes of one thread each; a file stays in one process, because its tests share set-up.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$python" -m pytest -n 2 --dist loadfile --durations 15 ${arguments[@]+"${arguments[@]}"}
+# tests/conftest.py orders the files by time; xdist would start with those of many tests.
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 \
+    ${arguments[@]+"${arguments[@]}"}
