@@ -1,6 +1,7 @@
 """Errors that a person can act on, and how the command line tools show them."""
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -8,8 +9,11 @@ import time
 import traceback
 
 import torch
+from mmengine.logging import print_log
 
 from mmhybrid.weights import WeightsError
+
+from ..datasets.annotations import label_problem
 
 __all__ = ['UserError', 'guard_image_files', 'run_command', 'explain']
 
@@ -41,9 +45,16 @@ def explain(error: BaseException) -> str | None:
         return (f'metainfo.classes names classes that the data set type does not have: {text}\n'
                 "For a data set of your own use type='BaseSegDataset' with img_suffix and "
                 'seg_map_suffix.')
-    if 'num_samples should be a positive integer' in text:
+    if any(part in text for part in ('num_samples should be a positive integer',
+                                     'need at least one array to concatenate')):
         return ('The data set is empty: no image is left after filtering. Check the annotation '
-                'file, the image folder, and filter_cfg of the data set.')
+                'file, the image folder and suffix, the classes in metainfo, and filter_cfg of the '
+                'data set (it may leave out images without objects, or small ones).')
+    if 'device-side assert triggered' in text:
+        return (f'The GPU found an index out of range. {text.splitlines()[0]}\nThe usual cause is '
+                'a label in the annotations that the head has no class for: compare num_classes '
+                'of the heads with the largest label. The same command on the CPU '
+                '(CUDA_VISIBLE_DEVICES=-1) names the value.')
     return None
 
 
@@ -102,10 +113,33 @@ def guard_image_files() -> None:
                 raise UserError(_unreadable(before, error)) from error
             if data is None:
                 return None
+            if type(transform).__name__ == 'LoadAnnotations':
+                _check_sizes(data)
         return data
 
     call.guarded = True
     Compose.__call__ = call
+
+
+_told = set()
+
+
+def _check_sizes(sample: dict) -> None:
+    """Annotations belong to an image of their size; mmdet and mmseg go on with any other."""
+    shape, path = tuple(sample.get('ori_shape') or ()), sample.get('img_path')
+    labels = sample.get('gt_seg_map')
+    if labels is not None and sample.get('seg_map_path') and shape:
+        problem = label_problem(labels, shape, sample['seg_map_path'])
+        if problem:
+            raise UserError(f'{problem}.')
+    stated = (sample.get('height'), sample.get('width'))
+    if shape and None not in stated and shape != stated and 'size' not in _told:
+        _told.add('size')
+        turned = ' as it is read (EXIF orientation counts)' if shape == stated[::-1] else ''
+        print_log(f'{path} is {shape[1]} x {shape[0]}{turned}, but the annotation file says '
+                  f'{stated[1]} x {stated[0]}. Its boxes and masks are taken as they are; look '
+                  'whether they fit, with tools/visualize.py for example. Further images like '
+                  'this are not reported.', logger='current', level=logging.WARNING)
 
 
 def _unreadable(sample: dict, error: Exception) -> str:
@@ -115,6 +149,8 @@ def _unreadable(sample: dict, error: Exception) -> str:
         return (f'{missing[0]} does not exist, but the data set lists it. Fetch the missing file, '
                 'or remove it from the annotations.')
     bad = next((path for path in paths if not _decodes(path)), None)
+    if bad is None and 'reduce_zero_label' in str(error):
+        return f'reduce_zero_label of the data set and of its pipeline differ. {error}.'
     if bad is None:
         return (f'The annotations of {paths[0] if paths else "an image"} could not be loaded: '
                 f'{type(error).__name__}: {error}. Correct or remove this entry.')

@@ -6,6 +6,7 @@ and goes on with random weights.
 """
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import os.path as osp
@@ -25,6 +26,7 @@ from mmhybrid.weights import (
     unwrap,
 )
 
+from ..datasets.annotations import IGNORED, check_coco, check_label_folder
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import fit_weights
 from ..registry import HOOKS
@@ -145,7 +147,9 @@ def check_classes(cfg, splits) -> list[str]:
                     f'built for another number: {listed}. Set the heads with --cfg-options '
                     f'{options} , or give the data set its classes: '
                     'metainfo=dict(classes=(...)).')
-            notes += _check_categories(dataset, classes, split)
+            notes += _check_instances(dataset, classes, split, cfg)
+            notes += _check_labels(dataset, classes, cfg)
+        _check_evaluator_file(cfg, split)
     return list(dict.fromkeys(notes))
 
 
@@ -204,30 +208,90 @@ def _classes(dataset, scope) -> tuple | None:
     return tuple(names) if names is not None else None
 
 
-def _check_categories(dataset, classes, split) -> list[str]:
-    """CocoDataset drops class names that the file does not have, and numbers the rest anew."""
+def _check_instances(dataset, classes, split, cfg) -> list[str]:
+    """Check what mmdet's CocoDataset would read; notes on what it leaves out."""
     path = osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-    if not path.endswith('.json') or not osp.isfile(path) or osp.getsize(path) > MAX_JSON:
+    kind, scope = _kind(dataset, cfg.get('default_scope')), cfg.get('default_scope')
+    content = _read_coco(path)
+    if content is None or not _reads_like(kind, dict(type='mmdet.CocoDataset'), scope,
+                                          'load_data_list', 'parse_data_info'):
         return []
+    masks = any(str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')
+                for step in dataset.get('pipeline') or [] if isinstance(step, dict))
+    folders = [folder for folder, is_folder in _paths(dict(dataset=dataset)) if is_folder]
+    folder = folders[0] if len(folders) == 1 else None
+    problems, notes = check_coco(content, classes, masks, not dataset.get('test_mode'),
+                                 None if folder is None or is_remote(folder) else folder)
+    if problems:
+        raise UserError(f'{path} (the {split} data) does not fit:\n'
+                        + '\n'.join(f'  it {problem}.' for problem in problems))
+    return [f'{path}: {note}.' for note in notes]
+
+
+def _reads_like(kind, base, scope, *methods) -> bool:
+    """Whether a data set class reads its files as the class that ``base`` names does."""
+    base = _kind(base, scope)
+    return base is not None and kind is not None and all(
+        getattr(kind, name, None) is getattr(base, name) for name in methods)
+
+
+def _read_coco(path: str) -> dict | None:
+    """A file of COCO's form; None if it is not, is elsewhere, or is too large to read twice."""
+    if not path.endswith('.json') or not osp.isfile(path) or osp.getsize(path) > MAX_JSON:
+        return None
     try:
         with open(path) as file:
             content = json.load(file)
     except ValueError as error:
         raise UserError(f'{path} is no valid JSON: {error}. Fetch or write it again.') from error
-    if not isinstance(content, dict) or 'categories' not in content:
+    return content if isinstance(content, dict) and 'categories' in content else None
+
+
+def _check_evaluator_file(cfg, split) -> None:
+    """CocoMetric compares with a file of its own, and finds a wrong one only after an epoch."""
+    datasets = list(_datasets(cfg.get(f'{split}_dataloader')))
+    evaluators = cfg.get(f'{split}_evaluator') or []
+    if len(datasets) != 1 or not datasets[0].get('ann_file'):
+        return
+    path = osp.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])
+    for index, evaluator in enumerate(evaluators if isinstance(evaluators, list) else [evaluators]):
+        other = evaluator.get('ann_file')
+        if not other or evaluator.get('format_only') or osp.realpath(other) == osp.realpath(path):
+            continue
+        files = [_read_coco(path), _read_coco(other)]
+        if None in files:
+            continue
+        ids = [{image.get('id') for image in file.get('images') or []} for file in files]
+        if ids[0] != ids[1]:
+            key = f'{split}_evaluator' + (f'.{index}' if isinstance(evaluators, list) else '')
+            raise UserError(
+                f'The {split} data is {path}, but it would be compared with {other}, which lists '
+                f'other images. Set {key}.ann_file to the file of the data.')
+
+
+def _check_labels(dataset, classes, cfg) -> list[str]:
+    """Check the folders that mmseg's BaseSegDataset would read; warnings."""
+    scope = cfg.get('default_scope')
+    kind, prefix = _kind(dataset, scope), dataset.get('data_prefix') or {}
+    if (dataset.get('ann_file') or not prefix.get('img_path') or not prefix.get('seg_map_path')
+            or not _reads_like(kind, dict(type='mmseg.BaseSegDataset'), scope, 'load_data_list')):
         return []
-    there = {category.get('name') for category in content['categories']}
-    absent = [name for name in classes if name not in there]
-    if len(absent) == len(classes):
-        raise UserError(
-            f'None of the {len(classes)} classes of the {split} data set occurs in {path}, whose '
-            f'categories are {", ".join(sorted(map(str, there))[:8])}. Set '
-            'metainfo=dict(classes=(...)) of the data sets, and num_classes of the heads.')
-    if absent:
-        return [f'{path} has no category for {", ".join(absent[:5])}'
-                f'{", ..." if len(absent) > 5 else ""}: mmdet leaves these classes out and numbers '
-                'the others anew, so class names in results are shifted.']
-    return []
+    folders = [osp.join(dataset.get('data_root') or '', prefix[key])
+               for key in ('img_path', 'seg_map_path')]
+    if any(map(is_remote, folders)):
+        return []
+    defaults = {name: parameter.default for cls in reversed(kind.__mro__) if '__init__' in vars(cls)
+                for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+    suffixes = [dataset.get(name, defaults[name]) for name in ('img_suffix', 'seg_map_suffix')]
+    own = (kind.METAINFO or {}).get('classes')  # else a choice of these, and numbered anew
+    head = cfg.model.get('decode_head')
+    head = head[-1] if isinstance(head, list) else head or {}
+    problems, notes = check_label_folder(
+        *folders, *suffixes, len(own or classes), head.get('ignore_index', IGNORED),
+        dataset.get('reduce_zero_label', defaults['reduce_zero_label']))
+    if problems:
+        raise UserError('. '.join(problems) + '.')
+    return [f'{note}.' for note in notes]
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:

@@ -3,6 +3,7 @@ import json
 
 import pytest
 from mmengine.config import Config
+from PIL import Image
 
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.preflight import check_classes, check_data
@@ -13,6 +14,8 @@ def config(folder, classes=('cat', 'dog'), names=('cat', 'dog'), **model):
     (folder / 'images').mkdir(exist_ok=True)
     (folder / 'images' / 'a.jpg').touch()
     (folder / 'a.json').write_text(json.dumps(dict(
+        images=[dict(id=1, file_name='a.jpg', width=9, height=9)],
+        annotations=[dict(id=1, image_id=1, category_id=0, bbox=[1, 1, 5, 5], area=25)],
         categories=[dict(id=i, name=name) for i, name in enumerate(names)])))
     inner = dict(type='CocoDataset', data_root=str(folder), ann_file='a.json',
                  data_prefix=dict(img='images/'), metainfo=dict(classes=classes))
@@ -43,10 +46,48 @@ def test_servers_are_not_looked_for(tmp_path):
     check_data(cfg, ['train'])
 
 
-def test_classes_without_category_are_told(tmp_path):
+def test_problems_name_file_and_split(tmp_path):
     cfg = config(tmp_path, names=('cat', 'horse'))
-    note, = check_classes(cfg, ['train'])  # once, though two data sets share the file
-    assert 'no category for dog' in note and 'shifted' in note
+    with pytest.raises(UserError, match=r"a.json \(the train data\).*\n.*no category for 'dog'"):
+        check_classes(cfg, ['train'])
+
+
+def test_masks_are_needed_where_they_are_loaded(tmp_path):
+    cfg = config(tmp_path)
+    for each in cfg.train_dataloader.dataset.dataset.datasets:
+        each.pipeline = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
+    with pytest.raises(UserError, match='without a segmentation'):
+        check_classes(cfg, ['train'])
+
+
+def test_the_evaluator_reads_the_file_of_the_data(tmp_path):
+    cfg = config(tmp_path)
+    inner = cfg.train_dataloader.dataset.dataset.datasets[0]
+    cfg.val_dataloader = dict(dataset=inner)
+    cfg.val_evaluator = [dict(type='CocoMetric', ann_file=f'{tmp_path}//a.json')]
+    assert check_classes(cfg, ['val']) == []
+    (tmp_path / 'b.json').write_text((tmp_path / 'a.json').read_text().replace(
+        '"images": [{"id": 1', '"images": [{"id": 2'))
+    cfg.val_evaluator[0].ann_file = str(tmp_path / 'b.json')
+    with pytest.raises(UserError, match='Set val_evaluator.0.ann_file'):
+        check_classes(cfg, ['val'])
+
+
+def test_label_images_are_checked(tmp_path):
+    pytest.importorskip('mmseg')
+    for name in ('images', 'labels'):
+        (tmp_path / name).mkdir()
+    Image.new('RGB', (8, 6)).save(tmp_path / 'images' / 'a.jpg')
+    Image.new('L', (8, 6), 2).save(tmp_path / 'labels' / 'a.png')
+    dataset = dict(
+        type='BaseSegDataset', data_root=str(tmp_path), metainfo=dict(classes=('no', 'yes')),
+        data_prefix=dict(img_path='images', seg_map_path='labels'))
+    cfg = Config(dict(default_scope='mmseg', train_dataloader=dict(dataset=dataset),
+                      model=dict(decode_head=dict(num_classes=2))))
+    with pytest.raises(UserError, match='has label 2, but with 2 classes'):
+        check_classes(cfg, ['train'])
+    cfg.train_dataloader.dataset.reduce_zero_label = True
+    assert check_classes(cfg, ['train']) == []
 
 
 def test_damaged_json(tmp_path):

@@ -1,0 +1,108 @@
+"""Checks of annotations of one's own."""
+import copy
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmhybrid.datasets.annotations import check_coco, check_label_folder
+
+POLYGON = [[0, 0, 9, 0, 9, 9]]
+GOOD = dict(
+    images=[dict(id=5, file_name='a b/ä.jpg', width=40, height=30),
+            dict(id=9, file_name='c.jpg', width=40, height=30)],
+    annotations=[dict(id=i, image_id=5, category_id=number, bbox=[1, 2, 10, 10], area=100,
+                      segmentation=POLYGON) for i, number in enumerate((40, 7))],
+    categories=[dict(id=40, name='dog'), dict(id=7, name='big cat')])
+LEFT_OUT = '1 of 2 images have no object'
+
+
+def check(change=None, masks=True, train=True, classes=('dog', 'big cat')):
+    content = copy.deepcopy(GOOD)
+    if change is not None:
+        change(content, content['images'][0], content['annotations'][0])
+    problems, notes = check_coco(content, classes, masks, train)
+    return '; '.join(problems), '; '.join(notes)
+
+
+def test_a_good_file():
+    problems, notes = check()
+    assert not problems and LEFT_OUT in notes
+    assert check(train=False) == ('', '')
+
+
+@pytest.mark.parametrize('change, problem', [
+    (lambda d, i, a: d.pop('annotations'), 'nothing to learn'),
+    (lambda d, i, a: d['images'].clear(), 'lists no images'),
+    (lambda d, i, a: a.pop('area'), 'annotations without "area"'),
+    (lambda d, i, a: i.pop('width'), 'images without "width"'),
+    (lambda d, i, a: a.update(id=1), 'annotation id 1 2 times'),
+    (lambda d, i, a: i.update(id=9), 'image id 9 2 times'),
+    (lambda d, i, a: a.update(bbox=[1, 2, 3]), 'not four numbers'),
+    (lambda d, i, a: a.pop('segmentation'), '(id 0) without a segmentation'),
+    (lambda d, i, a: a.update(segmentation=POLYGON[0]), '(id 0) without a segmentation'),
+    (lambda d, i, a: d['categories'].reverse(), 'in another order'),
+    (lambda d, i, a: d['categories'][1].update(name='Big cat'), "did you mean 'Big cat'?"),
+    (lambda d, i, a: d['categories'].append(dict(id=1, name='dog')), 'more than one category'),
+    (lambda d, i, a: [x.update(image_id=1) for x in d['annotations']], 'that can be used'),
+], ids=str)
+def test_problems(change, problem):
+    assert problem in check(change)[0]
+
+
+@pytest.mark.parametrize('change, note', [
+    (lambda d, i, a: a.update(bbox=[1, 2, 0, 9]), '(id 0) whose box has no area'),
+    (lambda d, i, a: a.update(image_id=1), '(id 0) of images that are not listed'),
+    (lambda d, i, a: a.update(category_id=1), 'no listed category'),
+], ids=str)
+def test_what_is_left_out(change, note):
+    problems, notes = check(change)
+    assert not problems and note in notes
+
+
+def test_boxes_need_no_masks():
+    assert check(lambda d, i, a: a.pop('segmentation'), masks=False)[0] == ''
+
+
+def test_images_are_looked_for(tmp_path):
+    (tmp_path / 'a b').mkdir()
+    (tmp_path / 'a b' / 'ä.jpg').touch()
+    (problem,), _ = check_coco(GOOD, ('dog', 'big cat'), True, True, str(tmp_path))
+    assert '(1 of 2 looked for)' in problem and 'c.jpg' in problem
+
+
+def pairs(folder, labels, suffix='.png'):
+    (folder / 'images' / 'sub').mkdir(parents=True)
+    (folder / 'labels' / 'sub').mkdir(parents=True)
+    for index, values in enumerate(labels):
+        Image.new('RGB', (8, 6)).save(folder / 'images' / 'sub' / f'{index}.jpg')
+        Image.fromarray(values).save(folder / 'labels' / 'sub' / f'{index}{suffix}')
+    return str(folder / 'images'), str(folder / 'labels'), '.jpg', '.png'
+
+
+def grey(*values):
+    labels = np.zeros((6, 8), np.uint8)
+    labels.flat[:len(values)] = values
+    return labels
+
+
+def test_good_label_images(tmp_path):
+    folders = pairs(tmp_path, [grey(1, 2, 255), grey(2)])
+    assert check_label_folder(*folders, 3) == ([], [])
+    assert check_label_folder(*folders, 2, zero=True) == ([], [])
+    assert 'has label 2, but with 2 classes' in check_label_folder(*folders, 2)[0][0]
+
+
+def test_sizes_channels_and_partners(tmp_path):
+    for name, labels, problem in (
+            ('rgb', np.zeros((6, 8, 3), np.uint8), 'colour picture'),
+            ('small', np.zeros((3, 4), np.uint8), 'is 4 x 3, its image 8 x 6')):
+        assert problem in check_label_folder(*pairs(tmp_path / name, [labels]), 2)[0][0]
+    folders = pairs(tmp_path / 'names', [grey(1)], suffix='_mask.png')
+    assert 'have no label image' in check_label_folder(*folders, 2)[0][0]
+    assert 'holds 1 x .jpg' in check_label_folder(*folders[:2], '.tif', '.png', 2)[0][0]
+
+
+def test_an_object_drawn_as_ignore(tmp_path):
+    problems, notes = check_label_folder(*pairs(tmp_path, [grey(255, 255)]), 2)
+    assert not problems and 'there is only 0 beside 255' in notes[0]
