@@ -255,8 +255,9 @@ def _latest(work_dir: str) -> str | None:
         return None
     with open(record) as file:
         path = file.read().strip()
-    beside = osp.join(work_dir, osp.basename(path))  # the folder may have been moved or copied
-    found = next((each for each in (path, beside) if osp.isfile(each)), None)
+    # The folder may have been moved or copied, then the path is that of another run.
+    beside = osp.join(work_dir, osp.basename(path))
+    found = next((each for each in (beside, path) if osp.isfile(each)), None)
     if found is None:
         raise UserError(f'{record} names {path}, which does not exist. Pass the checkpoint to '
                         'continue from: --resume PATH, or remove that file to start anew.')

@@ -1,6 +1,7 @@
 """Errors that a person can act on, and how the command line tools show them."""
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -21,7 +22,9 @@ __all__ = ['UserError', 'guard_image_files', 'run_command', 'explain']
 class UserError(ValueError):
     """Something the user can put right. The tools print its text without a traceback."""
 
+
 WAIT_FOR_RANK_0 = 20  # seconds
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def explain(error: BaseException) -> str | None:
@@ -36,6 +39,9 @@ def explain(error: BaseException) -> str | None:
         return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller batches '
                 '(--cfg-options train_dataloader.batch_size=1), mixed precision (--amp), or '
                 'gradient checkpointing (--cfg-options model.backbone.with_cp=True).')
+    if isinstance(error, OSError) and error.errno in NO_WRITING:
+        return (f'{error}\nFree some space, or write elsewhere: --work-dir FOLDER. A training '
+                'goes on from its last whole checkpoint with --resume.')
     if isinstance(error, IndexError) and re.search(r'Target \d+ is out of bounds', text):
         return (f'An annotation holds a label that the head has no class for: {text}\n'
                 'Compare num_classes of the heads with the largest label in the annotation '

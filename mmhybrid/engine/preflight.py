@@ -305,16 +305,17 @@ def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
         return
     if is_remote(path):
         return
+    folder = osp.dirname(path) or '.'
+    files = [osp.join(folder, name) for name in os.listdir(folder)
+             if name.endswith('.pth') and name != osp.basename(path)] if osp.isdir(folder) else []
+    newest = [osp.basename(name) for name in sorted(files, key=osp.getmtime)[-5:]]
+    there = f' {folder} also holds {", ".join(newest)}.' if newest else ''
     if not osp.isfile(path):
-        folder = osp.dirname(path) or '.'
-        files = sorted(name for name in os.listdir(folder) if name.endswith('.pth')) \
-            if osp.isdir(folder) else []
-        there = f' {folder} holds {", ".join(files[-5:])}.' if files else ''
         raise UserError(f'The {what} {path} does not exist.{there}')
     try:
         check_file(path)
     except WeightsError as error:
-        raise UserError(f'The {what} {error}.') from error
+        raise UserError(f'The {what} {error}.{there}') from error
 
 
 @HOOKS.register_module()

@@ -163,6 +163,11 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     warnings += check_classes(cfg, splits)
     if getattr(args, 'tta', False):
         notes += apply_tta(cfg)
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'The work directory {cfg.work_dir} cannot be made: {error.strerror}. '
+                        'Give another one with --work-dir.') from error
     guard_image_files()
     ensure_hooks(cfg, *HOOKS)
     notes += prepare_launch(cfg, args.launcher)
