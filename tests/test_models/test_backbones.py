@@ -84,12 +84,17 @@ def test_gradients_agree_with_the_float64_reference(cls, arguments):
 @each_backbone
 def test_recomputing_changes_nothing(cls, arguments):
     x = make_input(0, (2, 3, 64, 48))
-    results = []
+    results, runs = [], []
     for with_cp in (False, True):
         model = build(cls, arguments, with_cp=with_cp, drop_path_rate=0.3).train()
+        for name, module in model.named_modules():
+            if name.endswith(('.in_proj', '.qkv', '.conv1')):  # every block begins with one
+                module.register_forward_hook(lambda *_, name=name: runs.append(name))
         torch.manual_seed(3)
+        runs.clear()
         maps = model(x)
         loss_of(maps).backward()
+        assert runs and {runs.count(name) for name in runs} == {2 if with_cp else 1}
         results.append((maps, {n: p.grad for n, p in model.named_parameters()},
                         dict(model.named_buffers())))
     for a, b in zip(results[0][0], results[1][0], strict=True):

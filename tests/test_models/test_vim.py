@@ -221,6 +221,21 @@ def test_pyramid_of_each_stride(stride, sides):
     assert len(one(torch.rand(1, 3, 128, 128))) == 4
 
 
+def test_the_class_token_belongs_to_the_embedding():
+    model = Vim(SMALL, class_token='middle', frozen_stages=0, img_size=64, out_indices=(4,))
+    assert not model.cls_token.requires_grad and not model.pos_embed.requires_grad
+    assert model.get_layer_depth('backbone.cls_token', 'backbone.') == (0, 7)
+
+
+def test_fresh_embeddings():
+    model = VimClassifier(dict(dim=192, depth=1))
+    weight, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
+    assert weight.std().item() == pytest.approx(768 ** -0.5, rel=0.01) and not bias.any()
+    assert 0.0815 < weight.abs().max() <= 0.0821  # cut at two sigma
+    for tokens, noise in ((model.pos_embed, 0.02), (model.cls_token, 0.2)):
+        assert tokens.std().item() == pytest.approx(0.02, rel=noise)
+
+
 def test_stochastic_depth_is_shifted_by_one_block():
     model = VimClassifier(dict(dim=16, depth=5), drop_path_rate=0.4)
     rates = [getattr(block.drop_path, 'rate', 0) for block in model.layers]
@@ -257,6 +272,23 @@ def test_classification_file_starts_a_segmentor(tmp_path):
     expected = nn.functional.interpolate(
         without.mT.reshape(1, 16, 4, 4), size=(6, 6), mode='bicubic').flatten(2).mT
     torch.testing.assert_close(model.pos_embed, expected)
+
+
+def test_class_row_and_tables_of_another_grid():
+    source = VimClassifier(SMALL, num_classes=3, img_size=64, class_token='first', rope=True)
+    model = VimClassifier(SMALL, num_classes=3, img_size=96, class_token='first', rope=True)
+    adapted = model.adapt_state_dict(source.state_dict())
+    assert torch.equal(adapted['pos_embed'][:, 0], source.pos_embed[:, 0])
+    # unlike LocalVim's, tables are those of the model's own grid
+    assert torch.equal(adapted['rope.freqs_sin'], model.rope.freqs_sin)
+
+
+def test_a_file_of_an_oblong_grid_is_refused(tmp_path):
+    torch.save(Vim(SMALL, img_size=(48, 80), out_indices=(4,)).state_dict(), tmp_path / 'w.pth')
+    init = dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'))
+    model = Vim(SMALL, img_size=64, out_indices=(4,), init_cfg=init)
+    with pytest.raises(ValueError, match='1 have another shape .first: pos_embed is'):
+        model.init_weights()
 
 
 def test_own_files_come_back_unchanged():

@@ -9,7 +9,7 @@ from ..arguments import strict_arguments
 from .dropin import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
 from .localvim import LocalVim
 from .localvmamba import LocalVMamba
-from .vmamba_dropin import stage_width
+from .vmamba_dropin import parse_forward_type, stage_width
 
 __all__ = ['MM_LocalVSSM', 'MM_LocalVim']
 
@@ -33,6 +33,7 @@ class MM_LocalVSSM(LocalVMamba):
         ssm_dt_rank: rank of the step; 'auto' for ceil(channels / 16).
         ssm_conv: side of the depth-wise convolution; 3.
         ssm_conv_bias: whether it has a bias.
+        forward_type: form of the mixer, as in :class:`MM_VSSM`; it has a gate.
         mlp_ratio: hidden width of the MLPs over their input; 0 for none.
         drop_path_rate: stochastic depth rate of the last block.
         patch_norm: True.
@@ -54,10 +55,11 @@ class MM_LocalVSSM(LocalVMamba):
                  dims: int | Sequence[int] = (96, 192, 384, 768),
                  depths: Sequence[int] = (2, 2, 9, 2), ssm_d_state: int = 16,
                  ssm_ratio: float = 2.0, ssm_dt_rank: int | str = 'auto', ssm_conv: int = 3,
-                 ssm_conv_bias: bool = True, mlp_ratio: float = 0.0, drop_path_rate: float = 0.1,
-                 patch_norm: bool = True, norm_layer: str = 'ln', downsample_version: str = 'v1',
-                 patchembed_version: str = 'v1', out_indices: Sequence[int] = (0, 1, 2, 3),
-                 pretrained: str | None = None, v_restore: str = 'exact',
+                 ssm_conv_bias: bool = True, forward_type: str = 'v2', mlp_ratio: float = 0.0,
+                 drop_path_rate: float = 0.1, patch_norm: bool = True, norm_layer: str = 'ln',
+                 downsample_version: str = 'v1', patchembed_version: str = 'v1',
+                 out_indices: Sequence[int] = (0, 1, 2, 3), pretrained: str | None = None,
+                 v_restore: str = 'exact',
                  # from the Swin base
                  embed_dims=NOT_GIVEN, num_heads=NOT_GIVEN, window_size=NOT_GIVEN,
                  qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN, drop_rate=NOT_GIVEN,
@@ -71,7 +73,8 @@ class MM_LocalVSSM(LocalVMamba):
         super().__init__(
             dict(dim=stage_width(dims), depths=depths, ssm_ratio=ssm_ratio, state_dim=ssm_d_state,
                  dt_rank=None if ssm_dt_rank == 'auto' else ssm_dt_rank, mlp_ratio=mlp_ratio,
-                 conv_bias=ssm_conv_bias, stem=patchembed_version, downsample=downsample_version),
+                 conv_bias=ssm_conv_bias, stem=patchembed_version, downsample=downsample_version,
+                 **parse_forward_type(forward_type)),
             directions=directions, v_restore=v_restore, out_indices=out_indices,
             drop_path_rate=drop_path_rate, init_cfg=pretrained_init(pretrained))
         warn_without_effect('MM_LocalVSSM', dict(
