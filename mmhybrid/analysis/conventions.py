@@ -20,12 +20,16 @@ class Convention:
         rois: how many regions the heads of a two-stage detector see: 'test_cfg' for the most that
             inference allows, 'mmdet2' for 1000 boxes and 100 masks per stage, 'mmdet3' for what
             the forward pass of mmdet 3 does (a cascade runs its mask heads on every proposal).
+        blocks: the mixers of which a model must have one; none if any model can be counted.
+        longest: whether a LocalVMamba block pays for its longest sequence in every direction.
         macs: cost of a record.
     """
 
     text: str
     kinds: tuple[str, ...] = KINDS
     rois: str = 'test_cfg'
+    blocks: tuple[str, ...] = ()
+    longest: bool = False
     macs: Callable[[Record], int] = lambda record: record.macs
 
 
@@ -53,5 +57,10 @@ CONVENTIONS = {
     'localvim-released': Convention(
         'the tables of LocalVim and Vim: scan 5 B D L N + 2 B D L, convolution, x_proj and dt_proj '
         'of one direction only, no norms',
-        kinds=('conv', 'linear', 'attention', 'scan'), macs=_localvim_released),
+        kinds=('conv', 'linear', 'attention', 'scan'), blocks=('LocalVimMixer', 'VimMixer'),
+        macs=_localvim_released),
+    'localvmamba-released': Convention(
+        'the tables of LocalVMamba: as mmdet2, with the projections and scans of all directions of '
+        'a block as long as its longest sequence',
+        rois='mmdet2', blocks=('LocalSS2D',), longest=True),
 }

@@ -1,6 +1,7 @@
 """Parameters and multiply-accumulates of whole models."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,16 +9,16 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
+from mmhybrid.layers import LocalSS2D
+from mmhybrid.ops.cross_scan import cross_selective_scan, scan_plan
 
 from .errors import UserError
 from .whole_models import ModelSource, build_model, takes_samples
 
 __all__ = ['measure']
 
-# Heads of which it is known how often they run.
-_ROI_HEADS = ('StandardRoIHead', 'CascadeRoIHead')
-# Mixers that the convention counts by one direction.
-_ONE_DIRECTION = ('LocalVimMixer', 'VimMixer')
+# Heads of which it is known how often their parts run.
+_ROI_HEADS = ('StandardRoIHead', 'CascadeRoIHead', 'OneMaskCascadeRoIHead')
 
 
 def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
@@ -47,6 +48,8 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
         counted[2].append('really computed on the CPU, because the model looks at numbers')
     model, records, notes = counted
     rows = sum_up(model, records, convention, depth)
+    if CONVENTIONS[convention].longest:  # nobody pays for that here
+        records = _count(source, shape, 'mmdet2', 'meta')[1]
     return Cost(source.name, (_channels(source), *shape), convention, rows,
                 sum(record.macs for record in records), notes)
 
@@ -59,21 +62,23 @@ def _count(source: ModelSource, shape: Sequence[int], convention: str, device: s
            ) -> tuple[nn.Module, list[Record], list[str]]:
     model = build_model(source, device)
     model.eval()  # not in one line: many backbones of mmdet return nothing
-    types = {type(module).__name__ for module in model.modules()}
-    if convention == 'localvim-released' and not types & {*_ONE_DIRECTION}:
-        raise UserError(f'--convention localvim-released is how LocalVim and Vim were counted, and '
-                        f'{source.name} has no block of theirs. Use --convention all.')
+    rule = CONVENTIONS[convention]
+    if rule.blocks and not {type(module).__name__ for module in model.modules()} & {*rule.blocks}:
+        raise UserError(f'--convention {convention} counts as {rule.text.partition(":")[0]} do, '
+                        f'and {source.name} has no block of theirs. Use --convention all.')
     for module in model.modules():
         # whatever a config or the environment wants to scan with: shapes need no device for it
         if type(module).__module__.startswith('mmhybrid.') and hasattr(module, 'backend'):
             module.backend = 'torch'
             if hasattr(module, 'fused'):
                 module.fused = False
+        if rule.longest and isinstance(module, LocalSS2D):
+            module.scan_directions = functools.partial(_scan_longest, module)
     image = torch.zeros(1, _channels(source), *shape, device=device)
     notes: list[str] = []
     try:
         return model, count_macs(
-            model, lambda: _forward(model, image, CONVENTIONS[convention].rois, notes)), notes
+            model, lambda: _forward(model, image, rule.rois, notes)), notes
     except UserError:
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
@@ -83,6 +88,17 @@ def _count(source: ModelSource, shape: Sequence[int], convention: str, device: s
             f'{source.name} cannot run on a {shape[0]} x {shape[1]} image without data: '
             f'{type(error).__name__}: {error}\nTry another --shape, or --backbone-only '
             '(--traceback shows where).') from error
+
+
+def _scan_longest(mixer: LocalSS2D, x: Tensor, merge: bool) -> list[Tensor]:
+    """Stand for ``scan_directions``: the cost of padded sequences, and results of no meaning."""
+    plan = scan_plan(mixer.directions, *x.shape[-2:], x.device)
+    length, directions = max(order.length for order in plan.orders), len(plan.directions)
+    y = cross_selective_scan(
+        x.new_zeros(*x.shape[:2], length), mixer.x_proj_weight, mixer.dt_projs_weight,
+        mixer.A_logs, mixer.Ds, mixer.dt_projs_bias.flatten(),
+        scan_plan(['h'] * directions, 1, length, x.device), fused=False, backend=mixer.backend)
+    return [y[:, None, :, :plan.num_tokens].expand(-1, directions, -1, -1)]
 
 
 def _channels(source: ModelSource) -> int:
@@ -113,28 +129,29 @@ def _sample(image: Tensor) -> BaseDataElement:
 def _two_stages(model: nn.Module, image: Tensor, rois: str, notes: list[str]) -> None:
     """The parts of a two-stage detector one after the other, as regions depend on real scores."""
     head = model.roi_head
-    kind = next((cls.__name__ for cls in type(head).__mro__
-                 if cls.__name__ in _ROI_HEADS and 'forward' in vars(cls)), None)
-    if kind is None or 'forward' in vars(type(head)) and type(head).__name__ != kind:
+    kind = next(cls.__name__ for cls in type(head).__mro__ if 'forward' in vars(cls))
+    if kind not in _ROI_HEADS:
         raise UserError(f'There is no rule for how often the parts of {type(head).__name__} run '
                         f'(known: {", ".join(_ROI_HEADS)}). Use --backbone-only.')
     maps = model.extract_feat(image)
     if model.with_rpn:
         model.rpn_head(maps)
-    boxes, masks = _regions(model, rois, kind == 'CascadeRoIHead')
-    stages = len(head.bbox_head) if isinstance(head.bbox_head, nn.ModuleList) else 1
-    for part, count in (('bbox', boxes), ('mask', masks)):
+    boxes, masks = _regions(model, rois, kind != 'StandardRoIHead')
+    counted = []
+    for part, what, count in (('bbox', 'boxes', boxes), ('mask', 'masks', masks)):
         if not getattr(head, f'with_{part}'):
             continue
+        parts = getattr(head, f'{part}_head')
+        stages = len(parts) if isinstance(parts, nn.ModuleList) else 1
+        counted.append(f'{count} {what}' + (f' in each of {stages} stages' if stages > 1 else ''))
         for stage in range(stages):
             extractor = _of_stage(getattr(head, f'{part}_roi_extractor'), stage)
             size = extractor.roi_layers[0].output_size
             regions = image.new_empty(count, extractor.out_channels, *size)
             if head.with_shared_head:
                 regions = head.shared_head(regions)
-            _of_stage(getattr(head, f'{part}_head'), stage)(regions)
-    notes.append(f'heads on {boxes} boxes' + (f' and {masks} masks' if head.with_mask else '')
-                 + (f' in each of {stages} stages' if stages > 1 else ''))
+            _of_stage(parts, stage)(regions)
+    notes.append(f'heads on {" and ".join(counted)}')
 
 
 def _of_stage(part: nn.Module, stage: int) -> nn.Module:

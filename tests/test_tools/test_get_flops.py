@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmhybrid.engine.complexity import measure
-from mmhybrid.engine.errors import run_command
+from mmhybrid.engine.errors import UserError, run_command
 from mmhybrid.engine.published import Comparison, agrees, compare, markdown, read_published
 from mmhybrid.engine.whole_models import find_model
 
@@ -33,6 +33,8 @@ EXACT = {
     'VMamba-T (first release)': (22.893, 5.627), 'VMamba-S (first release)': (44.417, 11.232),
     'VMamba-B (first release)': (76.254, 18.020),
     'LocalVMamba-T': (25.527, 5.729), 'LocalVMamba-S': (49.749, 11.373),
+    'Mask R-CNN LocalVMamba-T': (45.033, 291), 'Mask R-CNN LocalVMamba-S': (69.255, 414),
+    'UperNet LocalVMamba-T': (57.181, 970), 'UperNet LocalVMamba-S': (81.402, 1095),
     'LocalVim-T': (7.994, 1.482), 'LocalVim-S': (27.784, 4.771),
     'LocalVim-T, middle class token': (7.995, None),
     'Vim-Ti': (7.148, None), 'Vim-S': (25.797, None), 'Vim-B': (97.598, None),
@@ -107,7 +109,55 @@ def test_head_rules_of_two_stage_detectors():
     assert attention > 0 and totals['conv-linear'].macs < totals['all'].macs - attention
     small = find_model(str(ROOT / 'configs/cascade_mambavision_mini_coco.py'))
     assert measure(small, (160, 160), 'all').notes == [
-        'heads on 64 boxes and 20 masks in each of 3 stages']
+        'heads on 64 boxes in each of 3 stages and 20 masks in each of 3 stages']
+
+
+def test_one_mask_head_for_three_stages():
+    source = find_model(str(ROOT / 'configs/cascade_vim_ti_coco.py'))
+    parts = {}
+    for rule in ('all', 'mmdet3'):
+        cost = measure(source, (128, 128), rule, depth=None)
+        parts[rule] = {row.module: row.total for row in cost.rows}
+        assert cost.notes == [f'heads on 1000 boxes in each of 3 stages and '
+                              f'{100 if rule == "all" else 1000} masks']
+    assert parts['all']['roi_head.bbox_head'] == 3 * parts['all']['roi_head.bbox_head.0']
+    # four convolutions on 14 x 14, one transposed, logits of 80 classes on 28 x 28; five norms
+    macs = 256 * 256 * (4 * 9 * 14 ** 2 + 28 ** 2) + 80 * 256 * 28 ** 2
+    assert parts['all']['roi_head.mask_head'] == 100 * (macs + 5 * 4 * 256 * 14 ** 2)
+    assert parts['mmdet3']['roi_head.mask_head'] == 10 * parts['all']['roi_head.mask_head']
+
+
+def test_heads_with_a_forward_of_their_own_are_refused():
+    from mmdet.models.roi_heads import StandardRoIHead
+    from mmengine.registry import MODELS
+
+    @MODELS.register_module(force=True)
+    class Other(StandardRoIHead):
+        def forward(self, x):
+            return x
+
+    @MODELS.register_module(force=True)
+    class More(Other):
+        pass
+
+    config = str(ROOT / 'configs/mask_rcnn_swin_t_coco.py')
+    for name in ('Other', 'More'):
+        source = find_model(config, {'model.roi_head.type': f'mmengine.{name}'})
+        with pytest.raises(UserError, match='no rule for how often the parts of'):
+            measure(source, (64, 64))
+
+
+def test_every_direction_as_long_as_the_longest():
+    source = find_model('LocalVMamba:tiny')
+    plain, padded = (measure(source, (512, 512), rule, depth=None)
+                     for rule in ('all', 'localvmamba-released'))
+    assert padded.macs / 1e9 == pytest.approx(31.50, rel=1e-3)
+    assert padded.everything == plain.macs == plain.everything
+    for kind in ('conv', 'norm', 'resize'):
+        assert padded.of_kind(kind) == plain.of_kind(kind)
+    # stage 4 has 16 x 16 tokens, in windows of 7 that is 21 x 21
+    rows = {row.module: row.macs['scan'] for row in padded.rows}
+    assert rows['layers.3.blocks.0.op'] == 4 * 1536 * 21 ** 2 * (9 * 16 + 1)
 
 
 def test_nothing_of_the_scan_is_left_to_the_config(monkeypatch):
@@ -216,7 +266,10 @@ def test_standard_output_is_the_table_alone():
     (['VMambaClassifier:tiny', '--shape', '1', '2', '3'], ['--shape got 1 2 3', '800 1280']),
     (['VMambaClassifier:tiny', '--shape', '0'], ['--shape got 0']),
     (['VMambaClassifier:tiny', '--convention', 'papers'], ['papers', 'conv-linear, mmdet2']),
-    (['VMambaClassifier:tiny', '--convention', 'localvim-released'], ['has no block of theirs']),
+    (['VMambaClassifier:tiny', '--convention', 'localvim-released'],
+     ['counts as the tables of LocalVim and Vim do', 'has no block of theirs']),
+    (['LocalVimClassifier:tiny', '--convention', 'localvmamba-released'],
+     ['counts as the tables of LocalVMamba do', 'has no block of theirs']),
     (['VMambaClassifier:tiny', '--backbone-only'], ['has no part called backbone']),
     ([str(TABLE), '--shape', '224'], ['say themselves']),
     (['nothing.yml'], ['no table of published numbers nothing.yml']),
