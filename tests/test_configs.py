@@ -290,6 +290,8 @@ def settings(cfg):
         if pairs is None:
             found[place] = tuple(node) if isinstance(node, list) else node
         for key, value in pairs or ():
+            if key == 'reduce_zero_label' and value is True:
+                continue  # ADE20KDataset says it itself
             if key not in ('backbone', 'in_channels', 'pretrained', 'backend_args', 'data_root'):
                 walk(value, f'{place}.{key}' if place else str(key))
 
