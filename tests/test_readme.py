@@ -124,6 +124,46 @@ def test_plugin_config_builds_elsewhere(tmp_path):
     assert '(80, 160, 320, 640) [80, 160, 320, 640]' in done.stdout
 
 
+@pytest.mark.parametrize('base, task, classes', [
+    ('mmhybrid::cascade_mambavision_t_coco.py', 'detector', 3),
+    ('mmhybrid::upernet_mambavision_t_ade20k.py', 'segmentor', 2)])
+def test_own_data(tmp_path, monkeypatch, base, task, classes):
+    """The configs for own data: everything that is checked before training fits."""
+    pytest.importorskip('mmdet' if task == 'detector' else 'mmseg')
+    from mmengine.config import Config
+    from mmengine.registry import DATASETS, init_default_scope
+    from PIL import Image
+
+    from mmhybrid.engine.preflight import check_classes, check_data
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(python_block(f"_base_ = '{base}'"))
+    cfg = Config.fromfile('mine.py')
+    names = cfg.metainfo.classes
+    assert len(names) == classes
+    folder = tmp_path / cfg.data_root
+    for split in ('train', 'val'):
+        images = folder / ('images' if task == 'detector' else f'images/{split}')
+        images.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 48)).save(images / f'{split}.jpg')
+        if task == 'detector':
+            (folder / f'{split}.json').write_text(json.dumps(dict(
+                images=[dict(id=1, file_name=f'{split}.jpg', width=64, height=48)],
+                annotations=[dict(id=1, image_id=1, category_id=30, bbox=[0, 0, 40, 40], area=1600,
+                                  segmentation=[[0, 0, 40, 0, 40, 40]], iscrowd=0)],
+                categories=[dict(id=10 * (i + 1), name=name) for i, name in enumerate(names)])))
+        else:
+            labels = folder / f'labels/{split}'
+            labels.mkdir(parents=True)
+            Image.new('L', (64, 48), 1).save(labels / f'{split}.png')
+    init_default_scope(cfg.default_scope)
+    check_data(cfg, ['train', 'val', 'test'])
+    assert check_classes(cfg, ['train', 'val', 'test']) == []
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        sample = DATASETS.build(loader.dataset)[0]['data_samples']
+        labels = sample.gt_instances.labels if task == 'detector' else sample.gt_sem_seg.data
+        assert labels.max() == classes - 1
+
+
 def test_backbone_table_is_measured():
     """Every variant has a row, with what the built model says of itself."""
     import torch

@@ -117,6 +117,10 @@ def _categories(categories: list, classes: tuple) -> list[str]:
     if absent:
         near = difflib.get_close_matches(str(absent[0]), map(str, names), n=1)
         hint = f' (did you mean {near[0]!r}?)' if near else ''
+        if len(absent) == len(classes):
+            return [f'has none of the {len(classes)} classes of the config: its categories are '
+                    f'{listed}. Set metainfo=dict(classes=(...)) of the data sets to these, in '
+                    'this order, and num_classes of the heads']
         return [f'has no category for {", ".join(map(repr, absent[:5]))}'
                 f'{", ..." if len(absent) > 5 else ""}{hint}. {remedy}']
     twice = [name for name, count in Counter(there).items() if count > 1]

@@ -225,6 +225,11 @@ def test_resume(tmp_path):
     (tmp_path / 'epoch_1.pth').touch()  # the work directory was moved
     assert apply_resume(cfg, 'auto') == []
     assert cfg.resume is True and cfg.load_from == str(tmp_path / 'epoch_1.pth')
+    (tmp_path / 'original').mkdir()
+    (tmp_path / 'original' / 'epoch_1.pth').touch()  # or copied: go on with its own file
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'original' / 'epoch_1.pth'))
+    apply_resume(cfg, 'auto')
+    assert cfg.load_from == str(tmp_path / 'epoch_1.pth')
     apply_resume(cfg, 'other.pth')
     assert cfg.load_from == 'other.pth'
 

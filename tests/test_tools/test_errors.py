@@ -1,4 +1,5 @@
 """Mistakes of users give one block of text that says what to do."""
+import errno
 import json
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def test_categories_of_another_data_set(task, fails, tmp_path):
         category['name'] = 'my ' + category['name']
     path.write_text(json.dumps(content))
     text = fails(run_train, it.config, '--data-root', it.data)
-    assert 'None of the 80 classes' in text and 'my airplane' in text and 'metainfo' in text
+    assert 'none of the 80 classes' in text and 'my airplane' in text and 'metainfo' in text
 
 
 def test_checkpoint_of_other_classes(task, fails, tmp_path):
@@ -113,7 +114,9 @@ def test_checkpoint_of_other_classes(task, fails, tmp_path):
 @pytest.mark.parametrize('kind, damage, workers', [
     ('det', 'image', 0), ('det', 'image', 1), ('det', 'gone', 0), ('seg', 'image', 1),
     ('seg', 'annotation', 0)])
-def test_unreadable_file(task, fails, tmp_path, kind, damage, workers):
+def test_unreadable_file(task, fails, tmp_path, monkeypatch, kind, damage, workers):
+    # As in a large data set, where only some files are looked for before.
+    monkeypatch.setattr('mmhybrid.datasets.annotations.SAMPLES', 0)
     it = task(kind, copy=tmp_path / 'copy')
     folder = {'det': 'train2017', 'seg': 'images/training'}[kind]
     if damage == 'annotation':
@@ -147,7 +150,8 @@ test_dataloader = dict(dataset=mine)
     config.write_text(source.replace('{kind}', "'BaseSegDataset'"))
     text = fails(run_train, config, '--data-root', it.data, '--work-dir', tmp_path / 'w',
                  *it.options)
-    assert 'no class for' in text and 'reduce_zero_label' in text
+    assert 'annotations/training/ADE_train_' in text
+    assert 'with 7 classes and reduce_zero_label=True labels are 1 to 7' in text
     config.write_text(source.replace('{kind}', "'ADE20KDataset'").replace(
         "img_suffix='.jpg', seg_map_suffix='.png', ", ''))
     text = fails(run_train, config, '--data-root', it.data, '--work-dir', tmp_path / 'w',
@@ -178,6 +182,22 @@ def test_traceback_on_request(task, capfd, monkeypatch):
     monkeypatch.setenv('MMHYBRID_TRACEBACK', '1')
     assert run_command(run_train, ['gone.py']) == 1
     assert 'Traceback' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('error, part', [
+    (IndexError('Target 6 is out of bounds.'), 'reduce_zero_label'),
+    (RuntimeError('CUDA error: device-side assert triggered'), 'num_classes'),
+    (ValueError('need at least one array to concatenate'), 'data set is empty'),
+    (OSError(errno.ENOSPC, 'No space left on device'), '--work-dir')], ids=str)
+def test_errors_of_others(error, part):
+    assert part in explain(error)
+
+
+def test_work_directory_that_cannot_be(task, fails, tmp_path):
+    it = task('det')
+    (tmp_path / 'file').touch()
+    text = fails(run_train, it.config, '--data-root', it.data, '--work-dir', tmp_path / 'file/w')
+    assert 'cannot be made' in text and '--work-dir' in text
 
 
 def test_unknown_errors_keep_their_traceback(capfd):
