@@ -299,6 +299,10 @@ def apply_tta(cfg: Config) -> list[str]:
                              'alone is computed.')
     else:
         missing = [key for key in ('tta_model', 'tta_pipeline') if key not in cfg]
+        if missing and cfg.get('default_scope') != 'mmseg':
+            raise UserError(f'--tta needs {" and ".join(missing)} in the config. Detectors and '
+                            'segmentors of this package can be tested with it, classifiers cannot: '
+                            'leave --tta out.')
         if missing:
             raise UserError(f'--tta needs {" and ".join(missing)} in the config. '
                             'configs/_base_/datasets/ade20k.py and configs/_base_/runtime_seg.py '

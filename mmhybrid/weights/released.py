@@ -74,6 +74,7 @@ def _mambavision() -> list[Released]:
 def _vmamba() -> list[Released]:
     base = 'https://github.com/MzeroMiko/VMamba/releases/download/%23'
     unlinked = 'its repository names the file without printing a link to it'
+    unnamed = 'its repository has the file, under a name and a link that are not known here'
     cls, det, seg = 'classification', 'detector', 'segmentor'
     upernet = 'upernet_vssm_4xb4-160k_ade20k-512x512_'
     mask = 'mask_rcnn_vssm_fpn_coco_'
@@ -96,18 +97,21 @@ def _vmamba() -> list[Released]:
          f'{mask}small_ms_3x_epoch_32'),
         ('t-s2l5-mask-rcnn-coco', 'tiny_s2l5', det, '', f'{mask}tiny_epoch_12'),
         ('t-s2l5-mask-rcnn-coco-3x', 'tiny_s2l5', det, '', f'{mask}tiny_ms_3x_epoch_36'),
-        # Files of the first release for 3x and for ADE20K exist too; their full names are not known
-        # here.
         *((f'v0-{size[0]}-mask-rcnn-coco', f'v0_{size}', det, '',
            f'vssm{size}_mask_rcnn_swin_fpn_coco_epoch_12') for size in ('tiny', 'small', 'base')),
         ('t-s1l8-upernet-ade20k', 'tiny_s1l8', seg, 'v2seg', f'{upernet}tiny_s_iter_160000'),
         ('s-s2l15-upernet-ade20k', 'small_s2l15', seg, 'v2seg', f'{upernet}small_iter_144000'),
         ('b-s2l15-upernet-ade20k', 'base_s2l15', seg, 'v2seg', f'{upernet}base_iter_160000'),
         ('t-s2l5-upernet-ade20k', 'tiny_s2l5', seg, '', f'{upernet}tiny_iter_160000'),
+        *((f'v0-{size[0]}-mask-rcnn-coco-3x', f'v0_{size}', det, '', '')
+          for size in ('tiny', 'small')),
+        *((f'v0-{size[0]}-upernet-ade20k', f'v0_{size}', seg, '', '')
+          for size in ('tiny', 'small', 'base')),
     ]
-    return [Released(f'vmamba-{name}', 'VMamba', arch, kind, f'{stem}.pth',
+    return [Released(f'vmamba-{name}', 'VMamba', arch, kind, f'{stem}.pth' if stem else '',
                      f'{base}{tag}/{stem}.pth' if tag else '', 'MIT',
-                     'https://github.com/MzeroMiko/VMamba', '' if tag else unlinked)
+                     'https://github.com/MzeroMiko/VMamba',
+                     '' if tag else unlinked if stem else unnamed)
             for name, arch, kind, tag, stem in rows]
 
 

@@ -6,6 +6,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmhybrid.engine.classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
+from mmhybrid.engine.config import apply_tta
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.preflight import check_classes, check_data
 
@@ -108,6 +109,13 @@ def accuracy(scores, labels, **options):
     metric.process(None, [dict(scores=torch.tensor(s), gt_label=label)
                           for s, label in zip(scores, labels, strict=True)])
     return metric.evaluate(size=len(scores))
+
+
+def test_no_augmentation_while_testing(folder):
+    cfg = config(folder, pipeline=[])
+    cfg.test_dataloader = cfg.val_dataloader
+    with pytest.raises(UserError, match='classifiers cannot: leave --tta out'):
+        apply_tta(cfg)
 
 
 def test_accuracy():

@@ -358,7 +358,7 @@ def test_short_names(file, tmp_path, monkeypatch):
 
 
 def test_the_table_of_released_files():
-    assert len(RELEASED) == 11 + 7 + 24 + 6 + 5
+    assert len(RELEASED) == 11 + 7 + 29 + 6 + 5
     architectures = dict(MambaVision=mambavision, VMamba=vmamba, Vim=vim, LocalVim=localvim,
                          LocalVMamba=localvmamba)
     for name, row in RELEASED.items():
