@@ -74,6 +74,29 @@ def test_a_wrong_backend_is_not_timed(ops, capsys):
     assert code == 1 and printed.count(ops.WRONG) == 2 and 'p50_ms' not in printed
 
 
+def test_a_backend_that_raises_costs_nothing_else(ops, monkeypatch, tmp_path, capsys):
+    def broken(**inputs):
+        raise RuntimeError('no kernel image is available')
+
+    found = ops.find_backends('cpu', ['torch'])
+    monkeypatch.setattr(ops, 'find_backends', lambda *_: {'triton': broken, **found})
+    path = tmp_path / 'rows.csv'
+    threads = torch.get_num_threads()
+    try:
+        code = ops.main(['--device', 'cpu', '--small', '--rounds', '1', '--csv', str(path)])
+        stopped = ops.main(['--device', 'cpu', '--small', '--minutes', '0'])
+    finally:
+        torch.set_num_threads(threads)
+    with open(path, newline='') as file:
+        rows = [(row['shape'], row['backend'], row['mode']) for row in csv.DictReader(file)]
+    assert code == 1 and rows == [
+        row for shape in ('even', 'uneven')
+        for row in ((shape, 'triton', ops.FAILED), *[(shape, 'torch', 'eager')] * 2)]
+    printed = capsys.readouterr().out
+    assert 'FAILED even: triton: RuntimeError: no kernel image is available' in printed
+    assert stopped == 0 and 'not measured, 0 minutes have passed: uneven' in printed
+
+
 def test_arguments_are_checked(ops, capsys):
     with pytest.raises(SystemExit):
         ops.parse_args(['--device', 'cpu', '--clock', 'cuda'])

@@ -24,6 +24,40 @@ def test_works_take_turns():
     assert all(len(values) == 3 and min(values) > 0 for values in times.values())
 
 
+def test_turns_end_when_their_time_is_up():
+    works = {name: timing.in_sequence([lambda: None]) for name in 'ab'}
+    times = timing.take_turns(works, 10**9, 'wall', seconds=0)
+    assert [len(values) for values in times.values()] == [1, 1]
+
+
+def test_a_failure_is_noted_and_the_rest_goes_on(capsys):
+    failures = timing.Failures()
+    with failures.noted('first'):
+        raise RuntimeError('out of memory\nand much more')
+    with failures.noted('second'):
+        after = True
+    assert after and failures == ['first']
+    assert capsys.readouterr().out == 'FAILED first: RuntimeError: out of memory\n'
+    with pytest.raises(SystemExit), failures.noted('bad argument'):
+        raise SystemExit('expected another')
+
+
+def test_a_broken_gpu_ends_the_run(monkeypatch):
+    def synchronize():
+        raise RuntimeError('an illegal memory access was encountered')
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
+    with pytest.raises(SystemExit, match=r'illegal.*leave triton out'), \
+            timing.Failures().noted('triton'):
+        raise ValueError
+
+
+def test_nothing_begins_after_the_limit(capsys):
+    assert timing.TimeLimit(0).passed('seg') and not timing.TimeLimit(None).passed('det')
+    assert capsys.readouterr().out == 'not measured, 0 minutes have passed: seg\n'
+
+
 def test_percentiles_in_milliseconds():
     values = timing.percentiles([x / 1000 for x in range(1, 12)])
     assert values == {'turns': '11', 'p20_ms': '3', 'p50_ms': '6', 'p80_ms': '9'}

@@ -7,7 +7,8 @@ A model is CLASS:ARCH from the registry. A choice is a scan backend, with `-plai
 mixers without their fused way (no kernel around the scan, tokens copied into each direction's
 order). All choices share their weights and take turns (A B A B) in one process. Before anything is
 timed, every choice must agree with the sequential reference scan in float32 on a small image; one
-that does not is reported, not timed, and makes the exit code 1.
+that does not is reported and not timed, one that raises is reported and left out, and either makes
+the exit code 1. Rows are written as they are measured, and --minutes limits the run.
 
 Modes: eager; compiled (torch.compile); graph (the calls as a CUDA graph, on a GPU). Memory: what
 one forward pass keeps for its backward pass, and on a GPU the peak of a whole step.
@@ -15,7 +16,7 @@ one forward pass keeps for its backward pass, and on a GPU the peak of a whole s
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ from timing import (
     CLOCKS,
     ENVIRONMENT,
     PERCENTILES,
+    Failures,
+    TimeLimit,
     append_rows,
     as_graph,
     default_clock,
@@ -31,6 +34,7 @@ from timing import (
     percentiles,
     relative_rms,
     saved_bytes,
+    seconds_per_call,
     take_turns,
 )
 
@@ -89,13 +93,17 @@ def autocast(device: str, dtype: str):
     return torch.autocast(device, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
-def error_of(model, choice, reference, device: str, dtype: str, side: int) -> float:
-    """Largest RMS error of a map against the reference scan in float32."""
-    x = torch.randn(1, 3, side, side + 16, generator=torch.Generator().manual_seed(1)).to(device)
-    with torch.no_grad():
-        expected = choose(reference, 'reference').eval()(x)
-        with autocast(device, dtype):
-            maps = choose(model, choice).eval()(x)
+def small_image(device: str, side: int) -> torch.Tensor:
+    """The input of the correctness gate."""
+    x = torch.randn(1, 3, side, side + 16, generator=torch.Generator().manual_seed(1))
+    return x.to(device)
+
+
+@torch.no_grad()
+def error_of(model, choice, expected, device: str, dtype: str, side: int) -> float:
+    """Largest RMS error of a map against those of the reference scan in float32."""
+    with autocast(device, dtype):
+        maps = choose(model, choice).eval()(small_image(device, side))
     return max(relative_rms(y.float(), want) for y, want in zip(maps, expected, strict=True))
 
 
@@ -115,46 +123,52 @@ def step(model, x: torch.Tensor, what: str, dtype: str) -> Callable[[], object]:
     return run
 
 
-def measure(args, model: str, choices: list[str], record: dict, arguments: dict | None = None
-            ) -> tuple[list[dict], bool]:
-    """All rows of one model, and whether a choice was wrong."""
+def measure(args, model: str, choices: list[str], record: dict, failures: Failures,
+            arguments: dict | None = None) -> Iterator[dict]:
+    """The rows of one model, each as soon as it is known; a wrong choice counts as a failure."""
     device, (height, width) = args.device, args.size
     fixed = record | dict(model=model, B=args.batch, H=height, W=width, dtype=args.dtype)
-    reference = build(model, arguments).to(device)
-    networks, errors = {}, {}
-    wrong = False
-    for choice in choices:
-        network = build(model, arguments).to(device)
-        errors[choice] = error_of(network, choice, reference, device, args.dtype, args.check_size)
-        if errors[choice] <= TOLERANCE[args.dtype]:
-            networks[choice] = network
-            continue
-        wrong = True
-        print(f'{model}: {choice} is wrong (error {errors[choice]:.1e}) and is not timed')
+    with torch.no_grad():
+        reference = choose(build(model, arguments).to(device), 'reference').eval()
+        expected = reference(small_image(device, args.check_size))
     del reference
+    networks, errors = {}, {}
+    for choice in choices:
+        with failures.noted(f'{model}: {choice}'):
+            network = build(model, arguments).to(device)
+            error = error_of(network, choice, expected, device, args.dtype, args.check_size)
+            errors[choice] = f'{error:.1e}'
+            if error <= TOLERANCE[args.dtype]:
+                networks[choice] = network
+                continue
+            failures.append(f'{model}: {choice}')
+            print(f'{model}: {choice} is wrong (error {error:.1e}) and is not timed')
     x = torch.randn(args.batch, 3, height, width,
                     generator=torch.Generator().manual_seed(0)).to(device)
-    rows = []
     for what in args.passes:
         works, memory = {}, {}
         for choice, network in networks.items():
             choose(network, choice).train(what != 'forward')
             call = step(network, x, what, args.dtype)
-            memory[choice] = memory_of(network, call, x, what, args.dtype)
-            for mode in args.modes:
-                if mode == 'compiled':
-                    call_compiled = step(torch.compile(network, backend=args.compiler), x, what,
-                                         args.dtype)
-                    call_compiled()
-                    works[mode, choice] = in_sequence([call_compiled])
-                else:
-                    works[mode, choice] = (as_graph if mode == 'graph' else in_sequence)([call])
-        for (mode, choice), seconds in take_turns(works, args.turns, args.clock).items():
+            with failures.noted(f'{model}: {choice}: {what}'):
+                memory[choice] = memory_of(network, call, x, what, args.dtype)
+            for mode in args.modes if choice in memory else ():
+                if mode == 'graph' and not choice.startswith(('auto', 'triton')):
+                    continue  # a graph of the thousands of launches of the others is no use
+                with failures.noted(f'{model}: {choice}: {what}, {mode}'):
+                    own = call
+                    if mode == 'compiled':
+                        own = step(torch.compile(network, backend=args.compiler), x, what,
+                                   args.dtype)
+                    work = (as_graph if mode == 'graph' else in_sequence)([own])
+                    seconds_per_call(work, args.clock)
+                    works[mode, choice] = work
+        times = take_turns(works, args.turns, args.clock, args.seconds)
+        for (mode, choice), seconds in times.items():
             row = fixed | {'pass': what, 'mode': mode, 'choice': choice} | percentiles(seconds)
             row['images_per_s'] = f"{args.batch / float(row['p50_ms']) * 1e3:.4g}"
-            row['error'] = f'{errors[choice]:.1e}'
-            rows.append(row | memory[choice])
-    return rows, wrong
+            row['error'] = errors[choice]
+            yield row | memory[choice]
 
 
 def memory_of(network, call, x, what: str, dtype: str) -> dict[str, str]:
@@ -222,6 +236,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--compiler', default='inductor', metavar='BACKEND',
                         help='of torch.compile, for the mode compiled (default: inductor)')
     parser.add_argument('--turns', type=int, default=5, help='turns per choice (default: 5)')
+    parser.add_argument('--seconds', type=float, default=60, metavar='S',
+                        help='no further turn after these of one pass (default: 60)')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='begin no further model after these')
     parser.add_argument('--threads', type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument('--device', choices=('cpu', 'cuda'),
                         default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -257,20 +275,24 @@ def main(arguments: list[str] | None = None, build_arguments: dict[str, dict] | 
     choices = args.choices.split(',') if args.choices else default_choices(args.device)
     record = environment(args.device, args.clock)
     print('  '.join(f'{key} {value}' for key, value in record.items()))
-    everything, failed = [], False
+    if args.csv:
+        append_rows(args.csv, COLUMNS, [])  # complains before anything is measured
+    everything, failures, limit = [], Failures(), TimeLimit(args.minutes)
     for model in args.models:
-        rows, wrong = measure(args, model, choices, record, (build_arguments or {}).get(model))
-        failed |= wrong
-        for row in rows:
-            shown = ('model', 'pass', 'mode', 'choice', 'p20_ms', 'p50_ms', 'p80_ms',
-                     'images_per_s', 'saved_MB', 'peak_MB', 'error')  # fmt: skip
-            print('  '.join(f'{key} {row[key]}' for key in shown if row.get(key)), flush=True)
-        if args.csv:
-            append_rows(args.csv, COLUMNS, rows)
-        everything += rows
+        if limit.passed(model):
+            continue
+        with failures.noted(model):
+            own = (build_arguments or {}).get(model)
+            for row in measure(args, model, choices, record, failures, own):
+                shown = ('model', 'pass', 'mode', 'choice', 'p20_ms', 'p50_ms', 'p80_ms',
+                         'images_per_s', 'saved_MB', 'peak_MB', 'error')  # fmt: skip
+                print('  '.join(f'{key} {row[key]}' for key in shown if row.get(key)), flush=True)
+                if args.csv:
+                    append_rows(args.csv, COLUMNS, [row])
+                everything.append(row)
     if args.plot is not None and everything:
         plot(everything, Path(args.plot or Path(args.csv).with_suffix('.png')))
-    return int(failed)
+    return int(bool(failures))
 
 
 if __name__ == '__main__':

@@ -6,16 +6,18 @@
 
 Takes a GPU if there is one, and trains as the recipes do: float32 parameters, autocast to --dtype
 (--pure for parameters of that dtype). Every variant is first compared with the plain mixer in
-float64, gradients included; one that is wrong is reported and not timed. On a GPU the anchor is the
-plain mixer around the CUDA scan of mamba_ssm, when that can be imported; on a CPU, the plain mixer
-around the sequential reference. Beside the times: the floor, and what a call keeps for its backward
-pass in bytes per token and channel.
+float64, gradients included; one that is wrong is reported and not timed, one that raises is
+reported and left out. Rows are written as they are measured, and --minutes limits the run. On a GPU
+the anchor is the plain mixer around the CUDA scan of mamba_ssm, when that can be imported; on a
+CPU, the plain mixer around the sequential reference. Beside the times: the floor, and what a call
+keeps for its backward pass in bytes per token and channel.
 """
 
 import argparse
 import copy
 import re
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from timing import (
     CLOCKS,
     ENVIRONMENT,
     PERCENTILES,
+    Failures,
+    TimeLimit,
     append_rows,
     as_graph,
     default_clock,
@@ -33,6 +37,7 @@ from timing import (
     plot_rows,
     relative_rms,
     saved_bytes,
+    seconds_per_call,
     take_turns,
 )
 
@@ -50,13 +55,14 @@ class Shape(NamedTuple):
     dim: int
 
 
+# One size of the model comes first, so that a short run sees all kinds of shapes.
 GPU_SHAPES = tuple(
     Shape(f'{task} MambaVision-{model} s{stage}', batch, length, dim * 2 ** (stage - 3))
+    for model, dim in (('T', 320), ('S', 384), ('B', 512))
     for task, stage, batch, length in (
         ('detection', 3, 2, 12544), ('detection', 4, 2, 3136),
         ('segmentation', 3, 2, 4096), ('segmentation', 4, 2, 1024),
         ('classification', 3, 128, 196), ('classification', 4, 128, 49))
-    for model, dim in (('T', 320), ('S', 384), ('B', 512))
 ) + (Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 384),)  # fmt: skip
 CPU_SHAPES = (
     Shape('segmentation MambaVision-T s4', 2, 1024, 640),
@@ -71,6 +77,7 @@ COLUMNS = (
 )  # fmt: skip
 PASSES = ('forward', 'forward+backward')
 WRONG = 'wrong, not timed'
+FAILED = 'failed, not timed'
 
 # Of GPUs whose floor is known: bytes, exponentials and 16-bit tensor-core operations per second.
 RATES = {'H200': (4.3e12, 4.18e12, 989e12)}
@@ -182,18 +189,18 @@ def run(mixer, x, backward: bool, autocast: torch.dtype | None = None):
 
 
 def errors(mixer, exact, x, autocast) -> dict[str, float]:
-    """Errors of y and of every gradient against the float64 mixer."""
-    y_exact, expected = run(exact, x.detach().double().requires_grad_(), True)
+    """Errors of y and of every gradient against those of the float64 mixer."""
+    y_exact, expected = exact
     y, got = run(mixer, x.detach().requires_grad_(), True, autocast)
-    names = ['x', *(name for name, _ in exact.named_parameters())]
+    names = ['x', *(name.removeprefix('mixer.') for name, _ in mixer.named_parameters())]
     named = {'y': relative_rms(y.detach(), y_exact.detach())}
     for name, g, e in zip(names, got, expected, strict=True):
         named[name] = relative_rms(g, e)
     return named
 
 
-def measure(shape: Shape, args) -> list[dict]:
-    """All rows of one shape."""
+def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
+    """The rows of one shape, each as soon as it is known."""
     dtype = getattr(torch, args.dtype)
     autocast = None if args.pure or dtype == torch.float32 else dtype
     held = torch.float32 if autocast else dtype
@@ -208,23 +215,28 @@ def measure(shape: Shape, args) -> list[dict]:
             for _ in range(input_sets(elements * dtype.itemsize, args.device))]
     # The float64 mixer has the weights as they are held, rounded or not.
     variants = find_variants(source.to(held), args.device, args.variants)
-    exact = copy.deepcopy(source).double()
-    rows, of_variant = [], {}
+    exact = run(copy.deepcopy(source).double(), sets[0].double().requires_grad_(), True)
+    of_variant = {}
     for name, mixer in variants.items():
-        found = errors(mixer, exact, sets[0], autocast)
+        row = common | {'variant': name}
+        found = None
+        with failures.noted(f'{shape.name}: {name}'):
+            found = errors(mixer, exact, sets[0], autocast)
+            x = sets[0].detach().requires_grad_()
+            kept = saved_bytes(lambda m=mixer, x=x: run_forward(m, x, autocast), mixer.parameters())
+            row['saved_bytes_per_token_and_channel'] = f'{kept / elements:.2f}'
+        if found is None:
+            yield row | {'mode': FAILED}
+            continue
         error_y = found.pop('y')
         worst = max(found, key=found.get)
-        x = sets[0].detach().requires_grad_()
-        kept = saved_bytes(lambda m=mixer, x=x: run_forward(m, x, autocast), mixer.parameters())
-        row = common | {
-            'variant': name, 'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
-            'error_gradient': f'{found[worst]:.1e}',
-            'saved_bytes_per_token_and_channel': f'{kept / elements:.2f}',
-        }  # fmt: skip
+        row |= {'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
+                'error_gradient': f'{found[worst]:.1e}'}  # fmt: skip
         if max(error_y, found[worst]) <= TOLERANCE[dtype]:
             of_variant[name] = row
         else:
-            rows.append(row | {'mode': WRONG})
+            yield row | {'mode': WRONG}
+    del exact
     anchor = next((x for x in ('plain cuda', 'plain reference') if x in of_variant), '')
     for what in args.passes:
         backward = what == PASSES[1]
@@ -232,25 +244,25 @@ def measure(shape: Shape, args) -> list[dict]:
         floor = floor_ms(shape, dtype, backward, common['device'])
         for mode in args.modes:
             build = in_sequence if mode == 'eager' else as_graph
-            # A graph of the thousands of launches of the other scans would be no use.
-            works = {
-                name: build([lambda m=variants[name], x=x, b=backward: run(m, x, b, autocast)
-                             for x in leaves])
-                for name in of_variant
-                if mode == 'eager' or name not in ('plain torch', 'plain reference')
-            }  # fmt: skip
-            take_turns(works, 1, args.clock)  # compiles, and fills caches
-            times = take_turns(works, args.rounds, args.clock)
+            works = {}
+            for name in of_variant:
+                if mode == 'graph' and name in ('plain torch', 'plain reference'):
+                    continue  # a graph of the thousands of launches of these is no use
+                with failures.noted(f'{shape.name}: {name}: {what}, {mode}'):
+                    work = build([lambda m=variants[name], x=x, b=backward: run(m, x, b, autocast)
+                                  for x in leaves])  # fmt: skip
+                    seconds_per_call(work, args.clock)  # compiles, and fills caches
+                    works[name] = work
+            times = take_turns(works, args.rounds, args.clock, args.seconds)
             stamps = {name: percentiles(values) for name, values in times.items()}
             for name, stamp in stamps.items():
                 ratio = {}
                 if anchor in stamps:
                     over = float(stamps[anchor]['p50_ms']) / float(stamp['p50_ms'])
                     ratio = {'anchor': anchor, 'anchor_over_this': f'{over:.2f}'}
-                rows.append(of_variant[name] | stamp | ratio | {
+                yield of_variant[name] | stamp | ratio | {
                     'pass': what, 'mode': mode, 'floor_ms': '' if floor is None else f'{floor:.4f}',
-                })  # fmt: skip
-    return rows
+                }  # fmt: skip
 
 
 def run_forward(mixer, x, autocast):
@@ -281,6 +293,10 @@ def parse_args(arguments=None):
                         help="comma-separated, such as 'fused,plain torch'")
     parser.add_argument('--passes', choices=PASSES, nargs='+', default=PASSES)
     parser.add_argument('--rounds', type=int, default=20, help='turns per variant (default: 20)')
+    parser.add_argument('--seconds', type=float, default=5, metavar='S',
+                        help='no further turn after these of one measurement (default: 5)')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='begin no further shape after these')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
     parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
     parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
@@ -300,19 +316,21 @@ def main(arguments=None) -> int:
     """Print the rows and keep them; return 1 when a variant is wrong."""
     args = parse_args(arguments)
     torch.set_num_threads(args.threads)
-    everything = []
+    if args.csv:
+        append_rows(args.csv, COLUMNS, [])  # complains before anything is measured
+    everything, failures, limit = [], Failures(), TimeLimit(args.minutes)
     for shape in SMALL if args.small else GPU_SHAPES if args.device == 'cuda' else CPU_SHAPES:
-        if not re.search(args.only, shape.name):
+        if not re.search(args.only, shape.name) or limit.passed(shape.name):
             continue
-        rows = measure(shape, args)
-        for row in rows:
-            print(show(row), flush=True)
-        if args.csv:
-            append_rows(args.csv, COLUMNS, rows)
-        everything += rows
+        with failures.noted(shape.name):
+            for row in measure(shape, args, failures):
+                print(show(row), flush=True)
+                if args.csv:
+                    append_rows(args.csv, COLUMNS, [row])
+                everything.append(row)
     if args.plot and everything:
         plot_rows(args.plot, everything, 'variant', f"MambaVision's mixer, {args.dtype}")
-    return int(any(row['mode'] == WRONG for row in everything))
+    return int(bool(failures) or any(row['mode'] == WRONG for row in everything))
 
 
 if __name__ == '__main__':

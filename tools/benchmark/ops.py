@@ -5,17 +5,19 @@
     python tools/benchmark/ops.py --only 'seg|VMamba' --dtype float16 --plot scan.png
 
 Takes a GPU if there is one. Every backend is first compared with a float64 scan, gradients
-included; one that is wrong is reported and not timed. Anchors in the same run: on a GPU the CUDA
-scan of mamba_ssm when it can be imported, on a CPU the sequential reference. Backends take turns
-(A B A B), so that a change of the machine's load hits all of them. On a GPU, calls rotate over
-copies of their inputs that together exceed the cache. --clock cpu counts the process's own time:
-use it with --threads 1 on a machine that others use. With --require the exit code is 1 when a
-backend is too slow.
+included; one that is wrong is reported and not timed, one that raises is reported and left out.
+Rows are written as they are measured, and --minutes limits the run. Anchors in the same run: on a
+GPU the CUDA scan of mamba_ssm when it can be imported, on a CPU the sequential reference. Backends
+take turns (A B A B), so that a change of the machine's load hits all of them. On a GPU, calls
+rotate over copies of their inputs that together exceed the cache. --clock cpu counts the process's
+own time: use it with --threads 1 on a machine that others use. With --require the exit code is 1
+when a backend is too slow.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from timing import (
     CLOCKS,
     ENVIRONMENT,
     PERCENTILES,
+    Failures,
+    TimeLimit,
     append_rows,
     as_graph,
     default_clock,
@@ -32,6 +36,7 @@ from timing import (
     percentiles,
     plot_rows,
     relative_rms,
+    seconds_per_call,
     take_turns,
 )
 
@@ -49,22 +54,20 @@ class Shape(NamedTuple):
     gate: bool = False
 
 
+# One size of every family comes first, so that a short run sees all kinds of shapes.
 GPU_SHAPES = (
-    *(Shape(f'detection MambaVision-{m} s3', 2, 12544, d, 8) for m, d in
-      (('T', 160), ('S', 192), ('B', 256))),
-    *(Shape(f'detection MambaVision-{m} s4', 2, 3136, d, 8) for m, d in
-      (('T', 320), ('S', 384), ('B', 512))),
-    *(Shape(f'segmentation MambaVision-{m} s3', 2, 4096, d, 8) for m, d in
-      (('T', 160), ('S', 192), ('B', 256))),
-    *(Shape(f'segmentation MambaVision-{m} s4', 2, 1024, d, 8) for m, d in
-      (('T', 320), ('S', 384), ('B', 512))),
+    *(shape for m, d in (('T', 160), ('S', 192), ('B', 256)) for shape in (
+        Shape(f'detection MambaVision-{m} s3', 2, 12544, d, 8),
+        Shape(f'detection MambaVision-{m} s4', 2, 3136, 2 * d, 8),
+        Shape(f'segmentation MambaVision-{m} s3', 2, 4096, d, 8),
+        Shape(f'segmentation MambaVision-{m} s4', 2, 1024, 2 * d, 8),
+        Shape(f'classification MambaVision-{m} s3', 128, 196, d, 8),
+        Shape(f'classification MambaVision-{m} s4', 128, 49, 2 * d, 8),
+        *([Shape(f'VMamba-T 512 stage {i + 1}', 2, 16384 >> 2 * i, 384 << i, 1)
+           for i in range(4)] if m == 'T' else []),
+        *([Shape('Vim-S 1248 one direction', 1, 6085, 768, 16, gate=True)] if m == 'T' else []),
+    )),
     Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 192, 8),
-    *(Shape(f'classification MambaVision-{m} s3', 128, 196, d, 8) for m, d in
-      (('T', 160), ('S', 192), ('B', 256))),
-    *(Shape(f'classification MambaVision-{m} s4', 128, 49, d, 8) for m, d in
-      (('T', 320), ('S', 384), ('B', 512))),
-    *(Shape(f'VMamba-T 512 stage {i + 1}', 2, 16384 >> 2 * i, 384 << i, 1) for i in range(4)),
-    Shape('Vim-S 1248 one direction', 1, 6085, 768, 16, gate=True),
 )  # fmt: skip
 CPU_SHAPES = (
     Shape('segmentation s3', 2, 4096, 160, 8),
@@ -81,6 +84,7 @@ COLUMNS = (
 )  # fmt: skip
 PASSES = ('forward', 'forward+backward')
 WRONG = 'wrong, not timed'
+FAILED = 'failed, not timed'
 
 # Bytes, exponentials and float32 operations per second of GPUs whose floor is known.
 RATES = {'H200': (4.3e12, 4.18e12, 33.4e12)}
@@ -165,11 +169,16 @@ def run(function, inputs: dict, backward: bool):
     return y, torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
 
 
-def errors(function, inputs: dict) -> dict[str, float]:
-    """Errors of y and of every gradient against a float64 scan."""
+def exact_results(inputs: dict):
+    """y and all gradients of a float64 scan."""
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    return run(lambda **x: selective_scan(**x, backend='torch'), exact, True)
+
+
+def errors(function, inputs: dict, exact) -> dict[str, float]:
+    """Errors of y and of every gradient against `exact_results`."""
+    y_exact, exact_grads = exact
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    y_exact, exact_grads = run(lambda **x: selective_scan(**x, backend='torch'), exact, True)
     y, grads = run(function, leaves, True)
     named = {'y': relative_rms(y.detach(), y_exact.detach())}
     for name, got, expected in zip(inputs, grads, exact_grads, strict=True):
@@ -185,8 +194,8 @@ def saved_megabytes(function, inputs: dict) -> float:
     return (torch.cuda.memory_allocated() - before - y.numel() * y.element_size()) / 2**20
 
 
-def measure(shape: Shape, functions: dict, args) -> list[dict]:
-    """All rows of one shape."""
+def measure(shape: Shape, functions: dict, args, failures: Failures) -> Iterator[dict]:
+    """The rows of one shape, each as soon as it is known."""
     dtype = getattr(torch, args.dtype)
     common = environment(args.device, args.clock) | {
         'shape': shape.name, 'B': shape.batch, 'L': shape.length, 'D': shape.channels,
@@ -195,23 +204,28 @@ def measure(shape: Shape, functions: dict, args) -> list[dict]:
         'even': shape.length % 2048 == 0 or shape.length in (128, 256, 512, 1024),
     }  # fmt: skip
     size = (3 + shape.gate) * shape.batch * shape.length * shape.channels * dtype.itemsize
-    rows, inputs, of_backend = [], {}, {}
+    inputs, of_backend = {}, {}
+    exact = exact_results(make_inputs(shape, dtype, args.device, 0, True))
     for name, function in functions.items():
         token_major = args.device == 'cuda' and name != 'cuda'
-        sets = [make_inputs(shape, dtype, args.device, seed, token_major)
-                for seed in range(input_sets(size, args.device))]
-        found = errors(function, sets[0])
+        row = common | {'backend': name, 'layout': 'token' if token_major else 'channel'}
+        found = None
+        with failures.noted(f'{shape.name}: {name}'):
+            sets = [make_inputs(shape, dtype, args.device, seed, token_major)
+                    for seed in range(input_sets(size, args.device))]
+            found = errors(function, sets[0], exact)
+        if found is None:
+            yield row | {'mode': FAILED}
+            continue
         error_y = found.pop('y')
         worst = max(found, key=found.get)
-        row = common | {
-            'backend': name, 'layout': 'token' if token_major else 'channel',
-            'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
-            'error_gradient': f'{found[worst]:.1e}',
-        }  # fmt: skip
+        row |= {'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
+                'error_gradient': f'{found[worst]:.1e}'}  # fmt: skip
         if max(error_y, found[worst]) <= TOLERANCE[dtype] * (1 if name == 'triton' else 4):
             inputs[name], of_backend[name] = sets, row
         else:
-            rows.append(row | {'mode': WRONG})
+            yield row | {'mode': WRONG}
+    del exact
     for what in args.passes:
         backward = what == PASSES[1]
         calls = {}
@@ -222,15 +236,21 @@ def measure(shape: Shape, functions: dict, args) -> list[dict]:
                 lambda x=x, f=functions[name], b=backward: run(f, x, b) for x in leaves
             ]
             if backward and args.device == 'cuda':
-                of_backend[name]['saved_MB'] = f'{saved_megabytes(functions[name], leaves[0]):.2f}'
+                with failures.noted(f'{shape.name}: {name}: memory'):
+                    saved = saved_megabytes(functions[name], leaves[0])
+                    of_backend[name]['saved_MB'] = f'{saved:.2f}'
         floor = floor_ms(shape, dtype, backward, common['device'])
         for mode in args.modes:
             build = in_sequence if mode == 'eager' else as_graph
-            # A graph of the thousands of launches of the other backends would be no use.
-            timed = {name: build(c) for name, c in calls.items()
-                     if mode == 'eager' or name in ('triton', 'cuda')}  # fmt: skip
-            take_turns(timed, 1, args.clock)  # compiles, and fills caches
-            times = take_turns(timed, args.rounds, args.clock)
+            timed = {}
+            for name, own in calls.items():
+                if mode == 'graph' and name not in ('triton', 'cuda'):
+                    continue  # a graph of the thousands of launches of the others is no use
+                with failures.noted(f'{shape.name}: {name}: {what}, {mode}'):
+                    work = build(own)
+                    seconds_per_call(work, args.clock)  # compiles, and fills caches
+                    timed[name] = work
+            times = take_turns(timed, args.rounds, args.clock, args.seconds)
             stamps = {name: percentiles(values) for name, values in times.items()}
             for name, stamp in stamps.items():
                 ratios = {
@@ -238,10 +258,9 @@ def measure(shape: Shape, functions: dict, args) -> list[dict]:
                         f"{float(stamps[anchor]['p50_ms']) / float(stamp['p50_ms']):.2f}"
                     for anchor in ('reference', 'cuda') if anchor in stamps
                 }  # fmt: skip
-                rows.append(of_backend[name] | stamp | ratios | {
+                yield of_backend[name] | stamp | ratios | {
                     'pass': what, 'mode': mode, 'floor_ms': '' if floor is None else f'{floor:.4f}',
-                })  # fmt: skip
-    return rows
+                }  # fmt: skip
 
 
 def show(row: dict) -> str:
@@ -264,6 +283,10 @@ def parse_args(arguments=None):
     parser.add_argument('--backends', type=lambda x: x.split(','), help='comma-separated')
     parser.add_argument('--passes', choices=PASSES, nargs='+', default=PASSES)
     parser.add_argument('--rounds', type=int, default=20, help='turns per backend (default: 20)')
+    parser.add_argument('--seconds', type=float, default=5, metavar='S',
+                        help='no further turn after these of one measurement (default: 5)')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='begin no further shape after these')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
     parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
     parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
@@ -293,21 +316,24 @@ def main(arguments=None) -> int:
     if not set(args.require) <= set(functions):
         raise SystemExit(f'--require names {sorted(args.require)}, but timed are {[*functions]}')
     anchor = 'cuda_over_this' if args.device == 'cuda' else 'reference_over_this'
-    everything, failed = [], False
+    if args.csv:
+        append_rows(args.csv, COLUMNS, [])  # complains before anything is measured
+    everything, failed, failures = [], False, Failures()
+    limit = TimeLimit(args.minutes)
     for shape in shapes:
-        if not re.search(args.only, shape.name):
+        if not re.search(args.only, shape.name) or limit.passed(shape.name):
             continue
-        rows = measure(shape, functions, args)
-        for row in rows:
-            late = float(row.get(anchor) or 'inf') < args.require.get(row['backend'], 0)
-            failed |= late or row['mode'] == WRONG
-            print(show(row) + ('  TOO SLOW' if late else ''), flush=True)
-        if args.csv:
-            append_rows(args.csv, COLUMNS, rows)
-        everything += rows
+        with failures.noted(shape.name):
+            for row in measure(shape, functions, args, failures):
+                late = float(row.get(anchor) or 'inf') < args.require.get(row['backend'], 0)
+                failed |= late or row['mode'] == WRONG
+                print(show(row) + ('  TOO SLOW' if late else ''), flush=True)
+                if args.csv:
+                    append_rows(args.csv, COLUMNS, [row])
+                everything.append(row)
     if args.plot and everything:
         plot_rows(args.plot, everything, 'backend', f'Selective scan, {args.dtype}')
-    return int(failed)
+    return int(failed or bool(failures))
 
 
 if __name__ == '__main__':

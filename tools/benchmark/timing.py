@@ -3,13 +3,16 @@
 A script of this folder finds it with ``from timing import ...`` when it is run by its path.
 """
 
+import contextlib
 import csv
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +61,50 @@ def environment(device: str, clock: str) -> dict[str, str]:
 def default_clock(device: str) -> str:
     """'cuda' for a GPU, 'wall' for anything else."""
     return 'cuda' if torch.device(device).type == 'cuda' else 'wall'
+
+
+class Failures(list):
+    """What failed so far: one failure must not cost the rest of a rare run on a GPU."""
+
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Print an error of the block, keep ``what``, and go on behind the block.
+
+        Raises:
+            SystemExit: the GPU itself has failed, after which nothing could be measured.
+        """
+        try:
+            yield
+            return
+        except Exception as error:
+            self.append(what)
+            traceback.print_exc()
+            text = (str(error).strip().splitlines() or [''])[0]
+            print(f'FAILED {what}: {type(error).__name__}: {text}', flush=True)
+        if torch.cuda.is_available():
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except Exception as error:
+                raise SystemExit(
+                    f'the GPU answers nothing after that ({error}); leave {what} out and start '
+                    'again. Rows measured so far are in the file of --csv.'
+                ) from error
+
+
+class TimeLimit:
+    """Says when it is too late to begin something new; None for never."""
+
+    def __init__(self, minutes: float | None):
+        self.minutes = minutes
+        self.end = time.monotonic() + 60 * (math.inf if minutes is None else minutes)
+
+    def passed(self, what: str) -> bool:
+        """Whether the time is up, in which case ``what`` is said to be left out."""
+        if time.monotonic() < self.end:
+            return False
+        print(f'not measured, {self.minutes:g} minutes have passed: {what}', flush=True)
+        return True
 
 
 class Work(NamedTuple):
@@ -118,16 +165,26 @@ def seconds_per_call(work: Work, clock: str) -> float:
     return (now() - begin) / work.calls
 
 
-def take_turns(works: dict[str, Work], turns: int, clock: str) -> dict[str, list[float]]:
+def take_turns(works: dict[str, Work], turns: int, clock: str,
+               seconds: float = math.inf) -> dict[str, list[float]]:
     """Time all works A B A B ..., so that a change of the machine's load hits each of them.
 
     Nothing is warmed up here: a correctness check before has compiled what needs compiling.
 
+    Args:
+        works: by name.
+        turns: of every work; fewer when they take long.
+        clock: one of `CLOCKS`.
+        seconds: after which no further turn begins.
+
     Returns:
-        Seconds per call, ``turns`` values for every name.
+        Seconds per call, up to ``turns`` values for every name, equally many.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(turns):
+    end = time.monotonic() + seconds
+    for turn in range(turns):
+        if turn and time.monotonic() > end:
+            break
         for name, work in works.items():
             times[name].append(seconds_per_call(work, clock))
     return times
