@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
+from released_files import Hostile
 from torch import nn
 
 from mmhybrid.models import MambaVision, MambaVisionClassifier, MM_mamba_vision
@@ -278,6 +279,16 @@ def test_whole_models(weights, tmp_path):
     report = load_weights(model, tmp_path / 'seg.pth')
     assert (model.decode_head.weight == 5).all() and report.comparison.share == 1
     assert 'segmentor' in str(report) and report.comparison.missing == []
+
+
+def test_trust_reaches_whole_models(weights, tmp_path):
+    model = nn.Module()
+    model.backbone = MambaVision(TOY)
+    torch.save(dict(state_dict=weights, more=Hostile(tmp_path / 'ran')), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='was not loaded: it contains'):
+        load_weights(model, tmp_path / 'w.pth')
+    assert load_weights(model, tmp_path / 'w.pth', trust=True).fits
+    assert_holds(model.backbone, weights)
 
 
 def test_pure_functions():

@@ -44,6 +44,15 @@ def test_predictions(batch):
     assert set(model(images, mode='predict')[0]) == {'scores', 'pred_label'}
 
 
+@pytest.mark.parametrize('smoothing', [0.0, 0.3])
+def test_mixed_targets_are_smoothed_as_asked(batch, smoothing):
+    model = ImageClassifier(BACKBONE, num_classes=3, label_smoothing=smoothing,
+                            mixing=dict(mixup_alpha=1.0))
+    _, targets = model.mixing(batch[0].clone(), batch[1])
+    assert targets.min().item() == pytest.approx(smoothing / 3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+
+
 def test_mixing_leaves_the_batch_alone(batch):
     """Mixed images have mixed targets; the mixture's loss lies between those of its parts."""
     model = ImageClassifier(BACKBONE, num_classes=3,

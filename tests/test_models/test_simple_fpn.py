@@ -60,6 +60,8 @@ def test_spelling_of_mmdets_project():
     neck = SimpleFPN(backbone_channel=16, in_channels=[4, 8, 16, 16], out_channels=8, num_outs=5,
                      norm_cfg=dict(type='LN2d', requires_grad=True))
     assert neck.simfp_2[1].eps == neck.simfp_4[0].norm.eps == 1e-6
+    other = SimpleFPN(16, norm_cfg=dict(type='LN2d', eps=1e-3))
+    assert {m.eps for m in other.modules() if isinstance(m, nn.LayerNorm)} == {1e-3}
     with pytest.raises(ValueError, match=r'expected \[4, 8, 16, 16\]'):
         SimpleFPN(16, [16, 16, 16, 16])
     with pytest.raises(ValueError, match='norm_cfg=.*expected dict'):

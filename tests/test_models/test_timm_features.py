@@ -28,6 +28,7 @@ def test_maps(size):
         assert y.shape == (2, channels, size[0] // stride, size[1] // stride)
         assert y.is_contiguous()
         assert y.mean(dim=1).abs().max() < 1e-5  # LayerNorm over channels
+    assert {getattr(model, f'outnorm{i}').eps for i in range(4)} == {1e-6}
     sum(y.square().sum() for y in maps).backward()
     assert all(p.grad is not None for p in model.parameters())
 

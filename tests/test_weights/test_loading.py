@@ -1,10 +1,12 @@
 """Every way to nest weights, every family, and everything that can be wrong with a file."""
+import re
+
 import pytest
 import torch
 from released_files import FAMILIES, NESTINGS, Hostile, dense, weights
 
 from mmhybrid.models import load_weights
-from mmhybrid.models.checkpoints import load_backbone
+from mmhybrid.models.checkpoints import compare, load_backbone
 from mmhybrid.weights import WeightsError
 
 # What a classification file lacks and has too much for a dense backbone, by first names.
@@ -50,6 +52,27 @@ def test_right_file(nesting, family, toys, tmp_path):
             [right[name][:, :98], right[name][:, 99:]], dim=1)
         assert torch.equal(own[name], theirs), name
     assert family in report.holds
+
+
+# What may be absent from a file without a word: the dense form, the classification form.
+FREE = {
+    'MambaVision': (r'outnorm\d\.', r'\Z'), 'VMamba': (r'outnorm\d\.', r'\Z'),
+    'LocalVMamba': (r'outnorm\d\.', r'\Z'), 'Vim': (r'(norm_f|fpn\d|rope)\.', r'rope\.'),
+    'LocalVim': (r'(outnorm_\d|rope)\.|layers\.\d+\.norm\.bias', r'rope\.'),
+}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_nothing_else_may_be_absent(family):
+    cls, classifier, settings, _ = FAMILIES[family]
+    plain = family in ('Vim', 'LocalVim')
+    more = dict(rope=True) if plain else {}
+    nets = (cls(**settings, **more, **dict(out_indices=(1,)) if plain else {}),
+            classifier(**settings, **more, num_classes=3))
+    for net, free in zip(nets, FREE[family], strict=True):
+        found = compare(net, {}, net.may_differ)
+        assert set(found.fresh) == {name for name in net.state_dict() if re.match(free, name)}
+        assert found.missing == [name for name in net.state_dict() if name not in found.fresh]
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -79,6 +79,8 @@ class LocalVimClassifier(LocalVimTrunk):
         init_cfg: see :class:`LocalVim`.
     """
 
+    may_differ = r'(rope|outnorm_\d+)\.|layers\.\d+\.norm\.bias'
+
     def __init__(self,
                  arch: str | dict = 'tiny',
                  *,

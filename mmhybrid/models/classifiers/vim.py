@@ -39,6 +39,8 @@ class VimClassifier(VimTrunk):
         init_cfg: see :class:`Vim`.
     """
 
+    may_differ = r'(rope|fpn\d)\.'
+
     def __init__(self,
                  arch: str | dict = 'tiny',
                  *,
