@@ -6,17 +6,22 @@ from pathlib import Path
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+import mmcv  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from mmengine.config import DictAction  # noqa: E402
 from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.registry import DATASETS, MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from mmhybrid.engine.config import load_config  # noqa: E402
-from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
-from mmhybrid.engine.preflight import check_checkpoint_file, check_data  # noqa: E402
+from mmhybrid.engine.errors import UserError, guard_image_files, run_command  # noqa: E402
+from mmhybrid.engine.preflight import (  # noqa: E402
+    check_checkpoint_file,
+    check_classes,
+    check_data,
+    check_whole,
+)
 from mmhybrid.visualization import draw_instances, draw_regions, side_by_side  # noqa: E402
 
 
@@ -77,23 +82,30 @@ def main(argv=None):
                         '--out FILE.pkl writes its predictions.')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     check_data(cfg, ['test'])
+    check_classes(cfg, ['test'])
+    guard_image_files()
     check_checkpoint_file(args.checkpoint)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     model = MODELS.build(cfg.model)
-    load_checkpoint(model, args.checkpoint, map_location='cpu')
+    check_whole(model, load_checkpoint(model, args.checkpoint, map_location='cpu'))
     model = model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
     out_dir = Path(args.out_dir or Path(args.checkpoint).parent / 'pictures')
     out_dir.mkdir(parents=True, exist_ok=True)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, args.num).astype(int)).tolist()
+    written = set()
     for number, index in enumerate(chosen, start=1):
         with torch.no_grad():
             sample = model.test_step(pseudo_collate([dataset[index]]))[0]
-        with Image.open(sample.img_path) as file:
-            image = np.asarray(file.convert('RGB'))
+        # As the pipeline reads it: turned upright, with 8 bits.
+        image = mmcv.imread(sample.img_path, channel_order='rgb')
         panels = (detection_panels(image, sample, dataset.metainfo, args.score_thr)
                   if 'pred_instances' in sample
                   else segmentation_panels(image, sample, dataset.metainfo))
-        path = out_dir / f'{Path(sample.img_path).stem}.png'
+        stem = Path(sample.img_path).stem
+        path = out_dir / f'{stem}.png'
+        if path in written:  # folders may hold files of the same name
+            path = out_dir / f'{stem}_{index}.png'
+        written.add(path)
         side_by_side(panels).save(path)
         print(f'[{number}/{len(chosen)}] {path}', flush=True)
     print(f'{len(chosen)} pictures of ground truth and predictions are in {out_dir}/')

@@ -33,7 +33,8 @@ from ..registry import HOOKS
 from .config import is_remote
 from .errors import UserError
 
-__all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data']
+__all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data',
+           'check_whole']
 
 LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
            'test': ('test_dataloader', 'test_evaluator')}
@@ -357,33 +358,42 @@ class CheckpointCheckHook(Hook):
 
     def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        state = checkpoint.get('state_dict', checkpoint)
-        given = {key.removeprefix('module.'): tuple(value.shape)
-                 for key, value in state.items() if isinstance(value, torch.Tensor)}
-        wanted = {key.removeprefix('module.'): tuple(value.shape)
-                  for key, value in model.state_dict().items()}
-        shapes = [f'{key}: {given[key]} in the file, {shape} in the model'
-                  for key, shape in wanted.items() if key in given and given[key] != shape]
-        missing = [key for key in wanted
-                   if key not in given and not key.endswith('num_batches_tracked')]
-        problems = []
-        if shapes:
-            problems += [f'{len(shapes)} tensors have other shapes:', *_first(shapes)]
-        if missing:
-            problems += [f'{len(missing)} of {len(wanted)} tensors are not in the file:',
-                         *_first(missing)]
-        if problems:
-            classes = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
-            known = len(classes.get('classes') or ())
-            hint = (f' It was trained with {known} classes; compare num_classes of the heads.'
-                    if known else '')
-            raise UserError('The checkpoint does not fit the model of this config:\n  '
-                            + '\n  '.join(problems)
-                            + f'\nUse the config it was trained with.{hint}')
-        extra = [key for key in given if key not in wanted]
+        extra = check_whole(model, checkpoint)
         if extra:
             runner.logger.warning(f'{len(extra)} tensors of the checkpoint have no place in the '
                                   f'model and are left out: {", ".join(_first(extra))}')
+
+
+def check_whole(model: torch.nn.Module, checkpoint: dict) -> list[str]:
+    """Raise UserError unless a checkpoint holds all of a model, in its shapes.
+
+    Returns:
+        Names of tensors that have no place in the model.
+    """
+    state = checkpoint.get('state_dict', checkpoint)
+    given = {key.removeprefix('module.'): tuple(value.shape)
+             for key, value in state.items() if isinstance(value, torch.Tensor)}
+    wanted = {key.removeprefix('module.'): tuple(value.shape)
+              for key, value in model.state_dict().items()}
+    shapes = [f'{key}: {given[key]} in the file, {shape} in the model'
+              for key, shape in wanted.items() if key in given and given[key] != shape]
+    missing = [key for key in wanted
+               if key not in given and not key.endswith('num_batches_tracked')]
+    problems = []
+    if shapes:
+        problems += [f'{len(shapes)} tensors have other shapes:', *_first(shapes)]
+    if missing:
+        problems += [f'{len(missing)} of {len(wanted)} tensors are not in the file:',
+                     *_first(missing)]
+    if problems:
+        classes = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        known = len(classes.get('classes') or ())
+        hint = (f' It was trained with {known} classes; compare num_classes of the heads.'
+                if known else '')
+        raise UserError('The checkpoint does not fit the model of this config:\n  '
+                        + '\n  '.join(problems)
+                        + f'\nUse the config it was trained with.{hint}')
+    return [key for key in given if key not in wanted]
 
 
 def _first(items: list[str], count: int = 3) -> list[str]:
