@@ -1,10 +1,11 @@
-"""Draw instances and label maps over images, with numpy and Pillow only.
+"""Draw instances and label maps over images, with numpy and Pillow.
 
 Small images are enlarged first, so that labels stay readable.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,7 +22,12 @@ _MARGIN = 8
 
 
 def _font() -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=_FONT_SIZE)
+    """Matplotlib's font, which mmengine brings along: Pillow's own lacks letters beyond ASCII."""
+    try:
+        from matplotlib import get_data_path
+        return ImageFont.truetype(Path(get_data_path(), 'fonts/ttf/DejaVuSans.ttf'), _FONT_SIZE)
+    except (ImportError, OSError):
+        return ImageFont.load_default(size=_FONT_SIZE)
 
 
 def _enlarge(image: np.ndarray) -> tuple[Image.Image, int]:

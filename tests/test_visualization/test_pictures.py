@@ -37,6 +37,12 @@ def test_no_instances_leave_the_image_alone():
     assert (np.asarray(picture) == 128).all()
 
 
+def test_names_in_other_alphabets_are_drawn():
+    pictures = [np.asarray(draw_instances(_gray(60, 60), np.array([[5., 30., 50., 55.]]), [name]))
+                for name in ('ö', 'я', 'ж')]
+    assert not (pictures[0] == pictures[1]).all() and not (pictures[1] == pictures[2]).all()
+
+
 def test_large_images_keep_their_size():
     assert draw_instances(_gray(600, 800), np.zeros((0, 4)), []).size == (800, 600)
 
