@@ -34,7 +34,7 @@ def refusal(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
             'its Triton kernels run on a GPU and the tensors are on the CPU; move the model and '
             "its input to a GPU, or use fused='auto'"
         )
-    problem = scan.problem()
+    problem = scan.problem() or scan.refusal(device, torch.float32)
     if problem:
         return problem
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of the state: float32 or float64
     state: int  # N
+    asked: bool  # whether somebody named this backend
 
 
 class Backend(NamedTuple):
@@ -64,7 +65,7 @@ def _run_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
 def _triton_refusal(call: Call) -> str | None:
-    return fused.refusal(call.device, call.dtype)
+    return fused.refusal(call.device, call.dtype) or (None if call.asked else fused.doubt())
 
 
 _BACKENDS: dict[str, Backend] = {
@@ -125,7 +126,7 @@ def choose_backend(
             f'selective_scan got {source}, which is no backend; '
             f'choose one of {", ".join(["auto", *_BACKENDS])}.'
         )
-    call = Call(torch.device(device), dtype, state)
+    call = Call(torch.device(device), dtype, state, asked=wish != 'auto')
     if wish != 'auto':
         problem = _BACKENDS[wish].problem() or _BACKENDS[wish].refusal(call)
         if problem:
