@@ -174,3 +174,11 @@ def test_neighbouring_channels_are_loaded_together(kernels, monkeypatch, tmp_pat
     # u and delta: pairs of bfloat16 in one 32-bit load per token; y: one 32-bit store.
     assert loop['LDG.E'] == 2 * arguments['UNROLL']
     assert loop['STG.E'] == arguments['UNROLL']
+
+
+def test_one_channel(kernels, monkeypatch, tmp_path):
+    """The compiler takes a size of one for a constant, which has no methods of a tensor."""
+    calls = launches(kernels, monkeypatch, batch=1, heads=1, length=4096, state=1)
+    calls = {kernel.fn.__name__: (kernel, arguments) for kernel, arguments in calls}
+    for name in ('scan_carry_kernel', 'sum_over_chunks_kernel'):
+        assert build(*calls[name], 90, tmp_path).stack == 0

@@ -215,7 +215,7 @@ def scan_carry_kernel(
     i_block = pid % n_blocks
     n = (pid // n_blocks) % N
     i_b = pid // (n_blocks * N)
-    channels = channels.to(tl.int64)
+    channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
     o_d = i_block * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < channels
     b_A = tl.load(p_A + o_d * N + n, mask=m_d, other=0.0) * LOG2E
@@ -691,7 +691,7 @@ def sum_over_chunks_kernel(
 ):  # fmt: skip
     """dA (D, N), dD and dbias (D,): the sum of p_dchannel (rows, N + 2, D) over its rows."""
     n = tl.program_id(1)
-    channels = channels.to(tl.int64)
+    channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
     o_d = tl.program_id(0) * COLS + tl.arange(0, COLS)
     mask = o_d < channels
     o_r = tl.arange(0, ROWS)
