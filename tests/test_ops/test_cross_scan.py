@@ -1,5 +1,12 @@
 """Order tables, the way there and back, and the scan over all directions."""
+import contextlib
+import gc
+import threading
+import weakref
+from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +18,7 @@ from mmhybrid.ops.cross_scan import (
     cross_restore,
     cross_scan,
     cross_selective_scan,
+    orders,
     scan,
     scan_plan,
 )
@@ -176,6 +184,44 @@ def test_class_token_keeps_its_index_in_every_walk():
         x = torch.randn(2, 37)
         order = plan.order_of(k)
         assert torch.equal(order.restore(order.take(x)), x)
+
+
+def test_tables_in_a_cuda_graph_are_never_freed(monkeypatch):
+    """A graph keeps addresses, so what it reads must stay when the cache has moved on."""
+    monkeypatch.setattr(orders, '_PLANS', OrderedDict())
+    monkeypatch.setattr(orders, '_HELD_FOR_GRAPHS', {})
+    monkeypatch.setattr(orders, '_MAX_CACHED_PLANS', 2)
+    captured, other = (weakref.ref(scan_plan(('h', 'v'), 3, width)) for width in (5, 6))
+    with monkeypatch.context() as patch:
+        patch.setattr(orders, '_capturing', lambda table: True)
+        scan_plan(('h', 'v'), 3, 5)
+    for width in (7, 8):
+        scan_plan(('h', 'v'), 3, width)
+    gc.collect()
+    assert captured() is not None and other() is None
+
+
+def test_compiled_models_cache_tables_from_another_thread(monkeypatch):
+    """The memory of this thread may belong to a CUDA graph, which takes it back."""
+    threads, build = [], orders._tables
+
+    def watched(*key):
+        threads.append(threading.get_ident())
+        return build(*key)
+
+    stream = mock.Mock()
+    monkeypatch.setattr(orders, '_TABLES', OrderedDict())
+    monkeypatch.setattr(orders, '_tables', watched)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device', contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    like = SimpleNamespace(device=torch.device('cpu'), is_cuda=True)
+    for _ in range(2):
+        order, inverse = orders._copied_tables(like, 'v', 0, False, 2, 3, None)
+        assert order.tolist() == [0, 3, 1, 4, 2, 5]
+        assert inverse.tolist() == [0, 2, 4, 1, 3, 5]
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+    stream.synchronize.assert_called_once_with()
 
 
 def test_tables_are_cached_and_the_cache_is_bounded():

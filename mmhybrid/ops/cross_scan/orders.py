@@ -5,6 +5,7 @@ import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -270,18 +271,33 @@ _PLANS: OrderedDict[tuple, ScanPlan] = OrderedDict()
 _TABLES: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
 
 
+# What a CUDA graph reads must outlive it, and nobody tells when a graph is gone.
+_HELD_FOR_GRAPHS: dict[int, ScanPlan | tuple[Tensor, Tensor]] = {}
+
+
 def _cached(cache: OrderedDict, size: int, build, key: tuple):
     """What ``build(*key)`` gives; the most recently used results are kept."""
     if key in cache:
         cache.move_to_end(key)
-        return cache[key]
+        found = cache[key]
+        if _capturing(_a_table(found)):
+            _HELD_FOR_GRAPHS[id(found)] = found
+        return found
     with _for_training():
         found = build(*key)
-    if _worth_keeping(found.orders[0].order if isinstance(found, ScanPlan) else found[0]):
+    if _worth_keeping(_a_table(found)):
         cache[key] = found
         if len(cache) > size:
             cache.popitem(last=False)
     return found
+
+
+def _a_table(found: ScanPlan | tuple[Tensor, Tensor]) -> Tensor:
+    return found.orders[0].order if isinstance(found, ScanPlan) else found[0]
+
+
+def _capturing(table: Tensor) -> bool:
+    return table.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _for_training():
@@ -304,7 +320,7 @@ def _worth_keeping(table: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(table) is not Tensor:
         return False
-    return not (table.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not _capturing(table)
 
 
 def _build_order(kind, window, flip, height, width, device, released, class_token) -> ScanOrder:
@@ -327,9 +343,21 @@ def _build_order(kind, window, flip, height, width, device, released, class_toke
 
 @torch.library.impl(_library, 'scan_tables', 'CompositeExplicitAutograd')
 def _copied_tables(like, *key):
+    key = like.device, *key
+    if key not in _TABLES and like.is_cuda and not _capturing(like):
+        # torch.compile(mode='reduce-overhead') lets this thread allocate from a pool in which
+        # nothing but results may stay; what is cached has to come from elsewhere.
+        with ThreadPoolExecutor(1) as elsewhere:
+            elsewhere.submit(_cache_tables, key).result()
+    tables = _cached(_TABLES, _MAX_CACHED_TABLES, _tables, key)
     # Copies, because a compiler may write other things to the results once they are used.
-    tables = _cached(_TABLES, _MAX_CACHED_TABLES, _tables, (like.device, *key))
     return tuple(table.clone() for table in tables)
+
+
+def _cache_tables(key: tuple) -> None:
+    with torch.cuda.device(key[0]):
+        _cached(_TABLES, _MAX_CACHED_TABLES, _tables, key)
+        torch.cuda.current_stream().synchronize()  # the stream of another thread reads them
 
 
 @torch.library.register_fake('mmhybrid::scan_tables', lib=_library)
