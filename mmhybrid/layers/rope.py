@@ -8,7 +8,8 @@ from torch import Tensor, nn
 __all__ = ['Rope2d', 'resize_grid', 'rotate']
 
 
-def rope_tables(dim: int, height: int, width: int, side: int = 14) -> tuple[Tensor, Tensor]:
+def rope_tables(dim: int, height: int, width: int, side: int = 14,
+                device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines (height * width, dim) of a grid.
 
     Positions are stretched so that every grid spans ``side`` positions along each axis, that of
@@ -16,16 +17,21 @@ def rope_tables(dim: int, height: int, width: int, side: int = 14) -> tuple[Tens
     both channels of a pair turn by the same angle.
     """
     # double precision: the tables are part of checkpoints and should not depend on the machine
-    frequency = 10000.0 ** (-torch.arange(0, dim // 2, 2, dtype=torch.float64) / (dim // 2))
+    exact = dict(dtype=torch.float64, device=device)
+    frequency = 10000.0 ** (-torch.arange(0, dim // 2, 2, **exact) / (dim // 2))
 
     def angles(count: int) -> Tensor:
-        position = torch.arange(count, dtype=torch.float64) / count * side
+        position = torch.arange(count, **exact) / count * side
         return torch.outer(position, frequency).repeat_interleave(2, dim=1)
 
-    rows = angles(height)[:, None].expand(-1, width, -1)
-    columns = angles(width)[None].expand(height, -1, -1)
-    table = torch.cat([rows, columns], dim=-1).reshape(height * width, dim)
-    return table.cos().float(), table.sin().float()
+    def table(rows: Tensor, columns: Tensor) -> Tensor:
+        rows = rows[:, None].expand(-1, width, -1)
+        columns = columns[None].expand(height, -1, -1)
+        return torch.cat([rows, columns], dim=-1).reshape(height * width, dim)
+
+    rows, columns = angles(height), angles(width)  # few angles, each in many rows of the table
+    return (table(rows.cos().float(), columns.cos().float()),
+            table(rows.sin().float(), columns.sin().float()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,4 +77,7 @@ class Rope2d(nn.Module):
             return tables
         if self.interpolate:
             return tuple(resize_grid(table, self.grid, tuple(grid)) for table in tables)
-        return tuple(table.to(self.freqs_cos.device) for table in rope_tables(self.dim, *grid))
+        # Made where they are used: a copy from the host waits, and no CUDA graph can hold it.
+        device = self.freqs_cos.device
+        made = None if device.type == 'mps' else device  # which has no double precision
+        return tuple(t.to(device) for t in rope_tables(self.dim, *grid, device=made))
