@@ -131,7 +131,7 @@ def test_own_data(tmp_path, monkeypatch, base, task, classes):
     """The configs for own data: everything that is checked before training fits."""
     pytest.importorskip('mmdet' if task == 'detector' else 'mmseg')
     from mmengine.config import Config
-    from mmengine.registry import DATASETS, init_default_scope
+    from mmengine.registry import DATASETS, MODELS, init_default_scope
     from PIL import Image
 
     from mmhybrid.engine.preflight import check_classes, check_data
@@ -162,6 +162,22 @@ def test_own_data(tmp_path, monkeypatch, base, task, classes):
         sample = DATASETS.build(loader.dataset)[0]['data_samples']
         labels = sample.gt_instances.labels if task == 'detector' else sample.gt_sem_seg.data
         assert labels.max() == classes - 1
+    if task == 'detector':
+        for path in folder.glob('*.json'):
+            path.write_text(path.read_text().replace('"segmentation"', '"unused"'))
+        with pytest.raises(ValueError, match='without a segmentation'):
+            check_classes(cfg, ['train'])
+        options = re.search(r'mine.py --cfg-options (.*?)```', README, re.S)[1].replace('\\\n', '')
+        cfg.merge_from_dict(dict(
+            (key, {'None': None, 'False': False}.get(value, value))
+            for key, value in (option.split('=') for option in options.split())))
+        assert check_classes(cfg, ['train', 'val', 'test']) == []
+        head = MODELS.build(dict(cfg.model.roi_head, train_cfg=cfg.model.train_cfg.rcnn,
+                                 test_cfg=cfg.model.test_cfg.rcnn))
+        assert not head.with_mask and len(head.bbox_head) == 3
+        for loader in (cfg.train_dataloader, cfg.val_dataloader):
+            assert 'masks' not in DATASETS.build(loader.dataset)[0]['data_samples'].gt_instances
+        assert cfg.val_evaluator.metric == cfg.test_evaluator.metric == 'bbox'
 
 
 def test_backbone_table_is_measured():

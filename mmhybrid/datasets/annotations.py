@@ -75,7 +75,8 @@ def check_coco(content: dict, classes: tuple, masks: bool, train: bool,
         problems.append(
             f'has {_count(bare)} without a segmentation (a list of polygons, each a list of six or '
             'more numbers, or a run-length code), but the config trains or scores masks. Add '
-            'them, or remove these annotations, or mark them "ignore": 1')
+            'them, or remove these annotations, or mark them "ignore": 1; for boxes alone '
+            '"Your own data" in the README has a detector without masks')
     for entries, what in ((flat, 'whose box has no area inside its image'),
                           (stray, 'of images that are not listed'),
                           (unknown, 'whose category_id is no listed category')):
