@@ -13,7 +13,7 @@ from torch import nn
 from mmhybrid.models import MambaVision, MambaVisionClassifier, MM_mamba_vision
 from mmhybrid.models.backbones.mambavision import ARCHITECTURES
 from mmhybrid.models.checkpoints import Comparison, compare, load_backbone, load_weights
-from mmhybrid.weights import WeightsError
+from mmhybrid.weights import WeightsError, unwrap
 
 TOY = dict(dim=8, stem_width=4, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 4),
            window_size=(8, 8, 4, 3))
@@ -298,6 +298,8 @@ def test_pure_functions():
         matched=['weight'], disagreeing=dict(bias=((2,), (3,))), unused=['head'], values=6,
         wanted=9)
     assert compare(module, {}).missing == ['weight', 'bias'] and compare(module, {}).share == 0
+    entries = dict(model=dict(a=torch.zeros(1)), state_dict=dict(b=torch.zeros(1)))
+    assert unwrap(entries) == ({'b': entries['state_dict']['b']}, 'state_dict')
 
 
 def test_load_backbone_returns_what_it_did(tmp_path):

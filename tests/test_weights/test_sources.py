@@ -380,12 +380,24 @@ def test_names_in_configs_are_in_the_table():
     known = {row.file: row for row in RELEASED.values()}
     found = 0
     for path in sorted((Path(__file__).parents[2] / 'configs').glob('*.py')):
-        published = Config.fromfile(path).get('published_checkpoint')
+        cfg = Config.fromfile(path)
+        published = cfg.get('published_checkpoint')
         if published:
             found += 1
             row = known[published.name]
             assert (row.licence, row.address) == (published.licence, published.url), path.name
+            backbone = cfg.model.backbone
+            assert (f'mmhybrid.{row.family}', row.arch) == (backbone.type, backbone.arch), path.name
     assert found
+
+
+@pytest.mark.parametrize(('name', 'family'), [
+    ('layers.0.blocks.0.attn.relative_position_bias_table', 'Swin'),
+    ('layer1.0.conv1.weight', 'ResNet'), ('stages.0.blocks.0.conv_dw.weight', 'ConvNeXt'),
+    ('blocks.0.attn.qkv.weight', 'ViT')])
+def test_other_networks_are_called_by_their_names(name, family):
+    found = identify({name: (1,)})
+    assert (str(found), found.ours) == (family, False)
 
 
 @pytest.mark.parametrize('name', key_lists())
