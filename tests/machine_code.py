@@ -82,7 +82,7 @@ def build(kernel, arguments, capability, folder):
     compiled = triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=triton.backends.compiler.GPUTarget('cuda', capability, 32),
-        options={'num_warps': arguments.get('num_warps', 4)},
+        options={name: arguments[name] for name in ('num_warps', 'maxnreg') if name in arguments},
     )
     path = folder / 'kernel.cubin'
     path.write_bytes(compiled.asm['cubin'])

@@ -79,7 +79,8 @@ def check_forward(program, arguments, expected):
 def check_tile(program, arguments, first, second):
     """Two sweeps without shared memory or shuffles; the scan over the rows is between them."""
     assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
-    assert program.registers * arguments['num_warps'] * 32 <= 65536
+    programs = 65536 // (program.registers * arguments['num_warps'] * 32)
+    assert programs == 3, f'{programs} programs fit a multiprocessor'
     sweeps = [loop for loop in program.loops if loop['LDG.E.U16']]
     per_warp = arguments['ROWS'] / arguments['num_warps']
     assert [exponentials(loop, arguments, per_warp) for loop in sweeps] == [first, second]

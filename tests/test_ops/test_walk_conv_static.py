@@ -42,7 +42,9 @@ def test_machine_code(capability, kernels, monkeypatch, tmp_path):
         name = kernel.fn.__name__
         assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, f'{name} spills'
         assert count(program.opcodes, 'ATOM', 'ATOMG', 'RED', 'REDG') == 0, name
-        assert program.registers <= 128, f'{name}: {program.registers} registers'
+        # Twelve warps for the kernel with the sums of all taps, sixteen for the others.
+        ceiling = 168 if name == 'walk_conv_weights_kernel' else 128
+        assert program.registers <= ceiling, f'{name}: {program.registers} registers'
         for loop in program.loops:  # sums over steps are made once, behind the loop
             assert count(loop, 'BAR', 'STS', 'LDS', 'SHFL') == 0, name
         # Eight neighbouring channels of bfloat16 travel together.
