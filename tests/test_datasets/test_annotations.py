@@ -45,7 +45,7 @@ def test_a_good_file():
     (lambda d, i, a: d['categories'][1].update(name='Big cat'), "did you mean 'Big cat'?"),
     (lambda d, i, a: d['categories'].append(dict(id=1, name='dog')), 'more than one category'),
     (lambda d, i, a: [x.update(image_id=1) for x in d['annotations']], 'that can be used'),
-], ids=str)
+])
 def test_problems(change, problem):
     assert problem in check(change)[0]
 
@@ -54,7 +54,7 @@ def test_problems(change, problem):
     (lambda d, i, a: a.update(bbox=[1, 2, 0, 9]), '(id 0) whose box has no area'),
     (lambda d, i, a: a.update(image_id=1), '(id 0) of images that are not listed'),
     (lambda d, i, a: a.update(category_id=1), 'no listed category'),
-], ids=str)
+])
 def test_what_is_left_out(change, note):
     problems, notes = check(change)
     assert not problems and note in notes
