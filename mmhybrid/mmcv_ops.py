@@ -42,7 +42,8 @@ def installed_mmcv():
 def compile_command():
     """Return the shell command that replaces the installed mmcv by one with compiled operators.
 
-    Compiling takes 10 to 20 minutes and needs a C++ compiler (and nvcc for the CUDA operators).
+    Compiling for the CPU takes some 45 minutes of processor time over all cores, and needs a
+    C++ compiler (and nvcc for the CUDA operators).
     """
     # mmcv's setup.py builds the operators exactly when it can import torch: hence no build
     # isolation. Newer setuptools lacks pkg_resources, older cannot read the fork's metadata.
@@ -64,7 +65,8 @@ def _missing_op(name):
         raise CompiledOpMissing(
             f"The operator '{name}' exists only in compiled mmcv; this installation of mmcv has no "
             f"compiled operators, and mmhybrid's torchvision fallback covers "
-            f"{', '.join(sorted(_OPS))}. Compile mmcv (10 to 20 minutes, needs a C++ compiler): "
+            f"{', '.join(sorted(_OPS))}. Compile mmcv (some 45 minutes of processor time, needs a "
+            'C++ compiler): '
             f"{compile_command()}"
         )
 
