@@ -74,7 +74,7 @@ def clone(tmp_path_factory):
 def test_commands_run(clone):
     """In order, in one folder: later commands use what earlier ones wrote."""
     ran = []
-    env = dict(os.environ, PYTHONPATH=str(clone), PYTHON=sys.executable, OMP_NUM_THREADS='2',
+    env = dict(os.environ, PYTHONPATH=str(clone), PYTHON=sys.executable, OMP_NUM_THREADS='1',
                PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
     for command in commands():
         if command.startswith(SET_UP) or command.startswith(tuple(NOT_HERE)):
