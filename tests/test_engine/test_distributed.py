@@ -93,13 +93,12 @@ drop = lambda names: [name for name in names if 'running' not in name]
 assert drop(toy.difference(whole, resumed)) == [], toy.difference(whole, resumed)
 assert drop(toy.difference(whole, other))
 print('bitwise')
-names = lambda: {path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')}
-before = names()
+threads = lambda: len(list(Path('/proc/self/task').glob('*')))
+before = threads()
 del whole, resumed, other
 leave_process_group()
-if before:
-    assert any('gloo' in name for name in before), before
-    assert not any('gloo' in name for name in names()), names()
+# gloo has two threads that work and one that waits; where there is no such folder, 0 <= 0
+assert threads() <= max(before - 3, 0), (before, threads())
 """
 
 
