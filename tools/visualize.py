@@ -15,7 +15,8 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
 
 from mmhybrid.engine.config import load_config  # noqa: E402
-from mmhybrid.engine.errors import UserError, guard_image_files, run_command  # noqa: E402
+from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.engine.pipeline_guard import guard_image_files  # noqa: E402
 from mmhybrid.engine.preflight import (  # noqa: E402
     check_checkpoint_file,
     check_classes,

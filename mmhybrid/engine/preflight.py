@@ -26,7 +26,8 @@ from mmhybrid.weights import (
     unwrap,
 )
 
-from ..datasets.annotations import IGNORED, check_coco, check_label_folder
+from ..datasets.annotations import check_coco
+from ..datasets.label_images import IGNORED, check_label_folder
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import fit_weights
 from ..registry import HOOKS

@@ -23,7 +23,8 @@ from .config import (
     load_config,
 )
 from .distributed import prepare_launch
-from .errors import UserError, guard_image_files
+from .errors import UserError
+from .pipeline_guard import guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data
 
 __all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']

@@ -1,11 +1,9 @@
-"""Checks of annotations of one's own."""
+"""Checks of annotation files of one's own."""
 import copy
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from mmhybrid.datasets.annotations import check_coco, check_label_folder
+from mmhybrid.datasets.annotations import check_coco
 
 POLYGON = [[0, 0, 9, 0, 9, 9]]
 GOOD = dict(
@@ -69,40 +67,3 @@ def test_images_are_looked_for(tmp_path):
     (tmp_path / 'a b' / 'ä.jpg').touch()
     (problem,), _ = check_coco(GOOD, ('dog', 'big cat'), True, True, str(tmp_path))
     assert '(1 of 2 looked for)' in problem and 'c.jpg' in problem
-
-
-def pairs(folder, labels, suffix='.png'):
-    (folder / 'images' / 'sub').mkdir(parents=True)
-    (folder / 'labels' / 'sub').mkdir(parents=True)
-    for index, values in enumerate(labels):
-        Image.new('RGB', (8, 6)).save(folder / 'images' / 'sub' / f'{index}.jpg')
-        Image.fromarray(values).save(folder / 'labels' / 'sub' / f'{index}{suffix}')
-    return str(folder / 'images'), str(folder / 'labels'), '.jpg', '.png'
-
-
-def grey(*values):
-    labels = np.zeros((6, 8), np.uint8)
-    labels.flat[:len(values)] = values
-    return labels
-
-
-def test_good_label_images(tmp_path):
-    folders = pairs(tmp_path, [grey(1, 2, 255), grey(2)])
-    assert check_label_folder(*folders, 3) == ([], [])
-    assert check_label_folder(*folders, 2, zero=True) == ([], [])
-    assert 'has label 2, but with 2 classes' in check_label_folder(*folders, 2)[0][0]
-
-
-def test_sizes_channels_and_partners(tmp_path):
-    for name, labels, problem in (
-            ('rgb', np.zeros((6, 8, 3), np.uint8), 'colour picture'),
-            ('small', np.zeros((3, 4), np.uint8), 'is 4 x 3, its image 8 x 6')):
-        assert problem in check_label_folder(*pairs(tmp_path / name, [labels]), 2)[0][0]
-    folders = pairs(tmp_path / 'names', [grey(1)], suffix='_mask.png')
-    assert 'have no label image' in check_label_folder(*folders, 2)[0][0]
-    assert 'holds 1 x .jpg' in check_label_folder(*folders[:2], '.tif', '.png', 2)[0][0]
-
-
-def test_an_object_drawn_as_ignore(tmp_path):
-    problems, notes = check_label_folder(*pairs(tmp_path, [grey(255, 255)]), 2)
-    assert not problems and 'there is only 0 beside 255' in notes[0]
