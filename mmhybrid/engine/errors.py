@@ -21,6 +21,34 @@ class UserError(ValueError):
 
 WAIT_FOR_RANK_0 = 20  # seconds
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Limits of the machine and mistakes of use that others report in their own words: parts of their
+# text, and ours. A worker passes an error on as text, so the text decides.
+KNOWN_TEXTS = (
+    (('insufficient shared memory', 'unable to open shared memory', 'killed by signal: Bus error',
+      'unable to write to file </torch', 'received 0 items of ancdata'),
+     'Data loading workers ran out of shared memory (/dev/shm) or of file descriptors. Make it '
+     'larger (docker run --shm-size=16g; ulimit -n 65536), or use fewer workers: --cfg-options '
+     'train_dataloader.num_workers=1'),
+    (('DataLoader worker (pid',),
+     'A data loading worker was killed, usually because memory ran out (`dmesg` tells), or shared '
+     'memory (docker run --shm-size=16g). Use fewer workers (--cfg-options '
+     'train_dataloader.num_workers=1), smaller batches or images'),
+    (("DefaultCPUAllocator: can't allocate memory", 'Insufficient memory',
+      'Unable to allocate', '[Errno 12]'),
+     'The memory of the machine is used up. Use fewer workers (--cfg-options '
+     'train_dataloader.num_workers=1), smaller batches or smaller images'),
+    (('Too many open files', '[Errno 24]'),
+     'Too many files are open at once. Raise the limit (ulimit -n 65536), or use fewer workers: '
+     '--cfg-options train_dataloader.num_workers=1'),
+    (('File too large', '[Errno 27]', '. unexpected pos'),
+     'A file could not be written whole: the disk is full, or files have a limit. Raise it (ulimit '
+     '-f unlimited), free some space, or write elsewhere: --work-dir FOLDER'),
+    (("'RepeatDataset' object has no attribute 'get_cat_ids'",
+      "'ConcatDataset' object has no attribute 'get_cat_ids'"),
+     'ClassBalancedDataset needs to know the classes of each image, which it cannot ask of the '
+     'data set that it wraps. Put it inside: RepeatDataset or ConcatDataset around '
+     'ClassBalancedDataset around CocoDataset'),
+)
 
 
 def explain(error: BaseException) -> str | None:
@@ -57,6 +85,16 @@ def explain(error: BaseException) -> str | None:
                 'a label in the annotations that the head has no class for: compare num_classes '
                 'of the heads with the largest label. The same command on the CPU '
                 '(CUDA_VISIBLE_DEVICES=-1) names the value.')
+    return _known(error, text)
+
+
+def _known(error: BaseException, text: str) -> str | None:
+    for parts, sentence in KNOWN_TEXTS:
+        for line in text.splitlines():
+            if any(part in line for part in parts):
+                return f'{sentence}.\n{line.strip()}'
+    if isinstance(error, MemoryError):
+        return _known(error, KNOWN_TEXTS[2][0][0])
     return None
 
 

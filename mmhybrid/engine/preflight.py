@@ -27,12 +27,13 @@ from mmhybrid.weights import (
 )
 
 from ..datasets.annotations import check_coco
-from ..datasets.label_images import IGNORED, check_label_folder
+from ..datasets.label_images import IGNORED, check_label_images, pair_files
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import fit_weights
 from ..registry import HOOKS
 from .config import is_remote
 from .errors import UserError
+from .pipeline_guard import expect_labels
 
 __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data',
            'check_whole']
@@ -128,9 +129,12 @@ def _paths(node):
                 yield osp.join(root, folder).rstrip('/'), True
 
 
-def check_classes(cfg, splits) -> list[str]:
-    """Raise UserError if data sets and heads disagree about the classes; returns warnings."""
-    notes, from_folders = [], {}
+def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
+    """Raise UserError if data sets and heads disagree about the classes; returns warnings.
+
+    ``facts`` receives one sentence on each data set: what is given, used and left out.
+    """
+    notes, from_folders, facts = [], {}, [] if facts is None else facts
     heads = dict(_num_classes(cfg.get('model')))
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader')):
@@ -150,7 +154,7 @@ def check_classes(cfg, splits) -> list[str]:
                     f'{options} , or give the data set its classes: '
                     'metainfo=dict(classes=(...)).')
             notes += _check_instances(dataset, classes, split, cfg)
-            notes += _check_labels(dataset, classes, cfg)
+            notes += _check_labels(dataset, classes, split, cfg, facts)
         _check_evaluator_file(cfg, split)
     return list(dict.fromkeys(notes))
 
@@ -271,29 +275,51 @@ def _check_evaluator_file(cfg, split) -> None:
                 f'other images. Set {key}.ann_file to the file of the data.')
 
 
-def _check_labels(dataset, classes, cfg) -> list[str]:
-    """Check the folders that mmseg's BaseSegDataset would read; warnings."""
+def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:
+    """Check the folders that mmseg's BaseSegDataset would read; warnings. Counts go to facts."""
     scope = cfg.get('default_scope')
     kind, prefix = _kind(dataset, scope), dataset.get('data_prefix') or {}
-    if (dataset.get('ann_file') or not prefix.get('img_path') or not prefix.get('seg_map_path')
+    if (not prefix.get('img_path')
             or not _reads_like(kind, dict(type='mmseg.BaseSegDataset'), scope, 'load_data_list')):
         return []
-    folders = [osp.join(dataset.get('data_root') or '', prefix[key])
-               for key in ('img_path', 'seg_map_path')]
-    if any(map(is_remote, folders)):
+    root = dataset.get('data_root') or ''
+    images, labels = (osp.join(root, prefix[key]) if prefix.get(key) else None
+                      for key in ('img_path', 'seg_map_path'))
+    if is_remote(images) or labels and is_remote(labels):
         return []
     defaults = {name: parameter.default for cls in reversed(kind.__mro__) if '__init__' in vars(cls)
                 for name, parameter in inspect.signature(cls.__init__).parameters.items()}
-    suffixes = [dataset.get(name, defaults[name]) for name in ('img_suffix', 'seg_map_suffix')]
-    own = (kind.METAINFO or {}).get('classes')  # else a choice of these, and numbered anew
-    head = cfg.model.get('decode_head')
-    head = head[-1] if isinstance(head, list) else head or {}
-    problems, notes = check_label_folder(
-        *folders, *suffixes, len(own or classes), head.get('ignore_index', IGNORED),
-        dataset.get('reduce_zero_label', defaults['reduce_zero_label']))
-    if problems:
-        raise UserError('. '.join(problems) + '.')
+    image_suffix, label_suffix, zero, ann_file = (
+        dataset.get(name, defaults[name])
+        for name in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label', 'ann_file'))
+    pairs = pair_files(images, labels, image_suffix, label_suffix,
+                       osp.join(root, ann_file) if ann_file else None)
+    if pairs.problems:
+        raise UserError('. '.join(pairs.problems) + '.')
+    indices = dataset.get('indices')
+    facts.append(f'The {split} data: {pairs.summary}'
+                 + (f'; of these indices={indices}' if indices is not None else '') + '.')
+    notes = pairs.notes
+    if labels is not None and _loads_labels(dataset):
+        own = (kind.METAINFO or {}).get('classes')  # else a choice of these, and numbered anew
+        head = cfg.model.get('decode_head')
+        head = head[-1] if isinstance(head, list) else head or {}
+        ignored = head.get('ignore_index', IGNORED)
+        expect_labels(labels, len(classes), len(own or classes), ignored)
+        problems, more = check_label_images(
+            [(osp.join(images, stem + image_suffix), osp.join(labels, stem + label_suffix))
+             for stem in pairs.stems],
+            labels, len(own or classes), ignored, zero, not dataset.get('test_mode') and
+            split == 'train')
+        if problems:
+            raise UserError('. '.join(problems) + '.')
+        notes = notes + more
     return [f'{note}.' for note in notes]
+
+
+def _loads_labels(dataset) -> bool:
+    """Whether mmseg's own transform reads the label images, as far as the config shows."""
+    return not dataset.get('pipeline') or 'LoadAnnotations' in str(dataset['pipeline'])
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:

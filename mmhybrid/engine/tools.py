@@ -161,7 +161,7 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     """Check everything that can be checked, then build the runner."""
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     check_data(cfg, splits)
-    warnings += check_classes(cfg, splits)
+    warnings += check_classes(cfg, splits, notes)
     if getattr(args, 'tta', False):
         notes += apply_tta(cfg)
     try:
