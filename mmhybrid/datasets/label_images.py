@@ -188,7 +188,7 @@ def _lost_note(lost, images, suffix, given) -> str:
 
 
 def _summary(stems, images, labels, image_suffix, label_suffix, given, have, listed) -> str:
-    used = {stem + image_suffix for stem in stems}
+    used = {osp.normpath(stem + image_suffix) for stem in stems}
     paired = {name[:-len(image_suffix)] + label_suffix for name in given.names
               if name.endswith(image_suffix)}
     if images == labels:  # one folder for both
@@ -205,7 +205,7 @@ def _summary(stems, images, labels, image_suffix, label_suffix, given, have, lis
     text += f', as {listed} lists them' if listed else ''
     text += '; left out: ' + ', '.join(reasons) if reasons else '; none is left out'
     if extra:
-        text += f'; {len(extra)} label images have no image (for example {extra[0]})'
+        text += f'; {len(extra)} label images have no image of this suffix (for example {extra[0]})'
     return text
 
 
@@ -255,8 +255,17 @@ def check_label_images(pairs: list[tuple[str, str]], labels: str, classes: int,
 FORMS = {
     'JPEG': '{path} is a JPEG: that form changes values a little, so that some pixels have the '
             'class of another. Write label images as PNG',
+    'GIF': '{path} is a GIF, which holds indices of a palette; programs number it anew when they '
+           'write, so that a class may have another index in each file. Write label images as PNG',
     'animated': '{path} is animated; its first picture is taken',
 }
+# More of it when a label is wrong there.
+LOSSY = {
+    '.jpg': ' JPEG changes values: write label images as PNG.',
+    '.gif': ' A GIF has indices of a palette that programs number anew: name its colours there '
+            '(0,0,0=0 255,255,255=1), and the result is PNG.',
+}
+LOSSY['.jpeg'] = LOSSY['.jpg']
 
 
 def _more_labels(pairs, seen: set) -> set:
@@ -333,9 +342,8 @@ def label_problem(labels: np.ndarray, shape: tuple, path: str, classes: int | No
     return (f'{path} has label {worst.item()}, but with {classes} classes and '
             f'reduce_zero_label={zero} labels are {int(zero)} to {classes - 1 + zero}, and '
             f'{ignored} for "ignore" ({values.size} of {labels.size} pixels are none of these). '
-            'Correct metainfo.classes and num_classes, or the files: ' + MAP_GREYS
-            + (' JPEG changes values: write label images as PNG.'
-               if path.lower().endswith(('.jpg', '.jpeg')) else ''))
+            'Correct metainfo.classes and num_classes, or the files: ' + MAP_GREYS + '.'
+            + LOSSY.get(osp.splitext(path)[1].lower(), '')).rstrip('.')
 
 
 MAP_COLOURS = ('python tools/map_labels.py FROM TO 0,0,0=0 255,0,0=1 for example makes black '
