@@ -1,5 +1,6 @@
 """The compiled CPU scan: its results, its threads, and how it is built or does without."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -312,10 +313,12 @@ def test_several_processes_build_once(fresh_library, fake_compiler, monkeypatch)
     fake_compiler('exit 0')
     builds = []
 
-    def slow_compile(compiler, target):
+    def slow_compile(compiler, folder, stem):
+        target = folder / f'{stem}-{hashlib.sha256(b"a library").hexdigest()}.so'
         builds.append(target)
         time.sleep(0.3)
         target.write_text('a library')
+        return target
 
     monkeypatch.setattr(cpp, '_compile', slow_compile)
     paths = []
@@ -331,7 +334,7 @@ def test_several_processes_build_once(fresh_library, fake_compiler, monkeypatch)
 def test_library_is_kept_and_named_by_its_source(
     fresh_library, fake_compiler, monkeypatch, tmp_path
 ):
-    fake_compiler('exit 0')
+    fake_compiler('for last; do :; done; echo library > "$last"')
     first = cpp.build()
     assert [*fresh_library.glob('*.so')] == [first] and os.access(first, os.X_OK)
     assert cpp.build() == first

@@ -141,8 +141,10 @@ def choose_backend(
             break
         passed_over.append(f'{name}: {problem}')
     if passed_over and not torch.compiler.is_compiling():
-        # On a GPU the fallback is many times slower; on a CPU it is the ordinary way.
-        level = logging.WARNING if call.device.type == 'cuda' else logging.INFO
+        # On a GPU the fallback is many times slower; on a CPU it is the ordinary way, unless
+        # somebody else may have been at the kernel.
+        alarming = call.device.type == 'cuda' or cpp.distrusts_cache()
+        level = logging.WARNING if alarming else logging.INFO
         why = '; '.join(passed_over)
         _say_once(level, f"selective_scan on {call.device.type} falls back to '{name}' ({why})")
     return name

@@ -7,11 +7,14 @@ B batch, D channels, L tokens, N state, G groups, H = D / G, NP = N padded to wh
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,15 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...private_files import alone, exposure, exposure_of, open_regular
 from .operator import apply_gate, gate_gradients, make_operator
 
-__all__ = ['problem', 'refusal', 'selective_scan_cpp']
+__all__ = ['distrusts_cache', 'problem', 'refusal', 'selective_scan_cpp']
 
 #: Environment variable: the folder for compiled files, in place of the user's cache folder.
 CACHE_VARIABLE = 'MMHYBRID_CACHE'
 _SOURCE = Path(__file__).with_name('scan.cpp')
 # No -ffast-math: it would remove the rounding in the exponential.
 _FLAGS = ('-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-fPIC', '-shared')
+_PATIENCE = 300  # seconds that one run of a compiler may take
 _TILE = 32  # tokens between two states kept for the backward pass; TILE in scan.cpp
 # State values per thread below which waking another thread costs more than it brings.
 _WORK_PER_THREAD = 64 * 1024
@@ -40,22 +45,38 @@ class BuildError(Exception):
     """The kernel cannot be built or loaded; the message says why and what to do."""
 
 
+class UnsafeCache(BuildError):
+    """What lies in the cache folder may be from somebody else, and loading it would run it."""
+
+
 def _cache_folder() -> Path:
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'mmhybrid'
+    general = os.environ.get('XDG_CACHE_HOME', '')
+    if not os.path.isabs(general):
+        general = '~/.cache'  # the specification tells programs to ignore relative paths
+    try:
+        folder = Path(os.environ.get(CACHE_VARIABLE) or f'{general}/mmhybrid').expanduser()
+    except RuntimeError as error:
+        raise BuildError('no home folder is known to keep the compiled kernel in; name a folder '
+                         f'with the environment variable {CACHE_VARIABLE}') from error
+    return folder.absolute()
 
 
-def _compiler() -> str:
-    wanted = os.environ.get('CXX') or 'g++'
-    found = shutil.which(wanted)
+def _compiler() -> list[str]:
+    """The command of CXX: a path, which may have spaces in it, or a program and its options."""
+    wanted = os.environ.get('CXX', '').strip() or 'g++'
+    command = [wanted]
+    if shutil.which(wanted) is None:
+        try:
+            command = shlex.split(wanted)
+        except ValueError as error:
+            raise BuildError(f'CXX={wanted} is no command ({error}); correct it') from error
+    found = shutil.which(command[0])
     if found is None:
         raise BuildError(
             f"there is no C++ compiler ('{wanted}'); install g++ for a faster CPU scan, or go on "
             'without it'
         )
-    return found
+    return [found, *command[1:]]
 
 
 def _processor() -> str:
@@ -93,45 +114,92 @@ def _attempts() -> list[tuple[str, ...]]:
     return [*linked, ('-march=native', '-fopenmp'), ('-march=native',), ()]
 
 
-def _compile(compiler: str, target: Path) -> None:
-    """Build into a temporary file beside the target, then rename: readers never see half a file."""
-    handle, name = tempfile.mkstemp(suffix='.so', dir=target.parent)
-    os.close(handle)
-    output = Path(name)
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run a compiler, with all processes that it starts; gives its exit status and first error."""
     try:
-        errors = ''
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    except OSError as error:
+        raise BuildError(f'the compiler {command[0]} did not run ({error})') from error
+    try:
+        said, _ = process.communicate(timeout=_PATIENCE)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise BuildError(f'the compiler {command[0]} did not end within {_PATIENCE} s; try '
+                             'another with the environment variable CXX') from error
+        raise
+    lines = said.decode(errors='replace').strip().splitlines() or ['it printed nothing']
+    line = next((x for x in lines if 'error:' in x), lines[-1])
+    return process.returncode, ''.join(x for x in line if x.isprintable())[:300]
+
+
+def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
+    """Build in a private folder, then rename: readers never see half a file.
+
+    The new name has the checksum of the content, by which a damaged file is known.
+    """
+    for left in folder.glob('build-*'):  # by a process that was killed, as we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix='build-', dir=folder) as work:
+        output = Path(work) / 'scan.so'
         for flags in _attempts():
             options = [x for x in flags if x.startswith('-')]
             libraries = [x for x in flags if not x.startswith('-')]
-            command = [compiler, *_FLAGS, *options, str(_SOURCE), *libraries, '-o', name]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                raise BuildError(f'the compiler {compiler} did not run ({error})') from error
-            if done.returncode == 0:
-                output.chmod(0o755)
-                os.replace(output, target)
-                return
-            errors = done.stderr.strip() or done.stdout.strip()
-        last_line = errors.splitlines()[-1] if errors else 'it printed nothing'
-        raise BuildError(
-            f'{compiler} could not compile {_SOURCE.name} ({last_line}); try another compiler with '
-            'the environment variable CXX'
-        )
-    finally:
-        output.unlink(missing_ok=True)
+            status, said = _run([*compiler, *_FLAGS, *options, str(_SOURCE), *libraries,
+                                 '-o', str(output)])  # fmt: skip
+            if status == 0:
+                break
+        else:
+            if os.strerror(errno.ENOSPC) in said:
+                raise BuildError(f'a disk is full ({said}); make room, or name another folder '
+                                 f'than {folder} with the environment variable {CACHE_VARIABLE}')
+            raise BuildError(
+                f'{shlex.join(compiler)} could not compile {_SOURCE.name} ({said}); try another '
+                'compiler with the environment variable CXX'
+            )
+        content = output.read_bytes() if output.is_file() else b''
+        if not content:
+            raise BuildError(f'{shlex.join(compiler)} ended without an error and without a '
+                             'library; try another compiler with the environment variable CXX')
+        output.chmod(0o755)
+        target = folder / f'{stem}-{hashlib.sha256(content).hexdigest()}.so'
+        for damaged in folder.glob(f'{stem}-*.so'):
+            damaged.unlink(missing_ok=True)
+        return output.replace(target)
 
 
-@contextlib.contextmanager
-def _locked(path: Path):
-    """Hold a lock file; several processes may want to build at once."""
+def _open_checked(library: Path) -> int | None:
+    """Open a library that is this user's and has the checksum of its name; None if it has not.
+
+    Raises:
+        UnsafeCache: if somebody else could have written it.
+    """
     try:
-        import fcntl
-    except ImportError as error:
-        raise BuildError('it is only built on Linux and macOS') from error
-    with open(path, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
+        handle = open_regular(library, os.O_RDONLY)
+    except FileNotFoundError:  # another process builds it anew
+        return None
+    except OSError as error:
+        raise UnsafeCache(f'{library} is not loaded: {error.strerror}; remove it') from error
+    with open(handle, 'rb', closefd=False) as file:
+        exposed = exposure_of(os.fstat(handle), library)
+        if exposed is None and library.stem.endswith(hashlib.sha256(file.read()).hexdigest()):
+            return handle
+    os.close(handle)
+    if exposed:
+        raise UnsafeCache(f'{exposed}, or remove it, because loading it would run what is in it')
+    return None
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    for library in sorted(folder.glob(f'{stem}-*.so')):
+        handle = _open_checked(library)
+        if handle is not None:
+            os.close(handle)
+            return library
+    return None
 
 
 def build() -> Path:
@@ -140,25 +208,35 @@ def build() -> Path:
     Raises:
         BuildError: with the reason and the remedy.
     """
+    if os.name != 'posix':
+        raise BuildError('it is only built on Linux and macOS')
     compiler = _compiler()
     identity = hashlib.sha256(_SOURCE.read_bytes())
-    for part in (compiler, str(os.path.getmtime(compiler)), _processor(), *map(str, _attempts())):
-        identity.update(part.encode())
+    parts = (*compiler, os.path.getmtime(compiler[0]), _processor(), *_attempts())
+    for part in parts:
+        identity.update(str(part).encode())
+    stem = f'scan-{identity.hexdigest()[:20]}'
     folder = _cache_folder()
-    target = folder / f'scan-{identity.hexdigest()[:20]}.so'
-    if target.exists():
-        return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / 'scan.lock'):
-            if not target.exists():
-                _compile(compiler, target)
+        for missing in (x for x in (*reversed(folder.parents), folder) if not x.exists()):
+            missing.mkdir(mode=0o700, exist_ok=True)  # whatever the umask allows
+        exposed = exposure(folder)
+        if exposed:
+            raise UnsafeCache(f'{exposed}, or name a folder of your own with the environment '
+                              f'variable {CACHE_VARIABLE}, because a compiled kernel from there '
+                              "could be anybody's")
+        found = _find(folder, stem)
+        if found is None:
+            with alone(folder / 'scan.lock'):
+                found = _find(folder, stem) or _compile(compiler, folder, stem)
+    except TimeoutError as error:
+        raise BuildError(error.strerror) from error
     except OSError as error:
         raise BuildError(
             f'{folder} cannot be written ({error.strerror}); name another folder with the '
             f'environment variable {CACHE_VARIABLE}'
         ) from error
-    return target
+    return found
 
 
 class _View(ctypes.Structure):
@@ -181,19 +259,39 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Unsafe(str):
+    """Why there is no kernel, where the reason is one that a user must hear of."""
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The loaded kernel, or why there is none."""
     try:
-        library = ctypes.CDLL(str(build()))
+        library = _load(build())
         for function in ('forward', 'backward'):
             function = getattr(library, f'mmhybrid_scan_{function}')
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
         library.mmhybrid_scan_arguments.restype = ctypes.c_int64
     except (BuildError, OSError, AttributeError) as error:
-        return f'the compiled scan kernel is not available: {error}'
+        kind = _Unsafe if isinstance(error, UnsafeCache) else str
+        return kind(f'the compiled scan kernel is not available: {error}')
     assert library.mmhybrid_scan_arguments() == ctypes.sizeof(_Arguments)
     return library
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    handle = _open_checked(path)
+    if handle is None:
+        raise BuildError(f'{path} changed while it was loaded; try again')
+    # By its number in Linux: another file could get the name after the check. It stays open,
+    # because the loader remembers names, and another file would get the same number.
+    opened = f'/proc/self/fd/{handle}'
+    try:
+        return ctypes.CDLL(opened if os.path.exists(opened) else str(path))
+    except OSError as error:
+        os.close(handle)
+        raise BuildError(f'{path} cannot be loaded ({error}); remove it, and it is built again'
+                         ) from error
 
 
 @torch.compiler.assume_constant_result  # the compiler asks once while it traces
@@ -201,6 +299,11 @@ def problem() -> str | None:
     """Why the kernel cannot be used on this machine; None when it can. Builds it on first use."""
     library = _library()
     return library if isinstance(library, str) else None
+
+
+def distrusts_cache() -> bool:
+    """Whether the kernel is left aside because others could have put it into its folder."""
+    return isinstance(_library(), _Unsafe)
 
 
 def refusal(call) -> str | None:
