@@ -1,9 +1,8 @@
-"""Which names a pickle may mention: the rule that keeps checkpoints from running code.
+"""Which names a pickle may mention, and what we make of them.
 
-A pickle is a small program.  It can do harm only through the names that it looks up, so two things
-are checked: before anything is executed, every name in the program must be on the list below, and
-while torch's restricted reader executes it, each listed name leads to something harmless: to a
-class that only holds values, or to a function that accepts nothing but the expected arguments.
+A pickle is a small program that looks names up and calls what it finds.  Ours finds only what is
+listed here, and the file's arguments never reach what a name really leads to: every entry is a
+function of ours that checks them and makes a value out of them itself.
 
 The list has what released files and mmengine's own checkpoints contain, and no more.
 """
@@ -11,196 +10,461 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
+import math
 import pathlib
-import pickle
-import pickletools
+import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable
 
+import numpy as np
 import torch
 
-__all__ = ['Refused', 'allowed_names', 'check_pickle', 'harmless_globals']
-
-# Instructions that torch's restricted reader knows, in the words of pickletools.
-_INSTRUCTIONS = frozenset(
-    'PROTO STOP GLOBAL NEWOBJ REDUCE BUILD MARK APPEND APPENDS SETITEM SETITEMS TUPLE TUPLE1 '
-    'TUPLE2 TUPLE3 EMPTY_TUPLE EMPTY_LIST EMPTY_DICT EMPTY_SET NONE NEWTRUE NEWFALSE BININT '
-    'BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING BINPERSID BINGET LONG_BINGET '
-    'BINPUT LONG_BINPUT'.split())
-
-# What torch's restricted reader resolves by itself; the rest of its own list is not needed.
-_TORCH = frozenset(
-    ('collections.OrderedDict', 'collections.Counter', 'torch.Size', 'torch.device',
-     'torch.Tensor', 'torch.nn.parameter.Parameter', 'torch._utils._rebuild_tensor',
-     'torch._utils._rebuild_tensor_v2', 'torch._utils._rebuild_parameter',
-     'torch.storage.UntypedStorage', 'torch.storage.TypedStorage'))
+__all__ = ['Budget', 'Damaged', 'Method', 'Name', 'NotPlain', 'Refused', 'Storage',
+           'UnfinishedArray', 'UnfinishedDtype', 'Unusable', 'allowed_names', 'checked_key',
+           'dtype_of_storage', 'history_buffer', 'look_up']
 
 
-class Refused(pickle.UnpicklingError):
-    """A pickle mentions something that is not harmless; the message is its name."""
+class Refused(Exception):
+    """A pickle mentions something that is not on the list; the message is its name."""
 
 
-def _is_tensor_type(name: str) -> bool:
-    module, _, own = name.rpartition('.')
-    if module not in ('torch', 'torch.cuda'):
-        return False
-    return own.endswith('Storage') or isinstance(getattr(torch, own, None), torch.dtype)
+class NotPlain(Exception):
+    """A pickle holds tensors of a kind that is no use as weights; the message names the kind."""
+
+
+class Damaged(Exception):
+    """A pickle breaks the rules that every pickle follows; the message says which."""
+
+
+class Budget:
+    """How much a file may still make out of its bytes.
+
+    Honest pickles are as large in memory as on disk, give or take; others repeat a short
+    instruction until the memory is full.
+
+    Args:
+        size: bytes of the file.
+    """
+
+    STEPS = 1_500_000  # two seconds; files of the largest models take some ten thousand
+
+    def __init__(self, size: int):
+        self.steps = self.STEPS
+        self.bytes = 16 * size + 64 * 2**20
+
+    def spend(self, steps: int = 0, size: int = 0) -> None:
+        """Pay for instructions, and for bytes that are made from others.
+
+        Raises:
+            Damaged: if that is more than any honest file needs.
+        """
+        self.steps -= steps
+        self.bytes -= size
+        if self.steps < 0:
+            raise Damaged(f'it has more than {self.STEPS:,} values beside its tensors')
+        if self.bytes < 0:
+            raise Damaged('what it describes is many times larger than the file')
+
+
+class Name:
+    """A name of the list, as an entry of a pickle's stack; it leads to nothing by itself."""
+
+    def __init__(self, name: str, call: Callable | None):
+        self.name, self.call = name, call
+
+
+class Method:
+    """Stands for a method of mmengine's loss curves, which refer to them; we have our own."""
+
+
+class Unusable:
+    """Stands for a value that is no plain data; whoever finds it in the result says where."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+
+class UnfinishedDtype:
+    """A numpy dtype whose byte order is still to come."""
+
+    def __init__(self, code: str):
+        self.code, self.places = code, []
+
+    def finished(self, state: object) -> np.dtype | Unusable:
+        """Make the dtype; numpy itself must never see such a state, which describes memory."""
+        if type(state) is not tuple or len(state) != 8 or type(state[1]) is not str:
+            raise Damaged('a numpy dtype has no state that numpy writes')
+        version, order, *rest = state
+        if not (_is(version, 3) or _is(version, 4)) or order not in ('<', '>', '|', '=') \
+                or not all(map(_is, rest, (None, None, None, -1, -1, 0))):
+            return Unusable(f'a numpy record ({self.code})')
+        return np.dtype(self.code).newbyteorder(order)
+
+
+class UnfinishedArray:
+    """A numpy array whose shape and values are still to come."""
+
+    def __init__(self):
+        self.places = []
+
+    def finished(self, state: object, budget: Budget) -> np.ndarray | Unusable:
+        """Make the array, if as many bytes are there as its shape needs."""
+        if type(state) is not tuple or len(state) != 5:
+            raise Damaged('a numpy array has no state that numpy writes')
+        _, shape, dtype, by_columns, content = state
+        if isinstance(dtype, Unusable):
+            return dtype
+        dtype, content = _dtype_of(dtype), _content_of(content)
+        if type(shape) is not tuple or not all(map(_is_size, shape)) or len(shape) > 32 \
+                or math.prod(shape) * dtype.itemsize != len(content):
+            raise Damaged('a numpy array has another number of values than its shape says')
+        budget.spend(size=len(content))
+        flat = np.frombuffer(content, dtype).copy()
+        return flat.reshape(shape, order='F' if by_columns is True else 'C')
+
+
+class Storage:
+    """Memory of tensors.
+
+    Args:
+        dtype: of the values.
+        memory: the values.
+    """
+
+    def __init__(self, dtype: torch.dtype, memory: torch.UntypedStorage):
+        self.dtype, self.memory = dtype, memory
+
+
+def _is(value: object, wanted: object) -> bool:
+    # arrays and tensors give no truth value when they are compared
+    return type(value) is type(wanted) and value == wanted
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _dtype_of(value: object) -> np.dtype:
+    if isinstance(value, UnfinishedDtype):
+        return np.dtype(value.code)
+    if not isinstance(value, np.dtype):
+        raise Damaged('a numpy value has no dtype')
+    return value
+
+
+def _content_of(value: object) -> bytes:
+    if type(value) is str:  # of Python 2
+        value = _latin(value)
+    if type(value) is not bytes:
+        raise Damaged('a numpy value has no bytes')
+    return value
+
+
+def _latin(text: str) -> bytes:
+    try:
+        return text.encode('latin1')
+    except UnicodeEncodeError as error:
+        raise Damaged('bytes are given as text that stands for none') from error
+
+
+def checked_key(key: object) -> object:
+    """Let plain keys pass; others can be made so that they all collide, which takes for ever."""
+    plain = key if type(key) is tuple and len(key) <= 4 else (key,)
+    if not all(type(part) in (str, float, bool, bytes, type(None))
+               or type(part) is int and abs(part) < 2**60 for part in plain):
+        raise Damaged(f'a dictionary has {type(key).__name__} as a key, expected text or numbers')
+    return key
+
+
+# --- what the names lead to: each takes the budget and the arguments of the pickle ---
+
+def _taken(args: tuple, *kinds: type | tuple[type, ...]) -> tuple:
+    """Arguments, if they are as many as expected and of exactly these classes."""
+    if len(args) != len(kinds) or not all(
+            type(arg) in (kind if isinstance(kind, tuple) else (kind,))
+            for arg, kind in zip(args, kinds, strict=True)):
+        raise Damaged('a value has other arguments than those that are ever written for it')
+    return args
+
+
+def _dictionary(kind: type) -> Callable:
+    def make(budget: Budget, *args):
+        result = kind()
+        if not args:
+            return result
+        given, = _taken(args, (dict, collections.OrderedDict, collections.Counter, list))
+        budget.spend(len(given))
+        pairs = given if type(given) is list else given.items()
+        for pair in pairs:
+            if type(pair) not in (tuple, list) or len(pair) != 2:
+                raise Damaged('a dictionary is made of something else than pairs')
+            result[checked_key(pair[0])] = pair[1]
+        return result
+
+    return make
+
+
+def _set(kind: type) -> Callable:
+    def make(budget: Budget, *args):
+        given, = _taken(args, list) if args else ([],)
+        budget.spend(len(given))
+        return kind(map(checked_key, given))
+
+    return make
+
+
+def _bytes(budget: Budget, *args) -> bytes:
+    _taken(args)
+    return b''
+
+
+def _encoded(budget: Budget, *args) -> bytes:
+    # Bytes of protocol 2.  Looking an encoding up would import a module by that name.
+    text, encoding = _taken(args, str, str)
+    if encoding not in ('latin1', 'latin-1'):
+        raise Refused(f'an encoding {encoding!r}')
+    budget.spend(size=len(text))
+    return _latin(text)
+
+
+def _complex(budget: Budget, *args) -> complex:
+    return complex(*_taken(args, float, float))
+
+
+def _attribute(budget: Budget, *args) -> Method:
+    # mmengine's loss curves refer to their own methods in this way.
+    owner, name = args if len(args) == 2 else (None, None)
+    known = getattr(history_buffer(), '_statistics_methods', {})
+    if not isinstance(owner, Name) or owner.name != _CURVE or type(name) is not str \
+            or name not in ('min', 'max', 'current', 'mean', *known):
+        raise Refused(f'getattr(..., {name!r})' if type(name) is str else 'getattr')
+    return Method()
+
+
+def _path(budget: Budget, *args) -> pathlib.PurePosixPath:
+    budget.spend(len(args))
+    return pathlib.PurePosixPath(*_taken(args, *(str for _ in args)))
+
+
+def _namespace(budget: Budget, *args) -> argparse.Namespace:
+    _taken(args)
+    return argparse.Namespace()
+
+
+def history_buffer() -> type | None:
+    """Give mmengine's class of loss curves; None without mmengine."""
+    try:
+        from mmengine.logging import HistoryBuffer
+    except ImportError:
+        return None
+    return HistoryBuffer
+
+
+def _curve(budget: Budget, *args):
+    _taken(args)
+    budget.spend(8)
+    kind = history_buffer()
+    return argparse.Namespace() if kind is None else kind()
+
+
+def _size(budget: Budget, *args) -> torch.Size:
+    given, = _taken(args, (tuple, list))
+    if not all(map(_is_size, given)):
+        raise Damaged('a size has something else than numbers')
+    budget.spend(len(given))
+    return torch.Size(given)
+
+
+def _device(budget: Budget, *args) -> torch.device:
+    kind, index = _taken(args, str, int) if len(args) == 2 else (*_taken(args, str), None)
+    if not re.fullmatch(r'[a-z]{2,20}', kind) or index is not None and not 0 <= index < 1000:
+        raise Damaged(f'a tensor is on the device {kind!r}, which there is not')
+    try:
+        return torch.device(kind) if index is None else torch.device(kind, index)
+    except RuntimeError as error:
+        raise Damaged(f'a tensor is on the device {kind!r}, which there is not') from error
+
+
+def _no_call(what: str) -> Callable:
+    def call(budget: Budget, *args):
+        raise Refused(f'a call of {what}')
+
+    return call
+
+
+# --- numpy ---
+
+def _dtype(budget: Budget, *args) -> UnfinishedDtype | Unusable:
+    if len(args) != 3 or type(args[0]) is not str:
+        raise Damaged('a numpy dtype has other arguments than those that are ever written for it')
+    code = args[0]
+    # a bool, or whole, floating and complex numbers: everything that arrays of numbers pickle
+    if not re.fullmatch(r'b1|[iu][1248]|f(2|4|8|12|16)|c(8|16|24|32)', code):
+        return Unusable(f'a numpy value of the kind {code[:20]!r}')
+    try:
+        np.dtype(code)
+    except TypeError:
+        return Unusable(f'a numpy value of the kind {code!r}, which this machine lacks')
+    return UnfinishedDtype(code)
+
+
+def _array(budget: Budget, *args) -> UnfinishedArray:
+    kind, shape, code = args if len(args) == 3 else (None, None, None)
+    if not isinstance(kind, Name) or kind.name != 'numpy.ndarray':
+        raise Refused('a numpy array of a class of its own')
+    if type(shape) is not tuple or len(shape) != 1 or not _is(shape[0], 0) or not (
+            _is(code, b'b') or _is(code, 'b')):
+        raise Damaged('a numpy array has other arguments than those that are ever written for it')
+    budget.spend(4)
+    return UnfinishedArray()
+
+
+def _scalar(budget: Budget, *args) -> np.generic | Unusable:
+    if len(args) != 2:
+        raise Damaged('a numpy number has other arguments than those that are ever written for it')
+    if isinstance(args[0], Unusable):
+        return args[0]
+    dtype, content = _dtype_of(args[0]), _content_of(args[1])
+    if len(content) != dtype.itemsize:
+        raise Damaged('a numpy number has another number of bytes than its dtype says')
+    return np.frombuffer(content, dtype)[0]
+
+
+# --- torch ---
+
+_STORAGES = {
+    'Double': torch.float64, 'Float': torch.float32, 'Half': torch.float16,
+    'BFloat16': torch.bfloat16, 'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16,
+    'Char': torch.int8, 'Byte': torch.uint8, 'Bool': torch.bool,
+    'ComplexDouble': torch.complex128, 'ComplexFloat': torch.complex64}
+
+
+def _tensor(budget: Budget, *args) -> torch.Tensor:
+    """Make a tensor that lies within its storage."""
+    if not 4 <= len(args) <= 7 or not isinstance(args[0], Storage):
+        raise Damaged('a tensor has other arguments than those that are ever written for it')
+    storage, offset, shape, strides, *more = args
+    _check_unmarked(more[2:])
+    return _over(storage.memory, storage.dtype, offset, shape, strides,
+                 bool(more) and more[0] is True, budget)
+
+
+def _typed_tensor(budget: Budget, *args) -> torch.Tensor:
+    # of the dtypes that torch added last, such as float8
+    if not 7 <= len(args) <= 8 or not isinstance(args[0], Storage) or type(
+            args[6]) is not torch.dtype:
+        raise Damaged('a tensor has other arguments than those that are ever written for it')
+    storage, offset, shape, strides, needs_gradient, _, dtype = args[:7]
+    _check_unmarked(args[7:])
+    return _over(storage.memory, dtype, offset, shape, strides, needs_gradient is True, budget)
+
+
+def _check_unmarked(marks: list | tuple) -> None:
+    if any(mark is not None and not _is(mark, {}) for mark in marks):
+        raise NotPlain('a tensor that is conjugated or negated')
+
+
+def _over(memory: torch.UntypedStorage, dtype: torch.dtype, offset, shape, strides,
+          needs_gradient: bool, budget: Budget) -> torch.Tensor:
+    numbers = (offset, *shape, *strides) if type(shape) in (tuple, torch.Size) and type(
+        strides) is tuple else (None,)
+    if not all(map(_is_size, numbers)) or len(shape) != len(strides) or len(shape) > 64:
+        raise Damaged('a tensor has no shape that there is')
+    count, there = math.prod(shape), memory.nbytes() // dtype.itemsize
+    last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if math.prod(max(n, 1) for n in shape) >= 2**62 or offset > there or count and last >= there:
+        raise Damaged('a tensor is larger than the values that are there for it')
+    budget.spend(8, count * dtype.itemsize)
+    try:
+        tensor = torch.empty(0, dtype=dtype, device=memory.device)
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotPlain(f'a tensor of the dtype {dtype}') from error
+    tensor.set_(memory, offset, tuple(shape), strides)
+    tensor.requires_grad = needs_gradient and (dtype.is_floating_point or dtype.is_complex)
+    return tensor
+
+
+def _parameter(budget: Budget, *args) -> torch.nn.Parameter:
+    if len(args) != 3 or type(args[0]) is not torch.Tensor:
+        raise Damaged('a parameter has other arguments than those that are ever written for it')
+    kind = args[0].dtype
+    return torch.nn.Parameter(args[0].detach(), requires_grad=args[1] is True and (
+        kind.is_floating_point or kind.is_complex))
+
+
+_CURVE = 'mmengine.logging.history_buffer.HistoryBuffer'
+_CALLS: dict[str, Callable] = {
+    'argparse.Namespace': _namespace,
+    'builtins.set': _set(set), 'builtins.frozenset': _set(frozenset),
+    'builtins.bytes': _bytes, '_codecs.encode': _encoded, 'builtins.complex': _complex,
+    'builtins.getattr': _attribute, _CURVE: _curve,
+    'collections.OrderedDict': _dictionary(collections.OrderedDict),
+    'collections.Counter': _dictionary(collections.Counter),
+    # kinds of dictionaries become ordinary ones
+    'yacs.config.CfgNode': _dictionary(collections.OrderedDict),
+    'mmengine.config.config.ConfigDict': _dictionary(collections.OrderedDict),
+    **{f'pathlib{place}.{kind}Path': _path for place in ('', '._local')
+       for kind in ('Posix', 'Windows', 'PurePosix', 'PureWindows')},
+    'numpy.ndarray': _no_call('numpy.ndarray'), 'numpy.dtype': _dtype,
+    # numpy 2 moved its functions; files have the place of the numpy that wrote them.
+    **{f'numpy.{place}.multiarray.{name}': call for place in ('core', '_core')
+       for name, call in (('_reconstruct', _array), ('scalar', _scalar))},
+    'torch.Size': _size, 'torch.device': _device,
+    'torch._utils._rebuild_tensor': _tensor, 'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_tensor_v3': _typed_tensor,
+    'torch._utils._rebuild_parameter': _parameter,
+}
+# What torch.save writes as well, but nobody can use as weights.
+_NO_WEIGHTS = (
+    (r'torch\._utils\._rebuild_sparse\w*|torch\.sparse\.\w+|torch\.serialization\._get_layout',
+     'a sparse tensor'),
+    (r'torch\._utils\._rebuild_qtensor|torch\.Q\w+Storage|torch\.per_(tensor|channel)_\w+',
+     'a quantized tensor'),
+    (r'torch\._utils\._rebuild_meta_tensor_no_storage',
+     "a tensor of the device 'meta', which has no values"),
+    (r'torch\._utils\._rebuild_nested_tensor', 'a nested tensor'),
+    (r'torch\._utils\._rebuild_wrapper_subclass|torch\._tensor\._rebuild_from_type(_v2)?|'
+     r'torch\._utils\._rebuild_parameter_with_state|torch\.Tensor|torch\.nn\.parameter\.\w+',
+     'a tensor of a class of its own, or with attributes of its own'),
+)
 
 
 def allowed_names() -> frozenset[str]:
-    """Names besides torch's own that a file may mention."""
-    return frozenset(_harmless())
+    """Names that a file may mention, beside dtypes and storages of torch."""
+    return frozenset(_CALLS)
 
 
-def check_pickle(stream: BinaryIO) -> None:
-    """Read one pickle without executing it; the stream is left behind it.
+def look_up(module: str, name: str) -> Name | torch.dtype:
+    """Give what stands for a name of a pickle.
 
     Raises:
-        Refused: naming the first thing in it that is not harmless.
-        EOFError, ValueError: if it is cut off or no pickle.
+        Refused: if it is not on the list.
+        NotPlain: if it belongs to tensors that are no weights.
     """
-    allowed = allowed_names()
-    for instruction, argument, _ in pickletools.genops(stream):
-        if instruction.name == 'GLOBAL':
-            name = _today(*argument.split(' ', 1))
-            if name not in allowed and name not in _TORCH and not _is_tensor_type(name):
-                raise Refused(name)
-        elif instruction.name == 'PROTO' and argument != 2:
-            raise Refused(f'pickle protocol {argument}')
-        elif instruction.name not in _INSTRUCTIONS:
-            raise Refused(f'the pickle instruction {instruction.name}')
-
-
-def _today(module: str, name: str) -> str:
     # Protocol 2 has the names of Python 2; pickle and torch translate them with the same tables.
     if (module, name) in NAME_MAPPING:
         module, name = NAME_MAPPING[module, name]
     else:
         module = IMPORT_MAPPING.get(module, module)
-    return f'{module}.{name}'
+    path = f'{module}.{name}'
+    if path in _CALLS:
+        return Name(path, _CALLS[path])
+    if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    kind = name.removesuffix('Storage')
+    if module in ('torch', 'torch.cuda') and name.endswith('Storage') and kind in _STORAGES:
+        return Name(f'torch.{name}', None)
+    if path == 'torch.storage.UntypedStorage':
+        return Name('torch.ByteStorage', None)
+    for pattern, what in _NO_WEIGHTS:
+        if re.fullmatch(pattern, path):
+            raise NotPlain(f'{what} ({path})')
+    raise Refused(path)
 
 
-# --- what the names lead to ---
-
-class _Values:
-    """Stands for a class that is not installed or not needed; keeps nothing."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Dict:
-    """Stands for a kind of dictionary.
-
-    torch's reader puts entries into ordinary dictionaries only, so it becomes one at once.
-    """
-
-    def __new__(cls, *args):
-        return collections.OrderedDict(*args)
-
-
-def _encode(text: str, encoding: str = 'latin1') -> bytes:
-    # Bytes of protocol 2.  Looking an encoding up imports a module by that name.
-    if encoding not in ('latin1', 'latin-1'):
-        raise Refused(f'an encoding {encoding!r}')
-    return text.encode('latin1')
-
-
-def _getattr(owner: object, name: str) -> Callable:
-    # mmengine's loss curves refer to their own methods in this way.
-    methods = getattr(owner, '_statistics_methods', None)
-    if getattr(owner, '__name__', '') != 'HistoryBuffer' or not isinstance(methods, dict) \
-            or name not in ('min', 'max', 'current', 'mean', *methods):
-        raise Refused(f'getattr(..., {name!r})')
-    return getattr(owner, name)
-
-
-def _named(name: str, value: Callable) -> Callable:
-    """Give a function or class of ours the name under which a pickle looks it up."""
-    module, _, own = name.rpartition('.')
-    value.__module__, value.__name__, value.__qualname__ = module, own, own
-    return value
-
-
-def _stand_in(name: str, base: type = _Values) -> type:
-    return _named(name, type(name.rpartition('.')[2], (base,), {}))
-
-
-def _forwarded(name: str, function: Callable) -> Callable:
-    def forward(*args):
-        return function(*args)
-
-    return _named(name, forward)
-
-
-_harmless_table: dict[str, Callable] = {}
-
-
-def _harmless() -> dict[str, Callable]:
-    """Names and what they lead to."""
-    if _harmless_table:
-        return _harmless_table
-    table = {
-        'argparse.Namespace': argparse.Namespace,
-        'builtins.set': set,
-        'yacs.config.CfgNode': _stand_in('yacs.config.CfgNode', _Dict),
-        'mmengine.config.config.ConfigDict': _stand_in('mmengine.config.config.ConfigDict', _Dict),
-        'builtins.getattr': _forwarded('builtins.getattr', _getattr),
-        '_codecs.encode': _forwarded('_codecs.encode', _encode),
-        **{f'pathlib.{kind}Path': _forwarded(f'pathlib.{kind}Path', pathlib.PurePosixPath)
-           for kind in ('Posix', 'Windows', 'PurePosix', 'PureWindows')},
-    }
-    try:
-        from mmengine.logging import HistoryBuffer
-        table['mmengine.logging.history_buffer.HistoryBuffer'] = HistoryBuffer
-    except ImportError:
-        name = 'mmengine.logging.history_buffer.HistoryBuffer'
-        table[name] = _stand_in(name)
-    table.update(_numpy())
-    _harmless_table.update(table)
-    return _harmless_table
-
-
-def _numpy() -> dict[str, Callable]:
-    try:
-        import numpy as np
-    except ImportError:
-        return {}
-    # 1.26 has the name of numpy 2 as well, as an empty shell
-    core = np.core if np.__version__.startswith('1.') else np._core
-    table = {'numpy.ndarray': np.ndarray, 'numpy.dtype': np.dtype}
-    # numpy 2 moved its functions; files have the place of the numpy that wrote them.
-    for place in ('core', '_core'):
-        for name in ('_reconstruct', 'scalar'):
-            path = f'numpy.{place}.multiarray.{name}'
-            table[path] = _forwarded(path, getattr(core.multiarray, name))
-    for code in '?bBhHiIlLqQefdgFD':
-        kind = type(np.dtype(code))
-        table[f'{kind.__module__}.{kind.__qualname__}'] = kind
-    return table
-
-
-@contextlib.contextmanager
-def harmless_globals() -> Iterator[None]:
-    """Let torch's restricted reader resolve the names of the list while the context is open."""
-    types = list(_harmless().values())
-    serialization = torch.serialization
-    if hasattr(serialization, 'safe_globals'):
-        with serialization.safe_globals(types):
-            yield
-        return
-    # torch 2.4 has the list but not the context
-    before = list(serialization.get_safe_globals())
-    serialization.add_safe_globals(types)
-    try:
-        yield
-    finally:
-        serialization.clear_safe_globals()
-        serialization.add_safe_globals(before)
-
-
+def dtype_of_storage(kind: object) -> torch.dtype:
+    """Give the dtype that belongs to the name of a class of storages."""
+    short = kind.name[len('torch.'):-len('Storage')] if isinstance(kind, Name) else ''
+    if short not in _STORAGES:
+        raise Damaged('the values of a tensor are of no kind that there is')
+    return _STORAGES[short]

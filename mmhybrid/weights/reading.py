@@ -1,29 +1,36 @@
 """Files of weights into tensors, without running anything that a file may contain."""
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
-import pickle
-import re
-import struct
+import stat
 import tarfile
-import zipfile
 from typing import BinaryIO
 
 import torch
 
-from .allowed import Refused, allowed_names, check_pickle, harmless_globals
+from .allowed import Damaged, NotPlain, Refused
+from .containers import (
+    Placement,
+    Unfit,
+    open_archive,
+    programs,
+    read_archive,
+    read_row,
+)
 from .errors import WeightsError
+from .headers import check_header, read_header
+from .pickles import CutOff
+from .tree import NotData, check_tree
 
-__all__ = ['TRUST_VARIABLE', 'check_file', 'file_format', 'read_file', 'safetensors_metadata',
-           'trusted']
+__all__ = ['TRUST_VARIABLE', 'check_file', 'check_path', 'file_format', 'read_file',
+           'safetensors_metadata', 'trusted']
 
 #: Environment variable that allows everything a pickle may do.
 TRUST_VARIABLE = 'MMHYBRID_TRUST_CHECKPOINTS'
 _AGAIN = 'fetch it again'
-_LEGACY_MAGIC = 0x1950a86a20f9469cfc6c
+_IF_TRUSTED = (f'Only if you trust where it comes from: set {TRUST_VARIABLE}=1, or convert it once '
+               'with tools/convert_checkpoint.py --trust')
 _log = logging.getLogger(__name__)
 
 
@@ -44,66 +51,110 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
         name: what messages call the file; its path by default.
 
     Returns:
-        What was saved.  Settings that trainers save beside the weights may come back empty.
+        What was saved: dictionaries, lists, tuples, sets, texts, numbers, tensors, numpy arrays of
+        numbers, and few more.  Settings that trainers save beside the weights may come back empty.
 
     Raises:
         FileNotFoundError: if there is no such file.
         WeightsError: if it is incomplete, no file of weights, or could run code.
         ImportError: for safetensors without that package.
     """
-    if isinstance(file, (str, os.PathLike)):
-        path = os.path.expanduser(os.fspath(file))
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f'there is no checkpoint file {os.path.abspath(path)}; check '
-                                    'the path or download the file first')
-        with open(path, 'rb') as opened:
-            return read_file(opened, map_location, trust, name or os.fspath(file))
-    name = name or 'the checkpoint'
+    if isinstance(file, (str, bytes, os.PathLike)):
+        path = os.path.expanduser(os.fsdecode(file))
+        shown = _printable(name or os.fsdecode(file))
+        check_path(path, shown)
+        with _opened(path, shown) as opened:
+            return read_file(opened, map_location, trust, shown)
+    name = _printable(name or 'the checkpoint')
     kind = file_format(file, name)
     if kind == 'safetensors':
         return _read_safetensors(file, map_location, name)
-    trust = trust or trusted()
-    allowed_names()  # not within the try statement: an error of ours is no damaged file
+    if trust or trusted():
+        return _read_trusted(file, map_location, name)
+    size = file.seek(0, os.SEEK_END)
+    read = read_archive if kind == 'zip' else read_row
     try:
-        if not trust:
-            _check_pickles(file, kind, name)
-        file.seek(0)
-        if trust:
-            _log.warning('%s is read with everything its pickle may do, because it is trusted',
-                         name)
-            return torch.load(file, map_location=map_location, weights_only=False)
-        with harmless_globals():
-            return torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's reader raises this for a file that ends too early, too, and it wraps errors of
-        # the harmless functions in pages of advice.
-        within = re.search(r'GLOBAL (\S+)|(getattr\(.*\)|an encoding .*)', str(error))
-        culprit = str(error) if isinstance(error, Refused) else (
-            within and (within[1] or within[2]))
-        if trust or culprit is None:
-            raise WeightsError(f'{name} is cut off or damaged ({_last_line(error)}); {_AGAIN}'
-                               ) from error
+        found = read(file, size, Placement(map_location))
+        check_tree(found)
+    except Refused as error:
         raise WeightsError(
-            f'{name} was not loaded: it contains {culprit}, and reading that could run code from '
-            'the file. Only if you trust where it comes from: set '
-            f'{TRUST_VARIABLE}=1, or convert it once with tools/convert_checkpoint.py --trust'
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError,
-            OverflowError, struct.error) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f'{name} is cut off or damaged ({_last_line(error)}); {_AGAIN}'
-                           ) from error
+            f'{name} was not loaded: it contains {error}, and reading that could run code from '
+            f'the file. {_IF_TRUSTED}') from error
+    except NotData as error:
+        raise WeightsError(f'{name} was not loaded: {error}, expected nothing but texts, numbers '
+                           f'and tensors. {_IF_TRUSTED}') from error
+    except NotPlain as error:
+        raise WeightsError(f'{name} was not loaded: it contains {error}; expected ordinary dense '
+                           'tensors, convert it before you save it') from error
+    except CutOff as error:
+        raise WeightsError(f'{name} is cut off: {error}; {_AGAIN}') from error
+    except Damaged as error:
+        raise WeightsError(f'{name} is damaged: {error}; {_AGAIN}') from error
+    except Unfit as error:
+        raise WeightsError(f'{name} {error}') from error
+    return found
+
+
+def _read_trusted(file: BinaryIO, map_location, name: str) -> object:
+    _log.warning('%s is read with everything its pickle may do, because it is trusted', name)
+    file.seek(0)
+    try:
+        return torch.load(file, map_location=map_location, weights_only=False)
+    except ImportError as error:
+        raise WeightsError(f'{name} needs the package {error.name}, whose classes it contains; '
+                           'install it, or save the weights alone') from error
+    except Exception as error:  # whatever the file's own code raises
+        raise WeightsError(f'{name} could not be read by torch: {type(error).__name__}: '
+                           f'{_last_line(error)}') from error
 
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split('\n')[-1].strip()
 
 
+def _printable(name: str | os.PathLike) -> str:
+    """A file's name that can be written to any log: bytes that are no UTF-8 are escaped."""
+    return os.fsdecode(name).encode('utf-8', 'backslashreplace').decode()
+
+
+def check_path(path: str | os.PathLike, name: str | None = None) -> None:
+    """Look at what a path leads to, without opening it.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        WeightsError: if it is something else than a file.
+    """
+    name = name or _printable(path)
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise WeightsError(f'{name} cannot be looked at: this user may not enter a folder on the '
+                           'way to it') from error
+    except (OSError, ValueError) as error:
+        # nothing there, a link to nothing, a name that no file can have
+        raise FileNotFoundError(f'there is no checkpoint file {_printable(os.path.abspath(path))};'
+                                ' check the path or download the file first') from error
+    if stat.S_ISDIR(mode):
+        raise WeightsError(f'{name} is a folder, expected a file of weights; give the path of a '
+                           'file in it')
+    if not stat.S_ISREG(mode):
+        raise WeightsError(f'{name} is a pipe, a device or a socket, expected a file of weights')
+
+
+def _opened(path: str, name: str) -> BinaryIO:
+    try:
+        return open(path, 'rb')
+    except PermissionError as error:
+        raise WeightsError(f'{name} may not be read by this user; change its permissions'
+                           ) from error
+
+
 def check_file(path: str | os.PathLike) -> str:
     """Look at the beginning and the end of a file; returns its format, see :func:`file_format`."""
-    with open(path, 'rb') as file:
-        return file_format(file, os.fspath(path))
+    name = _printable(path)
+    check_path(path, name)
+    with _opened(path, name) as file:
+        return file_format(file, name)
 
 
 def file_format(file: BinaryIO, name: str) -> str:
@@ -137,7 +188,10 @@ def file_format(file: BinaryIO, name: str) -> str:
         return 'safetensors'
     if start.startswith((b'{', b'[')):
         raise WeightsError(f'{name} is text ({start[:20].decode("latin1")}...), not weights')
-    if len(head) == 512 and head[257:262] == b'ustar' or _is_tar(file):
+    if not head.strip(b'\0'):
+        raise WeightsError(f'{name} begins with nothing but zeros: its content was never written, '
+                           f'or was lost; {_AGAIN}')
+    if head[257:262] == b'ustar' or _is_tar(file):
         raise WeightsError(f'{name} is a tar archive, as torch wrote before 2017, which is not '
                            'safe to read; unpack it or convert it with an old torch')
     shown = head[:8].hex(' ')
@@ -150,7 +204,7 @@ def _is_tar(file: BinaryIO) -> bool:
     try:
         with tarfile.open(fileobj=file, mode='r:'):
             return True
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, OSError, EOFError):
         return False
     finally:
         file.seek(0)
@@ -158,84 +212,32 @@ def _is_tar(file: BinaryIO) -> bool:
 
 def _checked_zip(file: BinaryIO, name: str, size: int) -> str:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_archive(file, size) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, ValueError, struct.error) as error:
-        raise WeightsError(f'{name} is cut off: its end is missing ({size:,} bytes are there); '
-                           f'{_AGAIN}') from error
+    except Damaged as error:
+        what = 'cut off' if isinstance(error, CutOff) else 'damaged'
+        raise WeightsError(f'{name} is {what}: {error}; {_AGAIN}') from error
     if any(each.endswith('/constants.pkl') or '/code/' in each for each in names):
         raise WeightsError(f'{name} is a TorchScript program, not weights; save its state_dict()')
-    if len(set(names)) != len(names) or len(_programs(names)) != 1:
+    if len(set(names)) != len(names) or len(programs(names)) != 1:
         raise WeightsError(f'{name} is an archive, but not one that torch.save wrote; expected '
                            '.pth, .pt, .ckpt or .safetensors')
     return 'zip'
 
 
-def _programs(names: list[str]) -> list[str]:
-    return [each for each in names if re.fullmatch(r'[^/]+/data\.pkl', each)]
-
-
-def _check_pickles(file: BinaryIO, kind: str, name: str) -> None:
-    """Check every pickle that torch.load would execute."""
-    file.seek(0)
-    if kind == 'zip':
-        with zipfile.ZipFile(file) as archive:
-            program, = _programs(archive.namelist())
-            check_pickle(io.BytesIO(archive.read(program)))
-        return
-    # The format before torch 1.6: magic number, version, system, the object, names of storages;
-    # raw data follow.
-    for _ in range(5):
-        check_pickle(file)
-    file.seek(0)
-    if _first_number(file) != _LEGACY_MAGIC:
-        raise WeightsError(f'{name} is a plain pickle that torch.save did not write, so it holds '
-                           'no tensors that could be read safely; expected .pth, .pt, .ckpt or '
-                           '.safetensors')
-
-
-def _first_number(file: BinaryIO) -> object:
-    class Numbers(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f'{module}.{name}')
-
-    return Numbers(file).load()
-
-
 # --- safetensors ---
 
-def _header(file: BinaryIO, name: str, size: int) -> tuple[dict, int]:
-    file.seek(0)
-    length = struct.unpack('<Q', file.read(8))[0]
-    if length > min(size - 8, 100 * 2**20):
-        raise WeightsError(f'{name} is cut off or damaged: its header should have {length:,} '
-                           f'bytes and {size:,} are there in all; {_AGAIN}')
-    try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise WeightsError(f'{name} is damaged: its header is no JSON ({error}); {_AGAIN}'
-                           ) from error
-    return header, 8 + length
-
-
 def _checked_safetensors(file: BinaryIO, name: str, size: int) -> None:
-    header, start = _header(file, name, size)
-    try:
-        ends = [entry['data_offsets'][1] for key, entry in header.items() if key != '__metadata__']
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
-        raise WeightsError(f'{name} is JSON, but not the header of a safetensors file') from error
-    end = start + max(ends, default=0)
-    if end > size:
-        raise WeightsError(f'{name} is cut off: {size:,} of {end:,} bytes are there; {_AGAIN}')
+    header, start = read_header(file, name)
+    check_header(header, start, size, name)
 
 
 def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
     """Give the texts that a safetensors file carries beside its tensors."""
+    if check_file(path) != 'safetensors':
+        return {}
     with open(path, 'rb') as file:
-        if file_format(file, os.fspath(path)) != 'safetensors':
-            return {}
-        size = file.seek(0, os.SEEK_END)
-        return _header(file, os.fspath(path), size)[0].get('__metadata__') or {}
+        return read_header(file, _printable(path))[0].get('__metadata__', {})
 
 
 def _read_safetensors(file: BinaryIO, map_location, name: str) -> dict:
@@ -251,5 +253,6 @@ def _read_safetensors(file: BinaryIO, map_location, name: str) -> dict:
             return load_file(path, device=str(map_location or 'cpu'))
         file.seek(0)
         return load(file.read())
-    except SafetensorError as error:
-        raise WeightsError(f'{name} is damaged ({error}); {_AGAIN}') from error
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise WeightsError(f'{name} is damaged, or newer than the installed safetensors package '
+                           f'({error}); {_AGAIN}') from error
