@@ -98,8 +98,8 @@ def test_kept_states(tokens, lean, monkeypatch):
     """A scan that is cut: in chunks that are kept as they are, and in some that are thinned."""
     plan = scan.launch_plan
 
-    def cut(batch, groups, heads, length, state, processors, chunk=0):
-        return plan(batch, groups, heads, length, state, processors, chunk or tokens)
+    def cut(*sizes, gradients, chunk=0):
+        return plan(*sizes, gradients=gradients, chunk=chunk or tokens)
 
     monkeypatch.setattr(scan, 'launch_plan', cut)
     monkeypatch.setattr(fused, '_MIN_CHUNK', 8)

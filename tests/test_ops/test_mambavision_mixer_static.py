@@ -15,7 +15,7 @@ from mmhybrid.ops.selective_scan import fused as scan
 
 KERNELS = ('prescan_kernel', 'prescan_backward_kernel')
 SCAN_KERNELS = (
-    'scan_forward_kernel', 'scan_tile_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
+    'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
 )  # fmt: skip
 
@@ -100,9 +100,9 @@ def test_launches(kernels, monkeypatch):
     forward, backward = launches(kernels, monkeypatch, 128, 49, 640)  # classification
     assert names(forward) == ['prescan', 'scan_forward']
     assert names(backward) == ['prescan', *in_scan[2:], 'prescan_backward']
-    # A scan that wrote through a tile computes its chunk starts in two launches.
+    # Chunk starts that were not kept are computed in two launches.
     forward, backward = launches(kernels, monkeypatch, 2, 1024, 640, lean=True)
-    assert names(forward) == ['prescan', 'scan_tile']
+    assert names(forward) == ['prescan', 'scan_forward', 'scan_carry', 'scan_forward']
     starts = ['scan_forward', 'scan_carry']
     assert names(backward) == ['prescan', *starts, *in_scan, 'prescan_backward']
 
@@ -168,5 +168,7 @@ def test_plan_keeps_few_states():
         assert shape.chunk >= fused._MIN_CHUNK
         if shape.n_kept:
             assert (shape.n_kept - 1) * shape.chunk < length <= shape.n_kept * shape.chunk
-        again = scan.launch_plan(batch, 1, dim // 2, length, 8, 132, shape.chunk)
+        again = scan.launch_plan(
+            batch, 1, dim // 2, length, 8, 132, gradients=True, chunk=shape.chunk
+        )
         assert (again.n_chunks if again.n_chunks > 1 else 0) == shape.n_kept

@@ -13,7 +13,7 @@ from machine_code import Recorder, build, compiler, count, specialisation
 from mmhybrid.ops.selective_scan import fused
 
 KERNELS = [
-    'scan_forward_kernel', 'scan_tile_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
+    'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
 ]  # fmt: skip
 DETECTION = dict(batch=2, heads=320, length=3136, state=8)
@@ -52,9 +52,9 @@ def launches(
         u if gate else None, parameter(groups * heads) if bias else None,
         torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None,
     )  # fmt: skip
-    out, state_last, states = fused._forward(*inputs, softplus, reverse, 0)
+    out, state_last, states = fused._forward(*inputs, softplus, reverse, True, 0)
     dlast = state_last if last else None
-    fused._backward(out, dlast, *inputs, states, softplus, reverse, 0)
+    fused._backward(out, dlast, *inputs, states, softplus, reverse, True, 0)
     monkeypatch.undo()
     return calls
 
@@ -74,18 +74,6 @@ def check_forward(program, arguments, expected):
     (loop,) = program.loops
     assert count(loop, 'SHFL') == 0  # parameters and last states may be shuffled, tokens not
     assert exponentials(loop, arguments, arguments['UNROLL']) == expected
-
-
-def check_tile(program, arguments, first, second):
-    """Two sweeps without shared memory or shuffles; the scan over the rows is between them."""
-    assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, 'spills'
-    programs = 65536 // (program.registers * arguments['num_warps'] * 32)
-    assert programs == 3, f'{programs} programs fit a multiprocessor'
-    sweeps = [loop for loop in program.loops if loop['LDG.E.U16']]
-    per_warp = arguments['ROWS'] / arguments['num_warps']
-    assert [exponentials(loop, arguments, per_warp) for loop in sweeps] == [first, second]
-    for loop in sweeps:
-        assert count(loop, 'BAR', 'STS', 'LDS', 'SHFL') == 0
 
 
 def check_backward(program, arguments, expected):
@@ -108,10 +96,9 @@ VARIANTS = {
     'ragged channels': dict(heads=200, groups=2),
     'one state': dict(state=1, softplus=True, bias=True),
     'sixteen states': dict(state=16, gate=True, softplus=True, bias=True),
-    'tile': dict(length=1024, gate=True, softplus=True, bias=True),
     'one launch': dict(batch=128, length=49, last=True, gate=True),
 }
-QUICK = {('plain', 90), ('everything', 90), ('tile', 90), ('one state', 90), ('one launch', 90),
+QUICK = {('plain', 90), ('everything', 90), ('one state', 90), ('one launch', 90),
          ('softplus', 80), ('softplus', 100)}  # fmt: skip
 ALL = [
     pytest.param(name, capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
@@ -125,9 +112,7 @@ def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
     shape = DETECTION | VARIANTS[variant]
     calls = launches(kernels, monkeypatch, **shape)
     names = [kernel.fn.__name__ for kernel, _ in calls]
-    assert ('scan_tile_kernel' in names) == (variant == 'tile')
-    launched = {'one launch': 1 + 3, 'tile': 1 + 5}.get(variant, 3 + 5)
-    assert len(names) == launched, names
+    assert len(names) == (1 + 3 if variant == 'one launch' else 3 + 5), names
     for kernel, arguments in calls:
         name = kernel.fn.__name__
         program = build(kernel, arguments, capability, tmp_path)
@@ -137,8 +122,6 @@ def test_machine_code(variant, capability, kernels, monkeypatch, tmp_path):
         if name == 'scan_forward_kernel':
             final = arguments['MODE'] != kernels.AGGREGATE.value
             check_forward(program, arguments, step + (gate and final))
-        elif name == 'scan_tile_kernel':
-            check_tile(program, arguments, step, step + gate)
         elif name == 'scan_backward_aggregate_kernel':
             check_forward(program, arguments, step + gate)
         elif name == 'scan_backward_kernel':
@@ -159,7 +142,6 @@ def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
     # Three modes of the forward kernel, two of the backward one (whole or in chunks).
     expected = dict.fromkeys(KERNELS, 1) | {
         'scan_forward_kernel': 3, 'scan_backward_kernel': 2, 'scan_carry_kernel': 2,
-        'scan_tile_kernel': 2,
     }  # fmt: skip
     assert programs(token_major=True) == expected
     # Channel-major strides are the length: its divisibility by sixteen matters, nothing else.
@@ -168,9 +150,9 @@ def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
 
 
 def test_neighbouring_channels_are_loaded_together(kernels, monkeypatch, tmp_path):
-    calls = launches(kernels, monkeypatch, **DETECTION)
+    calls = launches(kernels, monkeypatch, **DETECTION | dict(state=1))
     kernel, arguments = calls[2]
-    assert arguments['MODE'] == kernels.FINAL.value
+    assert arguments['MODE'] == kernels.FINAL.value and arguments['BLOCK'] == 64
     (loop,) = build(kernel, arguments, 90, tmp_path).loops
     # u and delta: pairs of bfloat16 in one 32-bit load per token; y: one 32-bit store.
     assert loop['LDG.E'] == 2 * arguments['UNROLL']

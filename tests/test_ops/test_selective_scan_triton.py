@@ -30,20 +30,6 @@ def test_full_product():
     assert run_cases(CASES, '-m', 'slow') >= 1000
 
 
-def test_plan_follows_the_shape():
-    for batch, heads, length in ((2, 160, 12544), (128, 320, 49), (1, 5, 1), (1, 384, 6085)):
-        for chunk in (0, 1, 48, 10**6):
-            plan = fused.launch_plan(batch, 1, heads, length, 8, 132, chunk)
-            assert plan.chunk % plan.unroll == 0
-            assert (plan.n_chunks - 1) * plan.chunk < length <= plan.n_chunks * plan.chunk
-            assert plan.tile == 0 or plan.n_chunks <= 64
-    assert fused.launch_plan(2, 1, 320, 1024, 8, 132).tile == 8
-    # Many short sequences need one launch, few long ones fill the machine with chunks.
-    assert fused.launch_plan(128, 1, 320, 49, 8, 132).n_chunks == 1
-    detection = fused.launch_plan(2, 1, 160, 12544, 8, 132)
-    assert detection.n_chunks * 2 * 5 > 8 * 132
-
-
 def test_auto_says_why_it_falls_back():
     status = available_backends()['triton']
     if status.usable:

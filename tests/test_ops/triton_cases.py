@@ -25,7 +25,7 @@ FACTORS = {
     'dtype': (torch.float32, torch.bfloat16, torch.float16),
     'layout': ('token', 'channel', 'mixed'),
     'order': (None, 'shared', 'per group', 'with holes'),
-    'chunk': (0, 8, -8, 20),  # 0: what the heuristics choose; negative: one launch of a tile
+    'chunk': (0, 8, 20),  # 0: what the model of the launch plans chooses
     'heads': (3, 33),  # one ragged block, and a full block with a ragged one
     'groups': (1, 2),
     'reverse': (False, True),
@@ -234,7 +234,7 @@ def gradients(case, chunk=0):
 
 def test_chunks_do_not_change_the_result():
     whole = gradients(SMALL, chunk=16)
-    for chunk in (4, 8, 12, -4):
+    for chunk in (4, 8, 12):
         for name, x in gradients(SMALL, chunk).items():
             assert_close(f'{name} at chunk {chunk}', x, whole[name], 5e-7)
 
@@ -348,7 +348,7 @@ def operator_arguments(chunk):
         x.unflatten(1, (1, -1)) if name in ('u', 'delta', 'z') else x for name, x in inputs.items()
     ]
     order = torch.randperm(6, generator=torch.Generator().manual_seed(4)).int()[None]
-    return [x.requires_grad_() for x in shaped], (order, True, False, chunk)
+    return [x.requires_grad_() for x in shaped], (order, True, False, True, chunk)
 
 
 @pytest.mark.parametrize('chunk', [0, 4])

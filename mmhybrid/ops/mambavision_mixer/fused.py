@@ -76,7 +76,9 @@ class _Shape(NamedTuple):
 def _shape(x: Tensor, weights: _Weights) -> _Shape:
     batch, length, _ = x.shape
     channels, state, _ = weights.sizes
-    plan = scan.launch_plan(batch, 1, channels, length, state, scan._processors(x.device))
+    plan = scan.launch_plan(
+        batch, 1, channels, length, state, scan._processors(x.device), gradients=True
+    )
     if plan.n_chunks == 1:
         return _Shape(batch, length, plan.chunk, 1, 0)
     every = max(1, -(-_MIN_CHUNK // plan.chunk))
@@ -205,7 +207,8 @@ def _forward(x: Tensor, *arguments):
         delta = x_dbl[:, :rank] @ weights.w_dt.t()
         inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
         into = _as_scan(yz[:, :channels], shape.batch)
-        states = scan._forward(*inputs, True, False, 0, out=into)[2]
+        # Without states to keep, the chunks are those of a forward pass alone.
+        states = scan._forward(*inputs, True, False, not lean, 0, out=into)[2]
         out = (yz @ weights.w_out.t()).view(x.shape)
     if lean:
         return out, yz, *(x.new_empty(0) for _ in range(3))
@@ -232,7 +235,7 @@ def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, st
         delta = x_dbl[:, :rank] @ weights.w_dt.t()
         inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
         if lean:
-            states = scan.chunk_starts(*inputs, True, False, shape.chunk)
+            states = scan.chunk_starts(*inputs, True, False, True, shape.chunk)
 
         dyz = dout @ weights.w_out
         dw_out = dout.t() @ yz
@@ -242,7 +245,7 @@ def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, st
             _as_scan(dx_dbl[:, rank + state :], shape.batch),
         )
         du, ddelta, dA, _, _, dD, _, dbias = scan._backward(
-            _as_scan(dyz[:, :channels], shape.batch), None, *inputs, states, True, False,
+            _as_scan(dyz[:, :channels], shape.batch), None, *inputs, states, True, False, True,
             shape.chunk, into=into,
         )  # fmt: skip
         du, ddelta = (g.squeeze(1).transpose(1, 2).flatten(0, 1) for g in (du, ddelta))
@@ -387,6 +390,9 @@ def fused_mixer(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, w_in, w_x, w_dt, w_out = (t.to(dtype) for t in (x, w_in, w_x, w_dt, w_out))
+    weights = (w_in, w_conv_x, w_conv_z, w_x, w_dt, dt_bias, A_log, D, w_out)
+    # Without a backward pass nothing is kept.
+    lean = lean or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
     return torch.ops.mmhybrid.mambavision_mixer(
         x.contiguous(), w_in, w_conv_x.contiguous(), w_conv_z.contiguous(), w_x, w_dt, dt_bias,
         A_log.contiguous(), D, w_out, lean,

@@ -7,10 +7,11 @@ file needs no Triton; the kernels are imported when they are first used.
 import functools
 import importlib.util
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .plan import RUN, LaunchPlan, launch_plan
 
 __all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'scan_into', 'selective_scan_triton']
 
@@ -20,13 +21,6 @@ MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (7, 0)
 #: States that one kernel keeps in registers; a larger N is computed in parts of this size.
 MAX_STATE = 16
-# What the heuristics assume of a GPU: cycles of a step that no other instruction of its warp can
-# hide, cycles of two more launches, and the warps that keep one multiprocessor busy.
-_LATENCY, _TWO_LAUNCHES, _WARPS = 80, 8000, 16
-# Chunks that one program holds side by side when it takes a whole sequence.
-_TILE_ROWS = 64
-# Tokens between two checkpoints of the state in the backward pass.
-_RUN = 4
 # Elements from which on a channel-major tensor is copied to token-major.
 _COPY_ABOVE = 1 << 18
 
@@ -119,70 +113,6 @@ def _too_old_once(index: int) -> str | None:
     )
 
 
-class LaunchPlan(NamedTuple):
-    """How one scan is cut into programs: a pure function of its shape.
-
-    Attributes:
-        block: channels of one program, which is one warp.
-        unroll: tokens whose loads are in flight together.
-        chunk: tokens of one program, a multiple of ``unroll`` and of the backward's run.
-        n_chunks: chunks of the sequence; 1 needs one launch, more need three.
-        tile: channels of a program that takes all chunks in one launch, for short sequences; 0
-            for programs of one chunk each.
-    """
-
-    block: int
-    unroll: int
-    chunk: int
-    n_chunks: int
-    tile: int
-
-
-def launch_plan(
-    batch: int, groups: int, heads: int, length: int, state: int, processors: int, chunk: int = 0
-) -> LaunchPlan:
-    """Choose block and chunk sizes for a scan of B x G sequences of H channels and L tokens.
-
-    Args:
-        batch: B.
-        groups: G.
-        heads: H.
-        length: L.
-        state: N.
-        processors: multiprocessors of the GPU.
-        chunk: tokens per chunk if not 0, rounded up, and negative to ask for a tile; for tests and
-            for tuning.
-    """
-    # Sixty-four channels share one load of B and C; a block that is less than half full, or whose
-    # states would fill the registers, is not worth it.
-    block = 64 if state <= 8 and (heads % 64 == 0 or heads % 64 > 32) else 32
-    unroll = 8 if state <= 2 else 4
-    tile = chunk < 0
-    chunk = abs(chunk)
-    if chunk == 0:
-        programs = max(1, batch * groups * -(-heads // block))
-        # Cycles per token, where a warp takes eight for an exponential of 32 channels: of one
-        # program that runs through, and of all programs at full throughput when both sweeps of a
-        # cut sequence are paid. The constants are estimates; no GPU has been asked yet.
-        exponentials = 8 * (state + 2) * block // 32
-        whole = length * (_LATENCY + exponentials)
-        cut = 2 * length * programs * exponentials // (4 * processors) + _TWO_LAUNCHES
-        pieces = 1 if whole <= cut else -(-_WARPS * processors // programs)
-        chunk = max(32, -(-length // pieces))
-        if pieces > 1 and _TILE_ROWS < length <= 32 * _TILE_ROWS:
-            tile, chunk = True, -(-length // _TILE_ROWS)
-    step = max(unroll, _RUN)
-    chunk = max(step, -(-chunk // step) * step)
-    if chunk >= length:
-        chunk = max(step, -(-length // step) * step)
-    n_chunks = max(1, -(-length // chunk))
-    if tile and 1 < n_chunks <= _TILE_ROWS and state <= 8:
-        # Sixteen channels load better, eight spread over more multiprocessors.
-        width = 16 if batch * groups * -(-heads // 16) >= processors else 8
-        return LaunchPlan(block, unroll, chunk, n_chunks, width)
-    return LaunchPlan(block, unroll, chunk, n_chunks, 0)
-
-
 @functools.cache
 def _processors(device: torch.device) -> int:
     if device.type == 'cuda':
@@ -190,9 +120,12 @@ def _processors(device: torch.device) -> int:
     return 132  # the interpreter and meta tensors: any number, but always the same
 
 
-def _plan(u: Tensor, state: int, length: int, chunk: int) -> LaunchPlan:
+def _plan(u: Tensor, state: int, length: int, gradients: bool, chunk: int) -> LaunchPlan:
     batch, groups, heads, _ = u.shape
-    return launch_plan(batch, groups, heads, length, state, _processors(u.device), chunk)
+    processors = _processors(u.device)
+    return launch_plan(
+        batch, groups, heads, length, state, processors, gradients=gradients, chunk=chunk
+    )
 
 
 def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
@@ -226,16 +159,20 @@ def _order_step(order: Tensor | None) -> int:
     return 0 if order is None or order.shape[0] == 1 else order.stride(0)
 
 
-def _state_shape(u: Tensor, A: Tensor, order: Tensor | None, chunk: int) -> tuple[int, ...]:
-    n_chunks = _plan(u, A.shape[1], _length(u, order), chunk).n_chunks
+def _state_shape(
+    u: Tensor, A: Tensor, order: Tensor | None, gradients: bool, chunk: int
+) -> tuple[int, ...]:
+    n_chunks = _plan(u, A.shape[1], _length(u, order), gradients, chunk).n_chunks
     return (u.shape[0], n_chunks if n_chunks > 1 else 0, A.shape[1], A.shape[0])
 
 
 def _forward(
-    u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk, out=None, starts=False
-):
+    u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, gradients, chunk, out=None,
+    starts=False,
+):  # fmt: skip
     """Launch the forward kernels; out (B, G, H, L) may be any view of u's shape.
 
+    ``gradients``: a backward pass follows, whose time the chunks consider.
     With ``starts`` only the states at the starts of the chunks are computed, not the output.
     """
     from . import triton_kernels as kernels
@@ -246,11 +183,12 @@ def _forward(
     if out is None:
         out = _dense(u.shape, u)
     last = A.new_empty(batch, channels, state)
-    states = A.new_empty(_state_shape(u, A, order, chunk))
+    states = A.new_empty(_state_shape(u, A, order, gradients, chunk))
     if u.numel() == 0 or length == 0:
         return out, last.zero_(), states
     u, delta, z = _lanes(u), _lanes(delta), _lanes(z)
-    plan = _plan(u, state, length, chunk)
+    plan = _plan(u, state, length, gradients, chunk)
+    block = plan.forward.block
     sums = A.new_empty(batch, states.shape[1], channels)
 
     shared = dict(
@@ -288,31 +226,20 @@ def _forward(
     )
 
     def launch(mode):
-        n_blocks = -(-heads // plan.block)
+        n_blocks = -(-heads // block)
         kernels.scan_forward_kernel[(batch * plan.n_chunks * groups * n_blocks,)](
             p_sum=sums,
             n_blocks=n_blocks,
-            BLOCK=plan.block,
-            UNROLL=plan.unroll,
+            BLOCK=block,
+            UNROLL=plan.forward.unroll,
             MODE=mode,
-            EVEN=heads % plan.block == 0,
+            EVEN=heads % block == 0,
             num_warps=1,
             **shared,
         )
 
     with torch.cuda.device_of(u):
-        if plan.tile and not starts:
-            n_blocks = -(-heads // plan.tile)
-            kernels.scan_tile_kernel[(batch * groups * n_blocks,)](
-                n_blocks=n_blocks,
-                BLOCK=plan.tile,
-                ROWS=_TILE_ROWS,
-                EVEN=heads % plan.tile == 0,
-                num_warps=_TILE_ROWS * plan.tile // 64,  # two values per thread
-                **_registers(plan, u, delta, state),
-                **shared,
-            )
-        elif plan.n_chunks > 1:
+        if plan.n_chunks > 1:
             launch(kernels.AGGREGATE.value)
             _carry(kernels, states, sums, A, None)
             if not starts:
@@ -320,18 +247,6 @@ def _forward(
         elif not starts:
             launch(kernels.SINGLE.value)
     return out, last, states
-
-
-def _registers(plan: LaunchPlan, u: Tensor, delta: Tensor, state: int) -> dict[str, int]:
-    """A limit for the tile kernel: three programs fit a multiprocessor with 80 registers.
-
-    ptxas aims for that by itself, but for sm_80 it then spills one register, which with the limit
-    said it does not. Other layouts and numbers of states need more, or fewer without a word.
-    """
-    token_major = u.stride(2) == delta.stride(2) == 1
-    if plan.tile == 8 and state == 8 and token_major and not torch.version.hip:
-        return {'maxnreg': 80}
-    return {}
 
 
 def chunk_starts(*inputs) -> Tensor:
@@ -382,8 +297,8 @@ def _gradients_like(u, delta, A, B, C, D, z, delta_bias, into=None):
 
 
 def _backward(
-    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk,
-    into=None,
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, gradients,
+    chunk, into=None,
 ):  # fmt: skip
     """Launch the backward kernels; ``states`` are those that the forward pass left.
 
@@ -402,12 +317,13 @@ def _backward(
             grad.zero_()
         return grads
     u, delta, z, dout = _lanes(u), _lanes(delta), _lanes(z), _lanes(dout)
-    plan = _plan(u, state, length, chunk)
-    n_blocks = -(-heads // plan.block)
+    plan = _plan(u, state, length, gradients, chunk)
+    block = plan.backward.block
+    n_blocks = -(-heads // block)
     dlast = None if dlast is None else dlast.contiguous()
     chunked = plan.n_chunks > 1
-    scratch = A.new_empty(batch, -(-length // _RUN), state, channels)
-    places = -(-length // _RUN) * _RUN
+    scratch = A.new_empty(batch, -(-length // RUN), state, channels)
+    places = -(-length // RUN) * RUN
     dbc = A.new_empty(2, n_blocks, batch, groups, places, state)
     dchannel = A.new_empty(batch * plan.n_chunks, state + 2, channels)
     gstates = A.new_empty(batch, plan.n_chunks, state, channels)
@@ -432,13 +348,13 @@ def _backward(
         n_chunks=plan.n_chunks,
         n_blocks=n_blocks,
         N=state,
-        BLOCK=plan.block,
+        BLOCK=block,
         HAS_Z=z is not None,
         HAS_BIAS=delta_bias is not None,
         SOFTPLUS=softplus,
         ORDER=order is not None,
         REVERSE=reverse,
-        EVEN=heads % plan.block == 0,
+        EVEN=heads % block == 0,
         num_warps=1,
     )
     grid = (batch * plan.n_chunks * groups * n_blocks,)
@@ -446,7 +362,7 @@ def _backward(
         if chunked:
             sums = A.new_empty(batch, plan.n_chunks, channels)
             kernels.scan_backward_aggregate_kernel[grid](
-                p_state=gstates, p_sum=sums, UNROLL=plan.unroll, **shared
+                p_state=gstates, p_sum=sums, UNROLL=plan.backward.unroll, **shared
             )
             _carry(kernels, gstates, sums, A, dlast, backward=True)
         kernels.scan_backward_kernel[grid](
@@ -468,7 +384,7 @@ def _backward(
             **_strides('ddelta', ddelta, 'bgdl'),
             **_strides('dz', None if z is None else dz, 'bgdl'),
             batch=batch,
-            K=_RUN,
+            K=RUN,
             CHUNKED=chunked,
             HAS_DLAST=dlast is not None,
             HAS_D=D is not None,
@@ -487,7 +403,7 @@ def _backward(
             n_blocks=n_blocks,
             row=dB.stride(3),
             N=state,
-            K=_RUN,
+            K=RUN,
             COLS=256,
             ORDER=order is not None,
             REVERSE=reverse,
@@ -515,7 +431,7 @@ _INPUTS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, '
     'Tensor? delta_bias, Tensor? order'
 )
-_FLAGS = 'bool softplus, bool reverse, int chunk'
+_FLAGS = 'bool softplus, bool reverse, bool gradients, int chunk'
 _library = torch.library.Library('mmhybrid', 'FRAGMENT')
 _library.define(
     f'selective_scan_triton({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor last, Tensor states)'
@@ -540,12 +456,14 @@ for _device in ('CPU', 'CUDA', 'XPU'):
 
 
 @torch.library.register_fake('mmhybrid::selective_scan_triton', lib=_library)
-def _forward_fake(u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, chunk):
+def _forward_fake(
+    u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, gradients, chunk
+):
     batch = u.shape[0]
     return (
         _dense(u.shape, u),
         A.new_empty(batch, *A.shape),
-        A.new_empty(_state_shape(u, A, order, chunk)),
+        A.new_empty(_state_shape(u, A, order, gradients, chunk)),
     )
 
 
@@ -556,13 +474,15 @@ def _forward_into_fake(into, u, delta, A, *_):
 
 @torch.library.register_fake('mmhybrid::selective_scan_triton_backward', lib=_library)
 def _backward_fake(
-    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, chunk
-):
+    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, gradients,
+    chunk,
+):  # fmt: skip
     return _gradients_like(u, delta, A, B, C, D, z, delta_bias)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.softplus, ctx.reverse, ctx.chunk = inputs
+    *tensors, softplus, reverse, gradients, chunk = inputs
+    ctx.flags = softplus, reverse, gradients, chunk
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -572,13 +492,13 @@ def _autograd(ctx, dout, dlast, _):
     *tensors, states = ctx.saved_tensors
     if dout is None:
         if dlast is None:
-            return (None,) * 12
+            return (None,) * 13
         dout = torch.zeros_like(tensors[0])
     grads = torch.ops.mmhybrid.selective_scan_triton_backward(
-        dout, dlast, *tensors, states, ctx.softplus, ctx.reverse, ctx.chunk
+        dout, dlast, *tensors, states, *ctx.flags
     )
     present = [g if x is not None else None for g, x in zip(grads, tensors[:8], strict=True)]
-    return (*present, None, None, None, None)
+    return (*present, *(None,) * 5)
 
 
 def _no_second_derivative(*_):
@@ -615,7 +535,11 @@ def scan_grouped(
     ``order`` is an int32 table of tokens, see README.md; ``chunk`` overrides the number of tokens
     per program. Nothing is checked.
     """
-    flags = (delta_softplus, reverse, chunk)
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    gradients = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+    flags = (delta_softplus, reverse, gradients, chunk)
     if A.shape[1] <= MAX_STATE:
         y, last, _ = torch.ops.mmhybrid.selective_scan_triton(
             u, delta, A, B, C, D, z, delta_bias, order, *flags
@@ -669,7 +593,7 @@ def scan_into(
     if A.shape[1] > MAX_STATE:
         raise ValueError(f'scan_into takes at most {MAX_STATE} states, got N = {A.shape[1]}.')
     return torch.ops.mmhybrid.selective_scan_triton_into(
-        into, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse, 0
+        into, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse, False, 0
     )
 
 
