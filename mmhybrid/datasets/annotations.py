@@ -13,96 +13,221 @@ from collections import Counter
 
 import numpy as np
 
+from .coco_file import in_json
+from .coco_records import Records, several
+
 __all__ = ['check_coco']
 
 SAMPLES = 1000  # image files looked for; on a network disk all of them can take minutes
-IMAGE_KEYS = ('id', 'file_name', 'width', 'height')
-ANNOTATION_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area')
 
 
-def check_coco(content: dict, classes: tuple, masks: bool, train: bool,
-               folder: str | None = None) -> tuple[list[str], list[str]]:
+def check_coco(records: Records, classes: tuple, masks: bool, train: bool, scored: bool = False,
+               folder: str | None = None, filter_cfg: dict | None = None,
+               indices: int | list | None = None) -> tuple[list[str], list[str], str]:
     """Check an instances file as mmdet's CocoDataset reads it.
 
     Args:
-        content: the file.
+        records: the file.
         classes: names of the classes, as in ``metainfo``.
-        masks: whether a pipeline loads masks.
+        masks: whether a pipeline loads masks, or a metric compares them.
         train: whether the file is for training, which needs objects.
+        scored: whether a metric reads the file, too.
         folder: where the images are; None does not look for them.
+        filter_cfg: of the data set; counts in training.
+        indices: of the data set.
 
     Returns:
-        Problems, and notes on what is left out.
+        Problems; notes on what is left out for its faults; and a summary of what is used, what is
+        left out and why.
     """
-    images, annotations = content.get('images') or [], content.get('annotations') or []
     problems, notes = [], []
-    if not images:
+    if not records.names:
         problems.append('lists no images')
-    if train and not annotations:
+    if train and not len(records.ids):
         problems.append('has no annotations, so there is nothing to learn')
-    problems += _lacking('images', images, IMAGE_KEYS)
-    problems += _lacking('annotations', annotations, ANNOTATION_KEYS)
-    problems += _lacking('categories', content['categories'], ('id', 'name'))
-    problems += problems or _categories(content['categories'], classes)
+    problems += _categories([name for _, name in records.categories], classes)
     if problems:
-        return problems, notes
-    problems += _twice('image', images) + _twice('annotation', annotations)
-    sizes = {image['id']: (image['width'], image['height']) for image in images}
-    wanted = {entry['id'] for entry in content['categories'] if entry['name'] in classes}
-    known = {entry['id'] for entry in content['categories']}
-    strange, stray, unknown, flat, bare, kept = [], [], [], [], [], set()
-    for entry in annotations:
-        if not _four_numbers(entry['bbox']):
-            strange.append(entry)
-        elif entry['image_id'] not in sizes:
-            stray.append(entry)
-        elif entry['category_id'] not in known:
-            unknown.append(entry)
-        elif not _inside(entry, *sizes[entry['image_id']]):
-            flat.append(entry)
-        elif entry['category_id'] in wanted:
-            kept.add(entry['image_id'])
-            if masks and not _has_mask(entry.get('segmentation')) and not entry.get('ignore'):
-                bare.append(entry)
-    if strange:
-        problems.append(f'has {_count(strange)} whose bbox is not four numbers [x, y, width, '
-                        f'height], for example {strange[0]["bbox"]!r}')
-    if bare:
+        return problems, notes, ''
+    wanted = np.array([name in classes for _, name in records.categories])
+    # With the -1 of unknown categories as the last place.
+    wanted = np.append(wanted, False)[records.category]
+    left_out, used = _left_out(records, wanted)
+    chosen = _chosen_images(records, wanted, train, filter_cfg or {}, indices)
+    objects = used & (chosen[1][records.image] > 0)
+    problems += _mask_problems(records, used, wanted, masks, scored)
+    if masks and not scored:
+        notes += _partly_masked(records, used)
+    if scored:
+        problems += _text_ids(records)
+        notes += _id_zero(records)
+    for reason, faulty in FAULTS.items():
+        if faulty and left_out[reason].any():
+            notes.append(f'{_count(records, left_out[reason])} {reason}: left out')
+    if train and len(records.ids) and not problems:
+        problems += _nothing_to_learn(records, left_out, objects, chosen)
+    if scored and len(records.ids) and not (used & ~records.crowd).any():
+        notes.append('has no object of these classes that could be found, so all scores would be '
+                     '-1')
+    problems += _absent(records.names, folder)
+    notes += _listed_twice(records)
+    return problems, notes, _summary(records, left_out, objects, used, chosen)
+
+
+# Why an annotation is no object of the data set, in the order in which mmdet asks; True where it
+# is a fault of the file rather than a choice.
+FAULTS = {'of images that are not listed': True, 'marked "ignore"': False,
+          'whose box has no area inside its image': True, 'whose area is not above 0': True,
+          'whose category_id is no listed category': True, 'of other classes': False}
+
+
+def _left_out(records: Records, wanted: np.ndarray) -> tuple[dict, np.ndarray]:
+    """For each reason the annotations (A) bool that have it first; and those that have none."""
+    x, y, w, h = records.boxes.T
+    width, height = records.sizes[records.image].T  # any, where it is no image: left out before
+    inside = (np.maximum(0, np.minimum(x + w, width) - np.maximum(x, 0))
+              * np.maximum(0, np.minimum(y + h, height) - np.maximum(y, 0)))
+    found = (records.image < 0, records.ignored, (inside == 0) | (w < 1) | (h < 1),
+             records.areas <= 0, records.category < 0, ~wanted)
+    used, reasons = np.ones(len(records.ids), bool), {}
+    for reason, there in zip(FAULTS, found, strict=True):
+        reasons[reason] = used & there
+        used = used & ~there
+    return reasons, used
+
+
+def _chosen_images(records: Records, wanted: np.ndarray, train: bool, filter_cfg: dict,
+                   indices) -> tuple[dict, np.ndarray]:
+    """For each reason how many images are left out; and how often each image (I) is used."""
+    count, reasons = len(records.names), {}
+    times = np.ones(count, int)
+    if train and filter_cfg.get('filter_empty_gt'):
+        times[:] = 0
+        times[records.image[wanted & (records.image >= 0)]] = 1
+        reasons['without an annotation of these classes (filter_cfg.filter_empty_gt)'] = (
+            times == 0).sum()
+    if train and filter_cfg.get('min_size'):
+        small = (times > 0) & (records.sizes.min(1) < filter_cfg['min_size'])
+        times[small] = 0
+        reasons[f'smaller than filter_cfg.min_size={filter_cfg["min_size"]}'] = small.sum()
+    if indices is not None:
+        places = np.flatnonzero(times)
+        given = len(places)
+        if isinstance(indices, int):
+            places = places[:indices] if indices >= 0 else places[indices:]
+        else:
+            places = places[[i for i in indices if -given <= i < given]]
+        times = np.bincount(places, minlength=count)
+        reasons['not among the indices of the data set'] = given - (times > 0).sum()
+    return reasons, times
+
+
+def _mask_problems(records: Records, used, wanted, masks: bool, scored: bool) -> list[str]:
+    if not masks:
+        return []
+    # Metrics read the mask of every annotation, whether or not the data set gives it out.
+    needed = wanted & (records.image >= 0) if scored else used
+    bare = needed & records.unmasked
+    problems = []
+    if bare.any():
+        ignore = '' if scored else ', or mark them "ignore": 1'
         problems.append(
-            f'has {_count(bare)} without a segmentation (a list of polygons, each a list of six or '
-            'more numbers, or a run-length code), but the config trains or scores masks. Add '
-            'them, or remove these annotations, or mark them "ignore": 1; for boxes alone '
-            '"Your own data" in the README has a detector without masks')
-    for entries, what in ((flat, 'whose box has no area inside its image'),
-                          (stray, 'of images that are not listed'),
-                          (unknown, 'whose category_id is no listed category')):
-        if entries:
-            notes.append(f'{_count(entries)} {what}: left out')
-    if train and annotations and not kept and not problems:
-        problems.append('has no annotation that can be used: ' + '; '.join(notes))
-    if train and 0 < len(kept) < len(images):
-        notes.append(f'{len(images) - len(kept)} of {len(images)} images have no object: left out '
-                     'of training unless filter_cfg.filter_empty_gt=False')
-    return problems + _absent([image['file_name'] for image in images], folder), notes
+            f'has {_count(records, bare)} without a segmentation (a list of polygons, each a list '
+            'of six or more numbers, or a run-length code), but the config trains or scores masks. '
+            f'Add them, or remove these annotations{ignore}; for boxes alone "Your own data" in '
+            'the README has a detector without masks')
+    faults = {**records.faults, **(records.partial if scored else {})}
+    faulty = [place for place in sorted(faults) if needed[place]]
+    if faulty:
+        listed = '; '.join(f'id {in_json(records.ids.item(place))} has {faults[place]}'
+                           for place in faulty[:3]) + ('; ...' if len(faulty) > 3 else '')
+        problems.append(f'has {len(faulty)} annotation{"s" if len(faulty) > 1 else ""} whose '
+                        f'segmentation cannot be used: {listed}. Correct or remove them')
+    return problems
 
 
-def _lacking(what: str, entries: list, keys: tuple) -> list[str]:
-    for key in keys:
-        without = [entry for entry in entries if key not in entry]
-        if without:
-            return [f'has {what} without "{key}" ({len(without)}; the first is '
-                    f'{_short(without[0])}). Each needs {", ".join(keys)}']
-    return []
+def _partly_masked(records: Records, used: np.ndarray) -> list[str]:
+    partly = [place for place in sorted(records.partial) if used[place]]
+    if not partly:
+        return []
+    return [f'{several("annotation", records.ids[partly].tolist())} with good polygons and with '
+            'others that have fewer than six or an odd number of coordinates: the others are left '
+            'out of the mask']
 
 
-def _short(entry: dict) -> str:
-    text = str({key: value for key, value in entry.items() if key != 'segmentation'})
-    return text if len(text) <= 120 else text[:117] + '...'
+def _text_ids(records: Records) -> list[str]:
+    text = [number for number in records.ids.tolist() if type(number) is str]
+    return [f'has {several("annotation", text)} whose id is text. The metrics of COCO take '
+            'numbers only; number them from 1'] if text else []
 
 
-def _categories(categories: list, classes: tuple) -> list[str]:
+def _id_zero(records: Records) -> list[str]:
+    return ['the annotation with id 0 can never be found, because 0 means "no match" to the '
+            'metrics of COCO. Number annotations from 1'] if (records.ids == 0).any() else []
+
+
+def _nothing_to_learn(records: Records, left_out: dict, objects, chosen) -> list[str]:
+    """A problem unless something is left that a detector learns: an object that is no crowd."""
+    if (objects & ~records.crowd).any():
+        return []
+    reasons = [f'{_count(records, there)} {reason}' for reason, there in left_out.items()
+               if there.any()]
+    reasons += _images_left_out(chosen)
+    crowds = objects & records.crowd
+    remedy = ''
+    if crowds.any():
+        reasons.insert(0, f'{_count(records, crowds)} marked "iscrowd": 1')
+        remedy = ('. "iscrowd": 1 stands for a group with a common mask, and detectors learn '
+                  'nothing from it; tools such as CVAT write it for whatever was drawn with a '
+                  'brush. Set "iscrowd": 0 where it is one object')
+    return ['has no annotation that can be used for training: ' + '; '.join(reasons) + remedy]
+
+
+def _images_left_out(chosen) -> list[str]:
+    return [f'{count} image{"s" if count > 1 else ""} {reason}'
+            for reason, count in chosen[0].items() if count]
+
+
+def _listed_twice(records: Records) -> list[str]:
+    counts = Counter(records.names)
+    twice = [name for name, count in counts.items() if count > 1]
+    if not twice:
+        return []
+    ids = [records.image_ids[place] for place, name in enumerate(records.names) if name == twice[0]]
+    return [f'{len(twice)} file name{"s are" if len(twice) > 1 else " is"} listed more than once: '
+            f'{twice[0]!r}, for example, by {several("image", ids)}. Each has only the objects of '
+            'its own id']
+
+
+def _summary(records: Records, left_out: dict, objects, used, chosen) -> str:
+    times = chosen[1]
+    weights = times[records.image] * objects  # an image may be used more than once
+    parts = [f'{times.sum()} of {len(times)} images and {weights.sum()} of {len(records.ids)} '
+             'annotations are used']
+    reasons = _images_left_out(chosen)
+    reasons += [f'{there.sum()} annotation{"s" if there.sum() > 1 else ""} {reason}'
+                for reason, there in left_out.items() if there.any()]
+    inside = (used & ~objects).sum()
+    if inside:
+        reasons.append(f'{inside} annotation{"s" if inside > 1 else ""} in images that are left '
+                       'out')
+    if reasons:
+        parts.append('left out: ' + ', '.join(reasons))
+    crowds = (weights * records.crowd).sum()
+    if crowds:
+        parts.append(f'{crowds} of the annotations {"are crowds" if crowds > 1 else "is a crowd"}, '
+                     'of which nothing is learned')
+        single = np.bincount(records.image[objects & ~records.crowd], minlength=len(times))
+        groups = np.bincount(records.image[objects & records.crowd], minlength=len(times))
+        only = ((single == 0) & (groups > 0)).sum()
+        if only:
+            parts.append(f'{only} image{"s hold" if only > 1 else " holds"} only crowds')
+    if records.without_crowd:
+        parts.append(f'{records.without_crowd} without iscrowd count as 0')
+    return '; '.join(parts)
+
+
+def _categories(names: list, classes: tuple) -> list[str]:
     """CocoDataset numbers classes by their order in the file, whatever the order in the config."""
-    names = [entry.get('name') for entry in categories]
     there = [name for name in names if name in classes]
     if there == list(classes):
         return []
@@ -126,34 +251,8 @@ def _categories(categories: list, classes: tuple) -> list[str]:
     return [f'has its categories in another order than metainfo.classes. {remedy}']
 
 
-def _twice(what: str, entries: list) -> list[str]:
-    for number, count in Counter(entry['id'] for entry in entries).items():
-        if count > 1:
-            return [f'has {what} id {number!r} {count} times. Ids must be unique']
-    return []
-
-
-def _four_numbers(box) -> bool:
-    return (isinstance(box, (list, tuple)) and len(box) == 4
-            and all(isinstance(value, (int, float)) for value in box))
-
-
-def _inside(entry: dict, width: float, height: float) -> bool:
-    x, y, w, h = entry['bbox']
-    return (w >= 1 and h >= 1 and entry['area'] > 0
-            and min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0))
-
-
-def _has_mask(segmentation) -> bool:
-    if isinstance(segmentation, dict):
-        return 'counts' in segmentation and 'size' in segmentation
-    return bool(segmentation) and all(isinstance(part, list) for part in segmentation)
-
-
-def _count(entries: list) -> str:
-    ids = ', '.join(str(entry['id']) for entry in entries[:3])
-    more = ', ...' if len(entries) > 3 else ''
-    return f'{len(entries)} annotation{"s" if len(entries) > 1 else ""} (id {ids}{more})'
+def _count(records: Records, there: np.ndarray) -> str:
+    return several('annotation', records.ids[there].tolist())
 
 
 def _absent(names: list[str], folder: str | None) -> list[str]:

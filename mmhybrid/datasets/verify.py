@@ -5,7 +5,6 @@ Functions return a report instead of printing; problems are sentences for the us
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 from .categories import COCO_CATEGORIES
+from .coco_file import AnnotationError
+from .coco_records import Records, forget_records, load_records
 from .storage import existing_recipe
 
 COCO_COUNTS = {'train2017': 118287, 'val2017': 5000}
@@ -98,15 +99,14 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
     total, done = len(counts) * (samples + 1), 0
     for split, expected in counts.items():
         path = folder / 'annotations' / f'instances_{split}.json'
-        document = _read_coco_json(path, urls, report)
+        records = _read_coco_json(path, urls, report)
         done += 1
         if progress is not None:
             progress(done, total)
-        images = _check_coco_document(document, path, expected, urls, report)
+        wanted = _check_coco_document(records, path, expected, urls, report)
         if not (folder / split).is_dir():
             continue
         present = _files(folder / split)
-        wanted = {image['file_name']: image for image in images}
         missing = wanted.keys() - present
         if missing:
             report.problems.append(
@@ -157,36 +157,31 @@ def _check_coco_layout(folder: Path, splits: Iterable[str], urls: dict[str, str 
         report.problems.append(f"{folder} lacks {', '.join(missing)}. {fetch}.")
 
 
-def _read_coco_json(path: Path, urls: dict[str, str | None], report: Report) -> dict:
+def _read_coco_json(path: Path, urls: dict[str, str | None], report: Report) -> Records | None:
     if not path.is_file():
-        return {}
+        return None
     try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        report.problems.append(
-            f"{path} is not valid JSON ({error}); perhaps it was cut short. "
-            f"{_remedy(urls['annotations'])}.")
-        return {}
-    lacking = [key for key in ('images', 'annotations', 'categories')
-               if not isinstance(document, dict) or not isinstance(document.get(key), list)]
-    if lacking:
-        report.problems.append(
-            f"{path} lacks the list(s) {', '.join(lacking)}; expected an instances file of COCO. "
-            f"{_remedy(urls['annotations'])}.")
-        return {}
-    return document
+        records, problems = load_records(str(path))
+    except AnnotationError as error:
+        records, problems = None, [str(error)]
+    else:
+        problems = [f'{path} {problem}' for problem in problems]
+    forget_records()
+    report.problems += [f"{problem}. {_remedy(urls['annotations'])}." for problem in problems]
+    return records
 
 
-def _check_coco_document(document: dict, path: Path, expected: int,
-                         urls: dict[str, str | None], report: Report) -> list[dict]:
-    images = document.get('images', [])
-    if not document:
-        return []
-    if len(images) != expected:
+def _check_coco_document(records: Records | None, path: Path, expected: int,
+                         urls: dict[str, str | None], report: Report) -> dict[str, tuple]:
+    """Check what a file lists; returns file name -> (width, height)."""
+    if records is None:
+        return {}
+    count = len(records.names)
+    if count != expected:
         report.problems.append(
-            f"{path} lists {len(images)} images, expected {expected}. "
+            f"{path} lists {count} images, expected {expected}. "
             f"{_remedy(urls['annotations'])}.")
-    names = {category.get('id'): category.get('name') for category in document['categories']}
+    names = dict(records.categories)
     wanted = {category['id']: category['name'] for category in COCO_CATEGORIES}
     if names != wanted:
         different = [f'{number}: {names.get(number)!r} instead of {wanted.get(number)!r}'
@@ -195,26 +190,30 @@ def _check_coco_document(document: dict, path: Path, expected: int,
         report.problems.append(
             f'{path} does not have the 80 categories of COCO ({_some(different)}). Put a set with '
             'other classes in another folder and state them as `metainfo` in your config.')
-    ids = {image['id'] for image in images}
-    stray = sum(annotation['image_id'] not in ids for annotation in document['annotations'])
+    stray = int((records.image < 0).sum())
     if stray:
         report.problems.append(
             f"{path}: {stray} annotations belong to images that are not listed. "
             f"{_remedy(urls['annotations'])}.")
-    if len(images) == expected and names == wanted and not stray:
-        report.facts.append(f"{path.name}: {len(images)} images, "
-                            f"{len(document['annotations'])} annotations, 80 categories")
-    return images
+    if records.faults:
+        place, fault = next(iter(records.faults.items()))
+        report.problems.append(
+            f'{path}: {len(records.faults)} annotations have a segmentation that cannot be used; '
+            f"id {records.ids.item(place)} has {fault}. {_remedy(urls['annotations'])}.")
+    if count == expected and names == wanted and not stray and not records.faults:
+        report.facts.append(f'{path.name}: {count} images, {len(records.ids)} annotations, 80 '
+                            'categories')
+    sizes = records.sizes.astype(int).tolist()
+    return dict(zip(records.names, map(tuple, sizes), strict=True))
 
 
-def _check_coco_image(path: Path, record: dict) -> list[str]:
+def _check_coco_image(path: Path, stated: tuple) -> list[str]:
     try:
         shape = _open(path).shape[:2]
     except (OSError, ValueError, SyntaxError) as error:
         return [f'{path.name} (cannot be decoded: {error})']
-    stated = (record['height'], record['width'])
-    if shape != stated:
-        return [f'{path.name} ({shape[1]}x{shape[0]}, the json says {stated[1]}x{stated[0]})']
+    if shape[::-1] != stated:
+        return [f'{path.name} ({shape[1]}x{shape[0]}, the json says {stated[0]}x{stated[1]})']
     return []
 
 

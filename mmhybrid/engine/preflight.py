@@ -7,9 +7,9 @@ and goes on with random weights.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import os.path as osp
+import sys
 
 import torch
 from mmengine.hooks import Hook
@@ -27,10 +27,13 @@ from mmhybrid.weights import (
 )
 
 from ..datasets.annotations import check_coco
+from ..datasets.coco_file import AnnotationError
+from ..datasets.coco_records import Records, forget_records, load_records
 from ..datasets.label_images import IGNORED, check_label_images, pair_files
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import fit_weights
 from ..registry import HOOKS
+from .coco_reading import read_coco_alike
 from .config import is_remote
 from .errors import UserError
 from .pipeline_guard import expect_labels
@@ -41,7 +44,6 @@ __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'che
 LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
            'test': ('test_dataloader', 'test_evaluator')}
 OWN_CLASSES = ('rpn_head', 'semantic_head', 'backbone', 'train_cfg', 'test_cfg')
-MAX_JSON = 64 * 2**20  # bytes; larger annotation files (COCO train) take too long to read twice
 
 
 def check_data(cfg, splits) -> None:
@@ -130,11 +132,18 @@ def _paths(node):
 
 
 def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
-    """Raise UserError if data sets and heads disagree about the classes; returns warnings.
+    """Raise UserError if data sets and heads disagree about the classes, or data are unusable.
 
-    ``facts`` receives one sentence on each data set: what is given, used and left out.
+    Args:
+        cfg: the config.
+        splits: "train", "val", "test".
+        facts: receives one sentence on each data set: what is given, used and left out.
+
+    Returns:
+        Warnings.
     """
-    notes, from_folders, facts = [], {}, [] if facts is None else facts
+    notes, from_folders = [], {}
+    facts = [] if facts is None else facts
     heads = dict(_num_classes(cfg.get('model')))
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader')):
@@ -153,9 +162,11 @@ def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
                     f'built for another number: {listed}. Set the heads with --cfg-options '
                     f'{options} , or give the data set its classes: '
                     'metainfo=dict(classes=(...)).')
-            notes += _check_instances(dataset, classes, split, cfg)
+            notes += _check_instances(dataset, classes, split, cfg, facts)
             notes += _check_labels(dataset, classes, split, cfg, facts)
-        _check_evaluator_file(cfg, split)
+        notes += _check_evaluator_files(cfg, split)
+    forget_records()
+    facts[:] = dict.fromkeys(facts)
     return list(dict.fromkeys(notes))
 
 
@@ -214,24 +225,80 @@ def _classes(dataset, scope) -> tuple | None:
     return tuple(names) if names is not None else None
 
 
-def _check_instances(dataset, classes, split, cfg) -> list[str]:
+def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
     """Check what mmdet's CocoDataset would read; notes on what it leaves out."""
-    path = osp.join(dataset.get('data_root') or '', dataset.get('ann_file') or '')
-    kind, scope = _kind(dataset, cfg.get('default_scope')), cfg.get('default_scope')
-    content = _read_coco(path)
-    if content is None or not _reads_like(kind, dict(type='mmdet.CocoDataset'), scope,
-                                          'load_data_list', 'parse_data_info'):
+    path = _coco_file(dataset, cfg)
+    if path is None:
         return []
+    read_coco_alike()
+    if not _is_first_of_node():
+        return []
+    metrics = _coco_metrics(cfg, split)
     masks = any(str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')
                 for step in dataset.get('pipeline') or [] if isinstance(step, dict))
+    masks = masks or any(map(_scores_masks, metrics.values()))
     folders = [folder for folder, is_folder in _paths(dict(dataset=dataset)) if is_folder]
     folder = folders[0] if len(folders) == 1 else None
-    problems, notes = check_coco(content, classes, masks, not dataset.get('test_mode'),
-                                 None if folder is None or is_remote(folder) else folder)
-    if problems:
-        raise UserError(f'{path} (the {split} data) does not fit:\n'
-                        + '\n'.join(f'  it {problem}.' for problem in problems))
+    own_filter = not _reads_like_coco(dataset, cfg, 'filter_data')
+    problems, notes, summary = check_coco(
+        _records(path, f' (the {split} data)'), classes, masks, not dataset.get('test_mode'),
+        bool(metrics), None if folder is None or is_remote(folder) else folder,
+        {} if own_filter else _filter(dataset, split), dataset.get('indices'))
+    _raise_problems(path, f' (the {split} data)', problems)
+    if own_filter:
+        summary += f'; {dataset["type"]} filters them in a way of its own'
+    facts.append(f'{path} (the {split} data): {summary}.')
     return [f'{path}: {note}.' for note in notes]
+
+
+def _coco_file(dataset, cfg) -> str | None:
+    """Path of the annotation file that mmdet's CocoDataset would read; None if it is another."""
+    if not dataset.get('ann_file') or not _reads_like_coco(dataset, cfg, 'load_data_list',
+                                                           'parse_data_info'):
+        return None
+    path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
+    return None if is_remote(path) else path
+
+
+def _reads_like_coco(dataset, cfg, *methods) -> bool:
+    scope = cfg.get('default_scope')
+    return _reads_like(_kind(dataset, scope), dict(type='mmdet.CocoDataset'), scope, *methods)
+
+
+def _filter(dataset, split) -> dict:
+    filter_cfg = dataset.get('filter_cfg') or {}
+    smallest = filter_cfg.get('min_size', 0)
+    if not isinstance(smallest, (int, float)):
+        raise UserError(f'filter_cfg.min_size of the {split} data is {smallest!r}; expected a '
+                        'number of pixels.')
+    return filter_cfg
+
+
+def _records(path: str, role: str) -> Records:
+    try:
+        records, problems = load_records(path, _tell)
+    except AnnotationError as error:
+        raise UserError(f'{error}.') from error
+    _raise_problems(path, role, problems)
+    return records
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # there is no logger yet
+
+
+def _raise_problems(path: str, role: str, problems: list[str]) -> None:
+    if problems:
+        raise UserError(f'{path}{role} does not fit:\n'
+                        + '\n'.join(f'  it {problem}.' for problem in problems))
+
+
+def _is_first_of_node() -> bool:
+    """Whether this process is the one that torchrun's others on this machine leave checks to.
+
+    If it finds something, torchrun ends them all.
+    """
+    return int(os.environ.get('WORLD_SIZE', 1)) == 1 or os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def _reads_like(kind, base, scope, *methods) -> bool:
@@ -241,38 +308,49 @@ def _reads_like(kind, base, scope, *methods) -> bool:
         getattr(kind, name, None) is getattr(base, name) for name in methods)
 
 
-def _read_coco(path: str) -> dict | None:
-    """A file of COCO's form; None if it is not, is elsewhere, or is too large to read twice."""
-    if not path.endswith('.json') or not osp.isfile(path) or osp.getsize(path) > MAX_JSON:
-        return None
-    try:
-        with open(path) as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise UserError(f'{path} is no valid JSON: {error}. Fetch or write it again.') from error
-    return content if isinstance(content, dict) and 'categories' in content else None
-
-
-def _check_evaluator_file(cfg, split) -> None:
-    """CocoMetric compares with a file of its own, and finds a wrong one only after an epoch."""
-    datasets = list(_datasets(cfg.get(f'{split}_dataloader')))
+def _coco_metrics(cfg, split) -> dict:
+    """Evaluators that compare with a file of COCO's form, by their keys."""
     evaluators = cfg.get(f'{split}_evaluator') or []
-    if len(datasets) != 1 or not datasets[0].get('ann_file'):
-        return
-    path = osp.join(datasets[0].get('data_root') or '', datasets[0]['ann_file'])
-    for index, evaluator in enumerate(evaluators if isinstance(evaluators, list) else [evaluators]):
-        other = evaluator.get('ann_file')
-        if not other or evaluator.get('format_only') or osp.realpath(other) == osp.realpath(path):
-            continue
-        files = [_read_coco(path), _read_coco(other)]
-        if None in files:
-            continue
-        ids = [{image.get('id') for image in file.get('images') or []} for file in files]
-        if ids[0] != ids[1]:
-            key = f'{split}_evaluator' + (f'.{index}' if isinstance(evaluators, list) else '')
+    if isinstance(evaluators, (list, tuple)):
+        named = {f'{split}_evaluator.{index}': evaluator
+                 for index, evaluator in enumerate(evaluators)}
+    else:
+        named = {f'{split}_evaluator': evaluators}
+    return {key: evaluator for key, evaluator in named.items()
+            if str(evaluator.get('type')).rpartition('.')[2] == 'CocoMetric'
+            and evaluator.get('ann_file') and not evaluator.get('format_only')}
+
+
+def _scores_masks(evaluator) -> bool:
+    metric = evaluator.get('metric', 'bbox')
+    return 'segm' in (metric if isinstance(metric, (list, tuple)) else [metric])
+
+
+def _check_evaluator_files(cfg, split) -> list[str]:
+    """CocoMetric compares with a file of its own, and finds a wrong one only after an epoch."""
+    datasets, notes = list(_datasets(cfg.get(f'{split}_dataloader'))), []
+    paths = [_coco_file(dataset, cfg) for dataset in datasets]
+    if None in paths or not paths or not _is_first_of_node():
+        return []
+    classes = _classes(datasets[0], cfg.get('default_scope'))
+    for key, evaluator in _coco_metrics(cfg, split).items():
+        other = evaluator['ann_file']
+        if is_remote(other) or {osp.realpath(other)} == {*map(osp.realpath, paths)}:
+            continue  # elsewhere, or checked as the data
+        role = f' ({key}.ann_file)'
+        records = _records(other, role)
+        problems, more, _ = check_coco(records, classes, _scores_masks(evaluator), False, True)
+        _raise_problems(other, role, problems)
+        notes += [f'{other}: {note}.' for note in more]
+        there = set(records.image_ids)
+        here = {number for path in paths for number in _records(path, '').image_ids}
+        if here != there:
+            differ = ', '.join(map(str, sorted(here ^ there, key=str)[:3]))
             raise UserError(
-                f'The {split} data is {path}, but it would be compared with {other}, which lists '
-                f'other images. Set {key}.ann_file to the file of the data.')
+                f'The {split} data is {paths[0]}, but it would be compared with {other}, which '
+                f'lists other images (id {differ}{", ..." if len(here ^ there) > 3 else ""} in one '
+                f'of them only). Set {key}.ann_file to the file of the data.')
+    return notes
 
 
 def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:

@@ -4,6 +4,7 @@ import copy
 import pytest
 
 from mmhybrid.datasets.annotations import check_coco
+from mmhybrid.datasets.coco_records import coco_records
 
 POLYGON = [[0, 0, 9, 0, 9, 9]]
 GOOD = dict(
@@ -12,21 +13,25 @@ GOOD = dict(
     annotations=[dict(id=i, image_id=5, category_id=number, bbox=[1, 2, 10, 10], area=100,
                       segmentation=POLYGON) for i, number in enumerate((40, 7))],
     categories=[dict(id=40, name='dog'), dict(id=7, name='big cat')])
-LEFT_OUT = '1 of 2 images have no object'
 
 
-def check(change=None, masks=True, train=True, classes=('dog', 'big cat')):
+def check(change=None, masks=True, train=True, classes=('dog', 'big cat'), **options):
     content = copy.deepcopy(GOOD)
     if change is not None:
         change(content, content['images'][0], content['annotations'][0])
-    problems, notes = check_coco(content, classes, masks, train)
-    return '; '.join(problems), '; '.join(notes)
+    records, problems = coco_records(content)
+    if problems:
+        return '; '.join(problems), '', ''
+    problems, notes, summary = check_coco(records, classes, masks, train, **options)
+    return '; '.join(problems), '; '.join(notes), summary
 
 
 def test_a_good_file():
-    problems, notes = check()
-    assert not problems and LEFT_OUT in notes
-    assert check(train=False) == ('', '')
+    used = '2 of 2 images and 2 of 2 annotations are used; 2 without iscrowd count as 0'
+    assert check() == check(train=False) == ('', '', used)
+    assert check(filter_cfg=dict(filter_empty_gt=True))[2].startswith(
+        '1 of 2 images and 2 of 2 annotations are used; left out: 1 image without an annotation '
+        'of these classes (filter_cfg.filter_empty_gt);')
 
 
 @pytest.mark.parametrize('change, problem', [
@@ -38,7 +43,7 @@ def test_a_good_file():
     (lambda d, i, a: i.update(id=9), 'image id 9 2 times'),
     (lambda d, i, a: a.update(bbox=[1, 2, 3]), 'not four numbers'),
     (lambda d, i, a: a.pop('segmentation'), '(id 0) without a segmentation'),
-    (lambda d, i, a: a.update(segmentation=POLYGON[0]), '(id 0) without a segmentation'),
+    (lambda d, i, a: a.update(segmentation=POLYGON[0]), 'id 0 has 0 in place of a polygon'),
     (lambda d, i, a: d['categories'].reverse(), 'in another order'),
     (lambda d, i, a: d['categories'][1].update(name='Big cat'), "did you mean 'Big cat'?"),
     (lambda d, i, a: d['categories'].append(dict(id=1, name='dog')), 'more than one category'),
@@ -54,8 +59,10 @@ def test_problems(change, problem):
     (lambda d, i, a: a.update(category_id=1), 'no listed category'),
 ])
 def test_what_is_left_out(change, note):
-    problems, notes = check(change)
+    problems, notes, summary = check(change)
     assert not problems and note in notes
+    assert '1 of 2 annotations are used; left out: 1 annotation ' in summary
+    assert note.rpartition(') ')[2] in summary
 
 
 def test_boxes_need_no_masks():
@@ -65,5 +72,6 @@ def test_boxes_need_no_masks():
 def test_images_are_looked_for(tmp_path):
     (tmp_path / 'a b').mkdir()
     (tmp_path / 'a b' / 'ä.jpg').touch()
-    (problem,), _ = check_coco(GOOD, ('dog', 'big cat'), True, True, str(tmp_path))
+    records, _ = coco_records(GOOD)
+    (problem,), _, _ = check_coco(records, ('dog', 'big cat'), True, True, folder=str(tmp_path))
     assert '(1 of 2 looked for)' in problem and 'c.jpg' in problem

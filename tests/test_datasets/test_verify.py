@@ -93,7 +93,8 @@ def test_coco_broken_json(coco):
     problem = _only(verify_coco(coco))
     assert 'not valid JSON' in problem and 'cut short' in problem
     path.write_text('[]')
-    assert 'lacks the list(s) images, annotations, categories' in _only(verify_coco(coco))
+    problem = _only(verify_coco(coco))
+    assert 'is a list of 0 items. Expected' in problem and '--force' in problem
 
 
 def test_coco_cut_image(coco):

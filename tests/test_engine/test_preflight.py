@@ -93,7 +93,7 @@ def test_label_images_are_checked(tmp_path):
 def test_damaged_json(tmp_path):
     cfg = config(tmp_path)
     (tmp_path / 'a.json').write_text('{"categories": [')
-    with pytest.raises(UserError, match='a.json is no valid JSON'):
+    with pytest.raises(UserError, match='a.json is not valid JSON: it ends early, in line 1'):
         check_classes(cfg, ['train'])
 
 
