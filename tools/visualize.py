@@ -83,7 +83,8 @@ def main(argv=None):
                         '--out FILE.pkl writes its predictions.')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     check_data(cfg, ['test'])
-    check_classes(cfg, ['test'])
+    for warning in check_classes(cfg, ['test']):
+        print(f'WARNING: {warning}', file=sys.stderr)
     guard_image_files()
     check_checkpoint_file(args.checkpoint)
     dataset = DATASETS.build(cfg.test_dataloader.dataset)

@@ -261,13 +261,13 @@ def _examples(sentences) -> str:
 def _mixed(what: str, entries: list, annotations: list) -> list[str]:
     """A problem if some ids are text and some are numbers: "1" and 1 are not the same."""
     plural = 'categories' if what == 'category' else f'{what}s'
-    ids = [(f'"id" of {plural}', [entry['id'] for entry in entries]),
-           (f'"{what}_id" of annotations', [entry[f'{what}_id'] for entry in annotations])]
     examples = {}
-    for where, values in ids:
+    for where, listed, key in ((plural, entries, 'id'), ('annotations', annotations, f'{what}_id')):
+        values = [entry[key] for entry in listed]
         for kind in set(map(type, values)):
-            value = next(value for value in values if type(value) is kind)
-            examples[kind is str] = f'{where} {in_json(value)}'
+            place = next(place for place, value in enumerate(values) if type(value) is kind)
+            name = '' if key == 'id' else f', {_called(where, listed, place)}'
+            examples[kind is str] = f'"{key}": {in_json(values[place])} in {where}{name}'
     if len(examples) == 2:
         return [f'has ids of {plural} that are numbers in one place ({examples[False]}) and text '
                 f'in another ({examples[True]}), which never match. Write all as numbers']

@@ -142,8 +142,17 @@ def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
     Returns:
         Warnings.
     """
-    notes, from_folders = [], {}
     facts = [] if facts is None else facts
+    try:
+        notes = _check_splits(cfg, splits, facts)
+    finally:
+        forget_records()
+    facts[:] = dict.fromkeys(facts)
+    return list(dict.fromkeys(notes))
+
+
+def _check_splits(cfg, splits, facts: list[str]) -> list[str]:
+    notes, from_folders = [], {}
     heads = dict(_num_classes(cfg.get('model')))
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader')):
@@ -165,9 +174,7 @@ def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
             notes += _check_instances(dataset, classes, split, cfg, facts)
             notes += _check_labels(dataset, classes, split, cfg, facts)
         notes += _check_evaluator_files(cfg, split)
-    forget_records()
-    facts[:] = dict.fromkeys(facts)
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 def _num_classes(node, path='model'):
@@ -237,12 +244,12 @@ def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
     masks = any(str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')
                 for step in dataset.get('pipeline') or [] if isinstance(step, dict))
     masks = masks or any(map(_scores_masks, metrics.values()))
-    folders = [folder for folder, is_folder in _paths(dict(dataset=dataset)) if is_folder]
-    folder = folders[0] if len(folders) == 1 else None
+    folder = osp.join(dataset.get('data_root') or '',
+                      (dataset.get('data_prefix') or {}).get('img') or '')
     own_filter = not _reads_like_coco(dataset, cfg, 'filter_data')
     problems, notes, summary = check_coco(
         _records(path, f' (the {split} data)'), classes, masks, not dataset.get('test_mode'),
-        bool(metrics), None if folder is None or is_remote(folder) else folder,
+        bool(metrics), None if is_remote(folder) else folder,
         {} if own_filter else _filter(dataset, split), dataset.get('indices'))
     _raise_problems(path, f' (the {split} data)', problems)
     if own_filter:
