@@ -75,7 +75,7 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
                          dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.5)],
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', **checkpoint)),
+        default_hooks=dict(checkpoint={'type': 'CheckpointHook', **checkpoint}),
         custom_hooks=[*HOOKS, *([dict(type='mmhybrid.RandomStateHook')] if hook else [])],
         randomness=dict(seed=seed, diff_rank_seed=launcher != 'none'), launcher=launcher,
         load_from=resume, resume=bool(resume),

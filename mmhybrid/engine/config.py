@@ -14,6 +14,7 @@ from mmhybrid.weights import RELEASED, is_known_source
 from ..models.backbones.base import DenseBackbone
 from ..registry import MODELS
 from .amp import has_accelerator
+from .checkpointing import newest_whole
 from .errors import UserError
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
@@ -240,28 +241,13 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
         cfg.resume = True
         if resume is None and cfg.get('load_from'):
             return []
-        cfg.load_from = _latest(cfg.work_dir)
+        cfg.load_from, notes = newest_whole(cfg.work_dir)
         if cfg.load_from is None:
             cfg.resume = False
             return [f'--resume: {cfg.work_dir} holds no checkpoint yet, so training starts anew.']
-        return []
+        return notes
     cfg.resume, cfg.load_from = True, resume
     return []
-
-
-def _latest(work_dir: str) -> str | None:
-    record = osp.join(work_dir, 'last_checkpoint')
-    if not osp.isfile(record):
-        return None
-    with open(record) as file:
-        path = file.read().strip()
-    # The folder may have been moved or copied, then the path is that of another run.
-    beside = osp.join(work_dir, osp.basename(path))
-    found = next((each for each in (beside, path) if osp.isfile(each)), None)
-    if found is None:
-        raise UserError(f'{record} names {path}, which does not exist. Pass the checkpoint to '
-                        'continue from: --resume PATH, or remove that file to start anew.')
-    return found
 
 
 FLIP_TTA = dict(

@@ -222,11 +222,13 @@ def test_resume(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('/gone/epoch_1.pth')
     with pytest.raises(UserError, match='/gone/epoch_1.pth'):
         apply_resume(cfg, 'auto')
-    (tmp_path / 'epoch_1.pth').touch()  # the work directory was moved
+    checkpoint = dict(meta=dict(epoch=1, iter=6), state_dict={})
+    torch.save(checkpoint, tmp_path / 'epoch_1.pth')  # the work directory was moved
     assert apply_resume(cfg, 'auto') == []
     assert cfg.resume is True and cfg.load_from == str(tmp_path / 'epoch_1.pth')
     (tmp_path / 'original').mkdir()
-    (tmp_path / 'original' / 'epoch_1.pth').touch()  # or copied: go on with its own file
+    # or copied: go on with its own file
+    torch.save(checkpoint, tmp_path / 'original' / 'epoch_1.pth')
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'original' / 'epoch_1.pth'))
     apply_resume(cfg, 'auto')
     assert cfg.load_from == str(tmp_path / 'epoch_1.pth')
