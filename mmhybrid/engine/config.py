@@ -16,6 +16,7 @@ from ..registry import MODELS
 from .amp import has_accelerator
 from .checkpointing import newest_whole
 from .errors import UserError
+from .settings import check_settings
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
            'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_hooks', 'is_remote']
@@ -36,7 +37,8 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
         The config, and warnings for the log.
 
     Raises:
-        UserError: if there is no such file, it cannot be read, or an option does not fit it.
+        UserError: if there is no such file, it cannot be read, an option does not fit it, or it
+            holds a setting that nothing reads.
     """
     options, notes = dict(options or {}), []
     if not osp.isfile(path):
@@ -52,17 +54,13 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
     data_root = data_root or from_options
     if data_root is not None:
         redirect_data(cfg, data_root)
-    for key in options:
-        top = key.partition('.')[0]
-        near = difflib.get_close_matches(top, list(cfg), n=1)
-        if top not in cfg and near:
-            notes.append(f'--cfg-options {key}: the config has no {top!r}. Did you mean '
-                         f'{near[0]!r}?')
+    names = set(cfg)
     try:
         cfg.merge_from_dict(options)
     except Exception as error:
         raise UserError(f'--cfg-options {" ".join(options)} does not fit {path}. '
                         f'{type(error).__name__}: {error}') from error
+    check_settings(cfg, path, names, options)
     cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(path))[0])
     return cfg, notes

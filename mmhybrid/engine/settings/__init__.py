@@ -1,0 +1,4 @@
+"""Settings that nothing reads are refused."""
+from .check import check_settings, unknown_settings
+
+__all__ = ['check_settings', 'unknown_settings']

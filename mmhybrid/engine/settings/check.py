@@ -1,0 +1,237 @@
+"""Refuse settings that nothing reads.
+
+A config is a tree of dictionaries from many files and the command line, and most readers take what
+they know and leave the rest. Here every name is held against those that are known at its place: the
+arguments of the class that ``type`` names, or a table where a dictionary has no type. Where neither
+tells, for a class of a package that is not installed for example, nothing is said.
+"""
+from __future__ import annotations
+
+import ast
+import functools
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from mmengine.config import Config
+
+from ..errors import UserError
+from .signatures import ANYTHING, Keywords, keywords
+from .spelling import is_slip, nearest
+from .tables import (
+    CLOSED,
+    DEFAULT_TYPES,
+    EXTRA,
+    KINDS,
+    OPAQUE,
+    OPERATORS,
+    PLACES,
+    SETTINGS,
+    UNREGISTERED,
+    VARIABLES,
+)
+from .types import find, known_types
+
+__all__ = ['Unknown', 'check_settings', 'unknown_settings']
+
+# What mmengine itself takes out of every dictionary.
+_RESERVED = frozenset(('type', '_scope_', '_delete_'))
+
+
+class Unknown(NamedTuple):
+    """A name that nothing knows at its place."""
+
+    path: str
+    value: object
+    near: str | None = None
+    kind: str | None = None  # of the registry, if an unknown type is meant
+
+    def __str__(self) -> str:
+        text = f'{self.path}={reprlib.repr(self.value)}'
+        if self.kind:
+            return f'{text}: no {self.kind} of this name is registered. Did you mean {self.near!r}?'
+        hint = f' Did you mean {self.near!r}?' if self.near else ''
+        return f'{text}: nothing reads this.{hint}'
+
+
+def check_settings(cfg: Config, path: str, before: Iterable[str], options: Iterable[str]) -> None:
+    """Refuse a config with names that nothing reads.
+
+    Args:
+        cfg: the whole config, with the options of the command line.
+        path: the file it was read from.
+        before: top-level names that the file sets.
+        options: names that ``--cfg-options`` sets.
+
+    Raises:
+        UserError: naming every unknown setting, where it is and what was probably meant.
+    """
+    meant = _meant(cfg, path)
+    found = [*_unknown_top(cfg, path, set(before), options), *unknown_settings(cfg)]
+    found = [each for each in found if each.path not in meant]
+    if not found:
+        return
+    listed = '\n'.join(f'  {each}' for each in found)
+    paths = ','.join(each.path for each in found)
+    raise UserError(
+        f'{path} with --cfg-options has settings of no effect:\n{listed}\n'
+        f'Correct or remove them. If they are meant, because code of your own reads them, add '
+        f'--cfg-options extra_settings={paths} or the same as a list in the config.')
+
+
+def _meant(cfg: Config, path: str) -> set[str]:
+    names = cfg.get('extra_settings') or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(each, str) for each in names):
+        raise UserError(f'extra_settings of {path} must be a list of paths such as '
+                        f"['model.test_cfg.mine'], got {names!r}.")
+    return set(names)
+
+
+# --- names at the top -----------------------------------------------------------------------------
+
+def _unknown_top(cfg: Config, path: str, before: set[str], options: Iterable[str]
+                 ) -> Iterator[Unknown]:
+    for name in dict.fromkeys(option.partition('.')[0] for option in options):
+        if name not in before | SETTINGS | VARIABLES and name in cfg:
+            yield Unknown(name, cfg[name], nearest(name, before | SETTINGS))
+    for name in sorted(before & set(cfg) - SETTINGS - VARIABLES):
+        slips = [each for each in SETTINGS if is_slip(name, each)]
+        if slips and name not in _names_read(path):
+            yield Unknown(name, cfg[name], nearest(name, slips))
+
+
+def _names_read(path: str) -> set[str]:
+    """Variables that a config file or one of its bases reads."""
+    names, todo = set(), [path]
+    for file in todo:  # grows
+        try:
+            with open(file, encoding='utf-8') as stream:
+                tree = ast.parse(stream.read())
+            bases = Config._get_base_files(file)
+        except Exception:  # not Python, or gone by now
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                names.add(node.attr)  # _base_.name
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                if '_base_' in node.value:  # '{{_base_.name}}'
+                    names.update(node.value.strip('{} ').split('.'))
+        todo += [Config._get_cfg_path(base, file)[0] for base in bases if isinstance(base, str)]
+    return names
+
+
+# --- names further down ---------------------------------------------------------------------------
+
+def unknown_settings(cfg: Config) -> list[Unknown]:
+    """Names below the top level that nothing reads."""
+    scope = cfg.get('default_scope') or 'mmengine'
+    found: list[Unknown] = []
+    for name in sorted(SETTINGS.intersection(cfg)):
+        _visit(cfg[name], (name,), (scope,) if isinstance(scope, str) else (), found)
+    return found
+
+
+def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unknown]) -> None:
+    if isinstance(node, (list, tuple)):
+        for index, item in enumerate(node):
+            _visit(item, (*path, index), scopes, found)
+    if not isinstance(node, Mapping):
+        return
+    place = ('^', *(each for each in path if isinstance(each, str)))
+    kind = node.get('type')
+    if isinstance(node.get('_scope_'), str):
+        scopes = (node['_scope_'], *scopes)
+    known = _known(place, kind, scopes)
+    if isinstance(known, str):
+        what = _at(KINDS, place) or 'class'
+        found.append(Unknown(_text(path, 'type'), kind, known, what))
+    if not isinstance(known, Keywords):
+        return
+    found += _unknown_names(node, path, known)
+    if isinstance(kind, str) and kind.count('.') == 1:
+        scopes = (*scopes, kind.partition('.')[0])
+    if kind not in OPAQUE:
+        for key, value in node.items():
+            _visit(value, (*path, str(key)), scopes, found)
+
+
+def _unknown_names(node: Mapping, path: tuple, known: Keywords) -> Iterator[Unknown]:
+    valid = known.names if 'type' in node else known.names | {'type'}
+    for key in node:
+        if key not in valid and key not in _RESERVED:
+            near = nearest(str(key), valid)
+            if not known.open or near is not None and is_slip(str(key), near):
+                yield Unknown(_text(path, key), node[key], near)
+
+
+def _text(path: tuple, key: object) -> str:
+    return '.'.join(map(str, (*path, key)))
+
+
+def _known(place: tuple[str, ...], kind: object, scopes: tuple[str, ...]) -> Keywords | str | None:
+    """Names that may stand at a place.
+
+    Returns:
+        The names; or a text, the type that was probably meant, if there is none of this name; or
+        None if nothing can be said about the place and all below.
+    """
+    if place[-1] in UNREGISTERED:
+        return None
+    if isinstance(kind, str):
+        targets, everywhere = _targets(kind, place, scopes)
+        if not targets:
+            return _near_type(kind, place, scopes) if everywhere else None
+    elif callable(kind):
+        targets = [kind]
+    elif kind is None and _at(DEFAULT_TYPES, place):
+        targets = _at(DEFAULT_TYPES, place)
+    elif kind is None and _at(PLACES, place):
+        return _table(_at(PLACES, place))
+    else:
+        return ANYTHING
+    return functools.reduce(Keywords.__or__, map(_taken, targets), _table(_at(EXTRA, place) or ''))
+
+
+def _targets(kind: str, place: tuple[str, ...], scopes: tuple[str, ...]
+             ) -> tuple[list[Callable], bool]:
+    if place[-1] not in OPERATORS:
+        return find(kind, scopes)
+    import mmcv.ops
+    found = getattr(mmcv.ops, kind, None)
+    return ([found] if found is not None else []), True
+
+
+def _near_type(kind: str, place: tuple[str, ...], scopes: tuple[str, ...]) -> str | None:
+    prefix, dot, short = kind.rpartition('.')
+    if place[-1] in OPERATORS:
+        import mmcv.ops
+        names = vars(mmcv.ops)
+    else:
+        names = known_types((prefix,) if prefix else scopes, _at(KINDS, place))
+    near = nearest(short, names)
+    return prefix + dot + near if near is not None and is_slip(short, near) else None
+
+
+def _taken(target: Callable) -> Keywords:
+    names = keywords(target)
+    more = CLOSED.get(getattr(target, '__name__', None))
+    return names if more is None else Keywords(names.names | more.names)
+
+
+@functools.cache
+def _table(text: str) -> Keywords:
+    names = frozenset(text.split())
+    return Keywords(names - {'...'}, '...' in names)
+
+
+def _at(table: Mapping, place: tuple[str, ...]):
+    """The entry for the longest end of a place; None without one."""
+    for start in range(len(place)):
+        for end in (place[start:], (*place[start:-1], '*')):
+            entry = table.get('.'.join(end))
+            if entry is not None:
+                return entry
+    return None

@@ -1,0 +1,45 @@
+"""How near two names are."""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ['is_slip', 'nearest']
+
+
+def edits(left: str, right: str) -> int:
+    """Letters to add, drop or change, or neighbours to swap, to get from one name to the other."""
+    before, row = [], list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        before, last, row = row, before, [i]
+        for j, b in enumerate(right, start=1):
+            cost = min(last_cost := before[j - 1] + (a != b), before[j] + 1, row[-1] + 1)
+            if i > 1 < j and a == right[j - 2] and b == left[i - 2] and a != b:
+                cost = min(cost, last[j - 2] + 1, last_cost)
+            row.append(cost)
+    return row[-1]
+
+
+def is_slip(name: str, valid: str, most: int | None = None) -> bool:
+    """Whether ``name`` is so near to ``valid`` that it is hardly a name of its own.
+
+    Args:
+        name: what came.
+        valid: a known name.
+        most: edits; None allows 1, and 2 in names of eight letters and more.
+    """
+    if most is None:
+        most = 2 if min(len(name), len(valid)) >= 8 else 1
+    if name == valid or abs(len(name) - len(valid)) > most or len(valid) < 3:
+        return False
+    return edits(name, valid) <= most
+
+
+def nearest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that was probably meant: fewest edits first, then most text in common."""
+    valid = sorted({str(each) for each in valid})
+    slips = [each for each in valid if is_slip(name, each)]
+    if slips:
+        return min(slips, key=lambda each: edits(name, each))
+    near = difflib.get_close_matches(name, valid, n=1)
+    return near[0] if near else None
