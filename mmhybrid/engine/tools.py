@@ -26,6 +26,7 @@ from .distributed import prepare_launch
 from .errors import UserError
 from .pipeline_guard import guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data
+from .settings import check_custom_keys
 
 __all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
 
@@ -178,6 +179,8 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise UserError(f'{args.config} cannot be built. {type(error).__name__}: {text}\n'
                         '(--traceback shows where)') from error
+    if 'train' in splits:
+        warnings += check_custom_keys(cfg, (name for name, _ in runner.model.named_parameters()))
     for text in notes:
         runner.logger.info(text)
     for text in warnings:

@@ -19,10 +19,10 @@ from ..errors import UserError
 from .signatures import ANYTHING, Keywords, keywords
 from .spelling import is_slip, nearest
 from .tables import (
-    CLOSED,
     DEFAULT_TYPES,
     EXTRA,
     KINDS,
+    KWARGS,
     OPAQUE,
     OPERATORS,
     PLACES,
@@ -216,9 +216,8 @@ def _near_type(kind: str, place: tuple[str, ...], scopes: tuple[str, ...]) -> st
 
 
 def _taken(target: Callable) -> Keywords:
-    names = keywords(target)
-    more = CLOSED.get(getattr(target, '__name__', None))
-    return names if more is None else Keywords(names.names | more.names)
+    names, more = keywords(target), KWARGS.get(getattr(target, '__name__', None))
+    return names if more is None else Keywords(names.names) | _table(more)
 
 
 @functools.cache

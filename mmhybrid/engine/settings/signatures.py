@@ -25,6 +25,8 @@ class Keywords(NamedTuple):
 
 ANYTHING = Keywords(frozenset(), True)
 NOTHING = Keywords(frozenset(), False)
+# Their classes ignore keywords by mistake; a drop-in class of a project does it on purpose.
+_OF_MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
 
 
 @functools.cache
@@ -82,7 +84,8 @@ def _own(function: Callable) -> tuple[Keywords, list[tuple[bool, str | None]]]:
     uses = list(_uses(tree, swallows))
     read = {what for how, what in uses if how == 'key'}
     calls = [what for how, what in uses if how == 'constructor']
-    elsewhere = not uses or any(how == 'elsewhere' for how, _ in uses)
+    elsewhere = any(how == 'elsewhere' for how, _ in uses) if uses else (
+        function.__module__.partition('.')[0] not in _OF_MM)
     return Keywords(names | read, elsewhere), calls
 
 

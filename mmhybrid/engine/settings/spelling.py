@@ -30,7 +30,7 @@ def is_slip(name: str, valid: str, most: int | None = None) -> bool:
     """
     if most is None:
         most = 2 if min(len(name), len(valid)) >= 8 else 1
-    if name == valid or abs(len(name) - len(valid)) > most or len(valid) < 3:
+    if name == valid or abs(len(name) - len(valid)) > most or len(valid) < 2:
         return False
     return edits(name, valid) <= most
 

@@ -28,9 +28,7 @@ from mmengine.visualization import Visualizer
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
-from .signatures import keywords
-
-__all__ = ['CLOSED', 'DEFAULT_TYPES', 'EXTRA', 'KINDS', 'OPAQUE', 'OPERATORS', 'PLACES', 'SETTINGS',
+__all__ = ['DEFAULT_TYPES', 'EXTRA', 'KINDS', 'KWARGS', 'OPAQUE', 'OPERATORS', 'PLACES', 'SETTINGS',
            'UNREGISTERED', 'VARIABLES']
 
 
@@ -189,7 +187,16 @@ UNREGISTERED = frozenset((
 #: Types whose arguments hold types of another library.
 OPAQUE = frozenset(('Albu', 'mmdet.Albu', 'mmseg.Albu'))
 
-#: Classes whose ``**kwargs`` go where a signature can be named.
-CLOSED = {
-    'CheckpointHook': keywords(Runner.save_checkpoint),
+_RESIZE = 'keep_ratio clip_object_border backend interpolation scale_factor ...'
+
+#: Where the ``**kwargs`` of a class go, if not to its bases; and what stock configs set for classes
+#: that ignore it.
+KWARGS = {
+    'CheckpointHook': _arguments(Runner.save_checkpoint),
+    'RandomChoiceResize': _RESIZE,
+    'RandomResize': _RESIZE,
+    'MaskFormerHead': 'strides in_index ...',
+    'Mask2FormerHead': 'strides in_index ...',
+    'Mask2FormerTrackHead': 'strides ...',
+    'QuasiDenseTrackHead': 'loss_bbox ...',
 }
