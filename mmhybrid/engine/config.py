@@ -15,6 +15,7 @@ from ..models.backbones.base import DenseBackbone
 from ..registry import MODELS
 from .amp import has_accelerator
 from .checkpointing import newest_whole
+from .config_file import read_config
 from .errors import UserError
 from .settings import check_settings
 
@@ -41,12 +42,9 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
             holds a setting that nothing reads.
     """
     options, notes = dict(options or {}), []
-    if not osp.isfile(path):
+    if not osp.exists(path):
         raise UserError(f'There is no config {path}.{_similar_file(path)}')
-    try:
-        cfg = Config.fromfile(path)
-    except Exception as error:
-        raise UserError(f'Config {path} cannot be read. {type(error).__name__}: {error}') from error
+    cfg = read_config(path)
     from_options = options.pop('data_root', None)
     if None not in (data_root, from_options) and data_root != from_options:
         raise UserError(f'--data-root says {data_root}, --cfg-options data_root= says '

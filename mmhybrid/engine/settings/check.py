@@ -11,6 +11,7 @@ import ast
 import functools
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from mmengine.config import Config
@@ -74,9 +75,9 @@ def check_settings(cfg: Config, path: str, before: Iterable[str], options: Itera
     listed = '\n'.join(f'  {each}' for each in found)
     paths = ','.join(each.path for each in found)
     raise UserError(
-        f'{path} with --cfg-options has settings of no effect:\n{listed}\n'
-        f'Correct or remove them. If they are meant, because code of your own reads them, add '
-        f'--cfg-options extra_settings={paths} or the same as a list in the config.')
+        f'{path}{" with --cfg-options" if options else ""} has settings of no effect:\n{listed}\n'
+        'Correct or remove them. If code of your own reads them, say so: --cfg-options '
+        f'extra_settings={paths} , or the same as a list in the config.')
 
 
 def _meant(cfg: Config, path: str) -> set[str]:
@@ -93,33 +94,27 @@ def _meant(cfg: Config, path: str) -> set[str]:
 def _unknown_top(cfg: Config, path: str, before: set[str], options: Iterable[str]
                  ) -> Iterator[Unknown]:
     for name in dict.fromkeys(option.partition('.')[0] for option in options):
-        if name not in before | SETTINGS | VARIABLES and name in cfg:
+        if name not in before | SETTINGS and name in cfg:
             yield Unknown(name, cfg[name], nearest(name, before | SETTINGS))
     for name in sorted(before & set(cfg) - SETTINGS - VARIABLES):
         slips = [each for each in SETTINGS if is_slip(name, each)]
-        if slips and name not in _names_read(path):
+        if slips and not (path.endswith('.py') and name in _names_read(path)):
             yield Unknown(name, cfg[name], nearest(name, slips))
 
 
 def _names_read(path: str) -> set[str]:
     """Variables that a config file or one of its bases reads."""
-    names, todo = set(), [path]
-    for file in todo:  # grows
-        try:
-            with open(file, encoding='utf-8') as stream:
-                tree = ast.parse(stream.read())
-            bases = Config._get_base_files(file)
-        except Exception:  # not Python, or gone by now
-            continue
-        for node in ast.walk(tree):
+    names, files = set(), [path]
+    for file in files:  # grows
+        for node in ast.walk(ast.parse(Path(file).read_text(encoding='utf-8'))):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 names.add(node.id)
             elif isinstance(node, ast.Attribute):
                 names.add(node.attr)  # _base_.name
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if '_base_' in node.value:  # '{{_base_.name}}'
-                    names.update(node.value.strip('{} ').split('.'))
-        todo += [Config._get_cfg_path(base, file)[0] for base in bases if isinstance(base, str)]
+            elif isinstance(node, ast.Constant) and '_base_.' in str(node.value):
+                names.update(str(node.value).strip('{} ').split('.'))  # '{{_base_.name}}'
+        bases = [Config._get_cfg_path(base, file)[0] for base in Config._get_base_files(file)]
+        files += [base for base in bases if base.endswith('.py') and base not in files]
     return names
 
 
@@ -141,9 +136,15 @@ def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unkno
     if not isinstance(node, Mapping):
         return
     place = ('^', *(each for each in path if isinstance(each, str)))
-    kind = node.get('type')
+    try:
+        kind, items = node.get('type'), list(node.items())
+    except ImportError:  # a class of a package that is not installed, in a config of pure Python
+        return
     if isinstance(node.get('_scope_'), str):
         scopes = (node['_scope_'], *scopes)
+    if place == ('^', 'optim_wrapper') and any(
+            isinstance(value, Mapping) and 'optimizer' in value for _, value in items):
+        return  # several wrappers, of a constructor of the user's
     known = _known(place, kind, scopes)
     if isinstance(known, str):
         what = _at(KINDS, place) or 'class'
@@ -153,8 +154,8 @@ def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unkno
     found += _unknown_names(node, path, known)
     if isinstance(kind, str) and kind.count('.') == 1:
         scopes = (*scopes, kind.partition('.')[0])
-    if kind not in OPAQUE:
-        for key, value in node.items():
+    if not (isinstance(kind, str) and kind in OPAQUE):
+        for key, value in items:
             _visit(value, (*path, str(key)), scopes, found)
 
 
