@@ -62,8 +62,13 @@ def loader(sampler, size=12, batch_size=2, num_workers=0):
 
 
 def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSampler', val=True,
-        launcher='none', hook=True, num_workers=0, wrapper=None):
-    """Train the toy; returns the runner. ``resume``: path of a checkpoint."""
+        launcher='none', hook=True, num_workers=0, wrapper=None, optim=None,
+        load_from=None):
+    """Train the toy; returns the runner.
+
+    ``resume`` and ``load_from``: path of a checkpoint. ``optim``: further settings of the
+    optimizer wrapper.
+    """
     LOADED.clear()
     val_cfg = dict(
         val_dataloader=loader(dict(type='DefaultSampler', shuffle=False), size=5),
@@ -72,13 +77,13 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         model=ToyModel(), work_dir=str(work_dir),
         train_dataloader=loader(dict(type=sampler, shuffle=True), num_workers=num_workers),
         train_cfg=train_cfg,
-        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-2)),
+        optim_wrapper=dict(dict(optimizer=dict(type='AdamW', lr=1e-2)), **(optim or {})),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
                          dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.5)],
         default_hooks=dict(checkpoint={'type': 'CheckpointHook', **checkpoint}),
         custom_hooks=[*HOOKS, *([dict(type='mmhybrid.RandomStateHook')] if hook else [])],
         randomness=dict(seed=seed, diff_rank_seed=launcher != 'none'), launcher=launcher,
-        load_from=resume, resume=bool(resume),
+        load_from=resume or load_from, resume=bool(resume),
         env_cfg=dict(dist_cfg=dict(backend='gloo')), default_scope='mmengine',
         experiment_name=uuid.uuid4().hex, log_level='WARNING', **val_cfg,
         **(dict(cfg=dict(model_wrapper_cfg=wrapper)) if wrapper else {}))

@@ -5,7 +5,8 @@ mmengine's checkpoints hold the model, the optimizer and the schedules, but no r
 
 - an epoch loop that resumes from a checkpoint of an iteration repeats the whole epoch;
 - an iteration loop "advances" its data loader, upstream by loading every image once more;
-- a run without a fixed seed draws another order of the data after every start.
+- a run without a fixed seed draws another order of the data after every start;
+- gradients that wait for the next step are lost (see ``pending_gradients``).
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..registry import HOOKS
+from . import pending_gradients
 
 __all__ = ['RandomStateHook', 'get_random_state', 'set_random_state']
 
@@ -58,9 +60,10 @@ class RandomStateHook(Hook):
     """Makes a resumed run equal to the uninterrupted one.
 
     Saves the random states of all ranks in every checkpoint, and on resume restores them just
-    before the first batch is fetched; the data stream continues at the batch after the last one
-    that was trained on, without loading what is skipped. A validation leaves the states as it
-    found them, because it runs after the checkpoint of its epoch is written.
+    before the first batch is fetched; so it does with gradients that are being accumulated. The
+    data stream continues at the batch after the last one that was trained on, without loading what
+    is skipped. A validation leaves the states as it found them, because it runs after the
+    checkpoint of its epoch is written.
 
     With ``num_workers=0`` on a CPU the resumed run is equal bit for bit. With worker processes
     the order of the data is right, and the augmentations are drawn anew.
@@ -71,9 +74,11 @@ class RandomStateHook(Hook):
     priority = 'LOW'
 
     def __init__(self):
-        self._saved: tuple[tuple, list] | None = None  # (position, states of all ranks)
+        # (position, states of all ranks, gradients of all ranks)
+        self._saved: tuple[tuple, list, dict | None] | None = None
         self._before_val: dict | None = None
         self._loaded: dict | None = None
+        self._loaded_gradients: dict | None = None
         self._original_loader: DataLoader | None = None
 
     # --- saving -------------------------------------------------------------------------------
@@ -82,6 +87,7 @@ class RandomStateHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Collect the states if a checkpoint follows in this iteration."""
+        self._saved = None  # those of an earlier iteration, with gradients as large as the model
         if any(not hook.by_epoch and (
                 hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
                 or hook.save_last and hook.is_last_train_iter(runner))
@@ -115,30 +121,38 @@ class RandomStateHook(Hook):
                           "CheckpointHook, and the other ranks' states are out of reach.",
                           logger='current', level=logging.WARNING)
                 return
-            self._saved = (_position(runner), [get_random_state()])
+            self._saved = (_position(runner), [get_random_state()],
+                           pending_gradients.collect(runner))
         sampler = _sampler(runner.train_loop.dataloader)
         checkpoint[KEY] = dict(
             ranks=self._saved[1], sampler_seed=getattr(sampler, 'seed', None),
             batches_per_epoch=len(runner.train_loop.dataloader))
+        if self._saved[2] is not None:
+            checkpoint[pending_gradients.KEY] = self._saved[2]
 
     def _gather(self, runner) -> None:
         state = self._before_val or get_random_state()
-        self._saved = (_position(runner), all_gather_object(state))
+        self._saved = (_position(runner), all_gather_object(state),
+                       pending_gradients.collect(runner))
 
     # --- restoring ----------------------------------------------------------------------------
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Keep what the checkpoint holds until training starts."""
+        gradients = checkpoint.pop(pending_gradients.KEY, None)
         if runner._resume:
+            self._loaded_gradients = gradients
             self._loaded = checkpoint.pop(KEY, None) or dict(
                 ranks=[], sampler_seed=None, batches_per_epoch=None)
 
     def before_train(self, runner) -> None:
         """On resume, continue random states and data where the checkpoint was written."""
         loaded, self._loaded = self._loaded, None
+        gradients, self._loaded_gradients = self._loaded_gradients, None
         loop = runner.train_loop
         if loaded is None or loop.iter == 0:
             return
+        pending_gradients.restore(runner, gradients)
         state = None
         if len(loaded['ranks']) == get_world_size():
             state = loaded['ranks'][get_rank()]

@@ -84,7 +84,9 @@ train = (dict(by_epoch=True, max_epochs=3, val_interval=1) if by_epoch else
 ckpt = dict(interval=1) if by_epoch else dict(interval=4, by_epoch=False)
 sampler = 'DefaultSampler' if by_epoch else 'InfiniteSampler'
 file = 'epoch_1.pth' if by_epoch else 'iter_4.pth'
-common = dict(sampler=sampler, launcher='pytorch', wrapper=cfg.model_wrapper_cfg)
+# Gradients that wait for a step differ between processes: iter_4.pth holds those of one iteration.
+optim = None if by_epoch else dict(accumulative_counts=3)
+common = dict(sampler=sampler, launcher='pytorch', wrapper=cfg.model_wrapper_cfg, optim=optim)
 whole = toy.run(folder + '/a', train, ckpt, **common)
 resumed = toy.run(folder + '/b', train, ckpt, resume=f'{folder}/a/{file}', **common)
 other = toy.run(folder + '/c', train, ckpt, resume=f'{folder}/a/{file}', hook=False, **common)
@@ -118,3 +120,6 @@ def test_two_processes_resume_bitwise(tmp_path, loop):
     states = torch.load(next((tmp_path / 'a').glob('*_[14].pth')), weights_only=False)
     first, second = states['random_state']['ranks']
     assert not torch.equal(first['torch'], second['torch'])
+    if loop == 'iterations':
+        first, second = states['pending_gradients']['ranks']
+        assert not torch.equal(first['net.0.weight'], second['net.0.weight'])
