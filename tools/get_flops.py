@@ -8,7 +8,7 @@ from pathlib import Path
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmengine.config import DictAction  # noqa: E402
+from mmhybrid.engine.options import OptionsAction  # noqa: E402
 
 with contextlib.redirect_stdout(sys.stderr):  # what this logs is no part of a CSV or JSON
     import mmhybrid  # noqa: F401
@@ -36,7 +36,7 @@ def parse_args(argv=None):
     parser.add_argument('--depth', type=int, default=2, metavar='N',
                         help='levels of modules in the table; -1 for all (default: 2)')
     parser.add_argument('--backbone-only', action='store_true')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='change the config')
     parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
     return parser.parse_args(argv)

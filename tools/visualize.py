@@ -9,13 +9,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import mmcv  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from mmengine.config import DictAction  # noqa: E402
 from mmengine.dataset import pseudo_collate  # noqa: E402
 from mmengine.registry import DATASETS, MODELS, init_default_scope  # noqa: E402
 from mmengine.runner import load_checkpoint  # noqa: E402
 
 from mmhybrid.engine.config import load_config  # noqa: E402
 from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.engine.pipeline_guard import guard_image_files  # noqa: E402
 from mmhybrid.engine.preflight import (  # noqa: E402
     check_checkpoint_file,
@@ -39,7 +39,7 @@ def parse_args(argv=None):
                         help='detection: lowest score that is drawn')
     parser.add_argument('--data-root', metavar='FOLDER',
                         help="read all data from here instead of the config's data_root")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='change the config')
     parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
     return parser.parse_args(argv)

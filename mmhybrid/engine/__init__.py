@@ -8,12 +8,13 @@ from .param_groups import HybridOptimWrapperConstructor
 from .preflight import CheckpointCheckHook
 from .progress import ProgressHook
 from .random_state import RandomStateHook
+from .resume import ResumeSettingsHook
 from .search import DirectionSearchHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'DirectionSearchHook', 'DumpSegmentation',
     'HybridOptimWrapperConstructor', 'ImageFolder', 'LoadPicture', 'ProgressHook',
-    'RandomStateHook', 'TimmTransform', 'TopAccuracy', 'UserError',
+    'RandomStateHook', 'ResumeSettingsHook', 'TimmTransform', 'TopAccuracy', 'UserError',
 ]
 
 checkpoint_schemes.install()

@@ -17,6 +17,7 @@ from .amp import has_accelerator
 from .checkpointing import newest_whole
 from .config_file import read_config
 from .errors import UserError
+from .options import check_options
 from .settings import check_settings
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
@@ -52,6 +53,7 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
     data_root = data_root or from_options
     if data_root is not None:
         redirect_data(cfg, data_root)
+    check_options(cfg, options)
     names = set(cfg)
     try:
         cfg.merge_from_dict(options)
@@ -59,8 +61,8 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
         raise UserError(f'--cfg-options {" ".join(options)} does not fit {path}. '
                         f'{type(error).__name__}: {error}') from error
     check_settings(cfg, path, names, options)
-    cfg.work_dir = work_dir or cfg.get('work_dir') or osp.join(
-        'work_dirs', osp.splitext(osp.basename(path))[0])
+    cfg.work_dir = str(work_dir or cfg.get('work_dir') or osp.join(
+        'work_dirs', osp.splitext(osp.basename(path))[0]))
     return cfg, notes
 
 

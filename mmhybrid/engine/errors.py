@@ -20,6 +20,11 @@ class UserError(ValueError):
 
 
 WAIT_FOR_RANK_0 = 20  # seconds
+SINGLE_VALUE_ADVICE = (
+    'Give each process at least 2 images (--cfg-options train_dataloader.batch_size=2), leave '
+    'out a last batch of one image (train_dataloader.drop_last=True), or normalize without the '
+    "batch: norm_cfg=dict(type='GN', num_groups=32). optim_wrapper.accumulative_counts does not "
+    'help here, because each image still goes through alone.')
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Limits of the machine and mistakes of use that others report in their own words: parts of their
 # text, and ours. A worker passes an error on as text, so the text decides.
@@ -60,9 +65,12 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, WeightsError):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller batches '
-                '(--cfg-options train_dataloader.batch_size=1), mixed precision (--amp), or '
-                'gradient checkpointing (--cfg-options model.backbone.with_cp=True).')
+        return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller images or '
+                'batches, mixed precision (--amp), or gradient checkpointing (--cfg-options '
+                'model.backbone.with_cp=True).')
+    if isinstance(error, ValueError) and 'Expected more than 1 value per channel' in text:
+        return (f'A layer normalizes over the batch, and there is a single value: {text}.\n'
+                f'{SINGLE_VALUE_ADVICE}')
     if isinstance(error, OSError) and error.errno in NO_WRITING:
         return (f'{error}\nFree some space, or write elsewhere: --work-dir FOLDER. A training '
                 'goes on from its last whole checkpoint with --resume.')

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .amp import has_accelerator
+from .building import building, prepare_training
 from .config import (
     apply_amp,
     apply_auto_scale_lr,
@@ -24,9 +25,13 @@ from .config import (
 )
 from .distributed import prepare_launch
 from .errors import UserError
+from .loop_check import check_loops
+from .options import OptionsAction, check_given
 from .pipeline_guard import guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data
+from .resume import NothingLeft
 from .settings import check_custom_keys
+from .small_batches import check_single_images, out_of_memory_advice
 
 __all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
 
@@ -43,6 +48,9 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser = _parser(description)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue the latest checkpoint of the work directory, or this one')
+    parser.add_argument('--resume-settings', choices=['checkpoint', 'config'],
+                        help='whose learning rate, optimizer settings and schedules --resume goes '
+                             'on with (default: checkpoint)')
     parser.add_argument('--pretrained', metavar='PATH', help='weights the backbone starts from')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
@@ -75,6 +83,7 @@ def run_training(args: argparse.Namespace,
     warnings += apply_amp(cfg, args.amp)
     if args.auto_scale_lr:
         apply_auto_scale_lr(cfg)
+    _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)
     if cfg.get('load_from'):
@@ -89,8 +98,27 @@ def run_training(args: argparse.Namespace,
             f'{len(loader.dataset)} training images make no batch of {loader.batch_size}, and '
             'train_dataloader.drop_last leaves incomplete batches out. Use --cfg-options '
             'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
-    runner.train()
+    check_single_images(runner)
+    try:
+        runner.train()
+    except NothingLeft as end:
+        runner.logger.info(str(end))
+        runner.call_hook('after_run')
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(out_of_memory_advice(error, runner)) from error
     return runner
+
+
+def _apply_resume_settings(cfg: Config, args: argparse.Namespace) -> None:
+    """Let ResumeSettingsHook know whose settings count."""
+    if args.resume_settings and not args.resume and not cfg.get('resume'):
+        raise UserError(f'--resume-settings {args.resume_settings} is for a run that goes on: add '
+                        '--resume.')
+    ensure_hooks(cfg, 'mmhybrid.ResumeSettingsHook')
+    if args.resume_settings:
+        hook = next(hook for hook in cfg.custom_hooks if isinstance(hook, dict)
+                    and str(hook.get('type')).endswith('ResumeSettingsHook'))
+        hook['settings'] = args.resume_settings
 
 
 def test(argv: list[str] | None = None) -> dict:
@@ -133,7 +161,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
                                            '(default: work_dirs/<name of the config>)')
     parser.add_argument('--data-root', metavar='FOLDER',
                         help="read all data from here instead of the config's data_root")
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='change the config, e.g. train_cfg.max_epochs=1 '
                              'or key="[(1,2),(3,4)]"')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
@@ -146,6 +174,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     args = parser.parse_args(argv)
+    check_given(args, 'config', 'checkpoint', 'work_dir', 'data_root', 'resume', 'pretrained',
+                'out', 'show_dir')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
 
@@ -161,6 +191,7 @@ def _set_up_process() -> list[str]:
 def _build(cfg, args, splits, notes, warnings) -> Runner:
     """Check everything that can be checked, then build the runner."""
     init_default_scope(cfg.get('default_scope') or 'mmengine')
+    notes += check_loops(cfg, splits)
     check_data(cfg, splits)
     warnings += check_classes(cfg, splits, notes)
     if getattr(args, 'tta', False):
@@ -173,14 +204,16 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     guard_image_files()
     ensure_hooks(cfg, *HOOKS)
     notes += prepare_launch(cfg, args.launcher)
-    try:
+    with building(args.config, cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    except (TypeError, ValueError, KeyError, ImportError, AssertionError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise UserError(f'{args.config} cannot be built. {type(error).__name__}: {text}\n'
-                        '(--traceback shows where)') from error
-    if 'train' in splits:
-        warnings += check_custom_keys(cfg, (name for name, _ in runner.model.named_parameters()))
+        if 'train' in splits:
+            warnings += check_custom_keys(
+                cfg, (name for name, _ in runner.model.named_parameters()))
+        if isinstance(runner, Runner):  # its other forms build in an order of their own
+            if 'train' in splits:
+                prepare_training(runner)
+            else:
+                runner._test_loop = runner.build_test_loop(runner._test_loop)
     for text in notes:
         runner.logger.info(text)
     for text in warnings:

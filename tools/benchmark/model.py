@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
-from mmengine.config import DictAction  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from timing import (  # noqa: E402
@@ -44,6 +43,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import mmhybrid  # noqa: E402, F401
 from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.engine.synthetic import find_everything, synthetic_batch  # noqa: E402
 from mmhybrid.engine.whole_models import (  # noqa: E402
     build_model,
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     parser.add_argument('--clock', choices=CLOCKS,
                         help="cuda on a GPU, else wall; cpu for the process's own time")
     parser.add_argument('--csv', metavar='PATH', help='append the results to this file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='change all configs, e.g. model.backbone.with_cp=True')
     parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
     return parser.parse_args(argv)

@@ -1,0 +1,101 @@
+"""Batches of one image, where a model normalizes over the batch, and batches too large.
+
+A normalization over the batch needs two values per channel. One image has many, except behind a
+pooling to 1x1, which every full-size segmentor's head and many classifiers have.
+"""
+from __future__ import annotations
+
+import inspect
+
+import torch
+from mmengine.dist import get_world_size
+from mmengine.model import is_model_wrapper
+from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .errors import SINGLE_VALUE_ADVICE, UserError
+
+__all__ = ['check_single_images', 'out_of_memory_advice', 'pooled_norms']
+
+
+def check_single_images(runner) -> None:
+    """Raise UserError if training would normalize a single value.
+
+    Only what is certain counts: a pooling to 1x1 with a batch normalization in the same sequence of
+    layers, which training does not freeze. Anything else shows at its first batch.
+    """
+    loader = runner.train_loop.dataloader
+    size = getattr(loader.batch_sampler, 'batch_size', None)
+    names = pooled_norms(runner.model) if size else []
+    if names and size == 1:
+        raise UserError(
+            f'train_dataloader.batch_size is 1 on each process, but {names[0]} normalizes over the '
+            f'batch behind a pooling to one value per image. {SINGLE_VALUE_ADVICE}')
+    if names and _last_batch(runner.train_loop) == 1:
+        raise UserError(
+            f'{len(loader.batch_sampler.sampler)} training images in batches of {size} leave a '
+            f'last batch of one, but {names[0]} normalizes over the batch behind a pooling to one '
+            'value per image. Add --cfg-options train_dataloader.drop_last=True, or take another '
+            'batch size.')
+
+
+def _last_batch(loop) -> int | None:
+    """Images in the last batch of a pass through the data; None if there is none, or unknown."""
+    batches = loop.dataloader.batch_sampler
+    if type(batches).__name__ not in ('BatchSampler', 'AspectRatioBatchSampler'):
+        return None
+    passes = isinstance(loop, EpochBasedTrainLoop) or loop.max_iters >= len(loop.dataloader)
+    endless = hasattr(batches.sampler, '_infinite_indices')  # mmengine's and mmdet's
+    if not passes or endless or batches.drop_last:
+        return None
+    return len(batches.sampler) % batches.batch_size or batches.batch_size
+
+
+def pooled_norms(model: nn.Module) -> list[str]:
+    """Names of the batch normalizations that see one value per image while training.
+
+    One over several processes (SyncBN) sees those of all of them. Puts the model into training
+    mode, as the loop does: a model may keep parts of itself frozen there.
+    """
+    model = model.module if is_model_wrapper(model) else model
+    model.train()
+    names = []
+    for path, part in model.named_modules():
+        pooled = False
+        for name, layer in part.named_children() if isinstance(part, nn.Sequential) else ():
+            pooled |= isinstance(layer, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) and (
+                layer.output_size in (1, (1, 1)))
+            if pooled:
+                names += [f'model.{path}.{name}.{inner}'.rstrip('.')
+                          for inner, norm in layer.named_modules() if _needs_two(norm)]
+    return names
+
+
+def _needs_two(layer: nn.Module) -> bool:
+    together = isinstance(layer, nn.SyncBatchNorm) and get_world_size() > 1
+    return isinstance(layer, _BatchNorm) and layer.training and not together
+
+
+def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
+    """What to try when a GPU's memory does not suffice: only what is not in use already."""
+    loader, wrapper = runner.train_loop.dataloader, runner.optim_wrapper
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    size = getattr(loader.batch_sampler, 'batch_size', None) or 1
+    least = 2 if pooled_norms(model) else 1
+    ways = []
+    if size > least:
+        counts = 2 * getattr(wrapper, '_accumulative_counts', 1)
+        ways.append('smaller batches, --cfg-options train_dataloader.batch_size='
+                    f'{max(least, size // 2)} optim_wrapper.accumulative_counts={counts}')
+    if getattr(wrapper, 'cast_dtype', None) is None:
+        ways.append('mixed precision, --amp')
+    backbone = getattr(model, 'backbone', None)
+    if ('with_cp' in inspect.signature(type(backbone)).parameters
+            and not runner.cfg.model.backbone.get('with_cp')):
+        ways.append('gradient checkpointing, --cfg-options model.backbone.with_cp=True')
+    ways += ['smaller images (scale and crop_size in the pipeline)', 'a smaller model']
+    limit = (f'\nBatches of less than {least} are not possible: parts of the model normalize over '
+             'the batch.') if least > 1 else ''
+    return (f'The GPU is out of memory. {str(error).splitlines()[0]}\nWhat helps: '
+            f'{"; ".join(ways)}.{limit}')
