@@ -63,7 +63,7 @@ def _told(cfg, error: Exception) -> str:
             kind = re.match(r'(\w+)\.__init__\(\)', text)
             taker = kind[1] if kind else (node or {}).get('type', 'what it is for')
             return f'{paths[0]}.{unknown[1]}: {taker} takes no such setting ({text}).'
-    absent = re.search(r'^(\S+) is not in the \S+ registry', text)
+    absent = re.search(r'^(\S+) is not in the .+ registry', text)
     if absent:
         paths = [path for path, each in _groups(cfg) if str(each.get('type')) == absent[1]]
         return (f'{f"{paths[0]}.type" if paths else "A type"} is {absent[1]!r}, which is not '

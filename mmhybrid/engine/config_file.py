@@ -1,7 +1,7 @@
 """Reading a config file: what is wrong, in which file and line."""
 from __future__ import annotations
 
-import errno
+import ast
 import json
 import os.path as osp
 import traceback
@@ -30,6 +30,7 @@ def read_config(path: str) -> Config:
                         f'{listed if names else ""}')
     if osp.splitext(path)[1] not in SUFFIXES:
         raise UserError(f'The config {path} does not end with {", ".join(SUFFIXES)}.')
+    _refuse_circles(path)
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
@@ -39,16 +40,29 @@ def read_config(path: str) -> Config:
     return cfg
 
 
+def _refuse_circles(path: str, through: tuple[str, ...] = ()) -> None:
+    """mmengine reads the files of a circle until Python's stack ends, which takes long."""
+    path = osp.abspath(path)
+    if path in through:
+        circle = through[through.index(path):]
+        raise UserError(f'The config {through[0]} cannot be read: by _base_ these files are made '
+                        f'from each other in a circle: {", ".join(circle)}.')
+    try:
+        lines = ast.parse(Path(path).read_bytes()).body
+        value = next(line.value for line in lines if isinstance(line, ast.Assign)
+                     and getattr(line.targets[0], 'id', '') == '_base_')
+        bases = ast.literal_eval(value)
+    except (OSError, ValueError, SyntaxError, StopIteration, RecursionError, MemoryError):
+        return  # reading it will tell
+    for base in [bases] if isinstance(bases, str) else bases:
+        if isinstance(base, str) and '::' not in base:
+            _refuse_circles(osp.join(osp.dirname(path), base), (*through, path))
+
+
 def _reason(path: str, error: Exception) -> str:
     chain = _files(error)
     file = chain[-1] if chain else path
     base = f' (through _base_ of {path})' if osp.abspath(file) != osp.abspath(path) else ''
-    repeated = len(set(chain)) < len(chain)
-    if repeated and (isinstance(error, RecursionError)
-                     or isinstance(error, OSError) and error.errno == errno.EMFILE):
-        circle = list(dict.fromkeys(chain))
-        return (f'The config {path} cannot be read: by _base_ these files are made from each '
-                f'other in a circle: {", ".join(circle)}.')
     if isinstance(error, UnicodeDecodeError):
         return (f'The config {file}{base} is no text file in UTF-8: byte {error.start} is '
                 f'0x{error.object[error.start]:02x}.')
@@ -57,7 +71,7 @@ def _reason(path: str, error: Exception) -> str:
         line = getattr(cause, 'lineno', None)
         return (f'The config {file}{base} is no valid Python'
                 f'{f", line {line}" if line else ""}: {getattr(cause, "msg", cause)}.')
-    if isinstance(error, FileNotFoundError) and repeated is False and not osp.isfile(file):
+    if isinstance(error, FileNotFoundError) and not osp.isfile(file):
         via = chain[-2] if len(chain) > 1 else path
         return f'The config {via} names {file} as _base_, and there is no such file.'
     if isinstance(error, PermissionError):

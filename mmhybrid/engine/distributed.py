@@ -37,12 +37,12 @@ def prepare_launch(cfg, launcher: str) -> list[str]:
     notes = []
     if launcher != 'none':
         _read_launcher(launcher)
-    elif int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    elif _whole_number('WORLD_SIZE', 1, default=1) > 1:
         raise UserError(f'{os.environ["WORLD_SIZE"]} processes were started, but each would work '
                         'alone. Add --launcher pytorch, or use tools/dist_train.sh.')
     if has_accelerator():
         if launcher != 'none' and torch.cuda.is_available():
-            local_rank, gpus = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+            local_rank, gpus = _whole_number('LOCAL_RANK', 0), torch.cuda.device_count()
             if local_rank >= gpus:
                 raise UserError(f'This machine has {gpus} GPU(s), but process {local_rank + 1} '
                                 'was started on it. Start one process per GPU.')
@@ -112,17 +112,35 @@ def _read_launcher(launcher: str) -> None:
         _need(launcher, 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST')
         env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
         env['LOCAL_RANK'] = env.get('SLURM_LOCALID') or str(
-            int(env['RANK']) % max(torch.cuda.device_count(), 1))
+            _whole_number('RANK', 0) % max(torch.cuda.device_count(), 1))
         if 'MASTER_ADDR' not in env:
             env['MASTER_ADDR'] = _first_host(env['SLURM_NODELIST'])
     elif launcher == 'mpi':
-        _need(launcher, 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'MASTER_ADDR')
+        _need(launcher, 'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE',
+              'OMPI_COMM_WORLD_LOCAL_RANK', 'MASTER_ADDR')
         env['RANK'], env['WORLD_SIZE'] = env['OMPI_COMM_WORLD_RANK'], env['OMPI_COMM_WORLD_SIZE']
         env['LOCAL_RANK'] = env['OMPI_COMM_WORLD_LOCAL_RANK']
     else:
         raise UserError(f'Unknown launcher {launcher!r}: use none, pytorch, slurm or mpi.')
     env.setdefault('MASTER_PORT', '29500')
     env.setdefault('LOCAL_RANK', '0')
+    rank, size = _whole_number('RANK', 0), _whole_number('WORLD_SIZE', 1)
+    if rank >= size:  # the others would wait for a process that there is not
+        raise UserError(f'The environment variable RANK is {rank}, but there are {size} processes '
+                        '(WORLD_SIZE), which are numbered from 0.')
+    _whole_number('LOCAL_RANK', 0)
+    _whole_number('MASTER_PORT', 1)
+
+
+def _whole_number(name: str, low: int, default: int | None = None) -> int:
+    value = os.environ.get(name, default)
+    try:
+        if int(value) >= low:
+            return int(value)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f'The environment variable {name} is {value!r}; expected a whole number of at '
+                    f'least {low}.')
 
 
 def _need(launcher: str, *names: str) -> None:

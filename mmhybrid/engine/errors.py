@@ -116,7 +116,8 @@ def run_command(main, argv=None) -> int:
     from .distributed import leave_process_group
     argv = sys.argv[1:] if argv is None else list(argv)
     full = '--traceback' in argv or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0')
-    rank = int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0)))
+    number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    rank = int(number) if number.isdecimal() else 0  # else prepare_launch says so
     try:
         main(argv)
         leave_process_group()

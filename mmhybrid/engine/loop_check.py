@@ -5,11 +5,12 @@ zero, a run without an iteration, or one epoch that has no end.
 """
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 
 from mmengine.dataset import InfiniteSampler
-from mmengine.registry import DATA_SAMPLERS, LOOPS
+from mmengine.registry import DATA_SAMPLERS, LOOPS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from .errors import UserError
@@ -39,7 +40,7 @@ def check_loops(cfg, splits) -> list[str]:
     scope, notes = cfg.get('default_scope'), []
     if 'train' in splits:
         _check_train_cfg(cfg.train_cfg)
-        _check_optimizer(cfg.optim_wrapper)
+        _check_optimizer(cfg.optim_wrapper, scope)
         _check_hooks(cfg.get('default_hooks') or {})
     for split in splits:
         key = f'{split}_dataloader'
@@ -93,7 +94,7 @@ def _check_train_cfg(train_cfg) -> None:
         raise UserError(f'train_cfg must be a dict of settings, got {train_cfg!r}.')
     if 'type' in train_cfg and 'by_epoch' in train_cfg:
         raise UserError('train_cfg has type and by_epoch, which say the same. Leave by_epoch out.')
-    if 'type' not in train_cfg and not isinstance(train_cfg.get('by_epoch'), bool):
+    if train_cfg.get('type') is None and not isinstance(train_cfg.get('by_epoch'), bool):
         raise UserError('train_cfg needs type="EpochBasedTrainLoop" or type="IterBasedTrainLoop".')
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         _whole(train_cfg, 'train_cfg', key, 1,
@@ -108,7 +109,7 @@ def _check_train_cfg(train_cfg) -> None:
                             f'intervals of at least 1, got {pair!r} in it.')
 
 
-def _check_optimizer(wrapper) -> None:
+def _check_optimizer(wrapper, scope) -> None:
     if not isinstance(wrapper, dict):
         raise UserError(f'optim_wrapper must be a dict of settings, got {wrapper!r}.')
     if 'optimizer' not in wrapper:  # several optimizers, each with a wrapper of its own
@@ -117,6 +118,11 @@ def _check_optimizer(wrapper) -> None:
     if not isinstance(optimizer, dict) or 'type' not in optimizer:
         raise UserError('optim_wrapper.optimizer must be a dict with a type, such as '
                         f'dict(type="AdamW", lr=1e-4), got {optimizer!r}.')
+    kind = optimizer['type']
+    if isinstance(kind, str) and _class(optimizer, OPTIMIZERS, scope) is None:
+        near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
+        raise UserError(f'optim_wrapper.optimizer.type is {kind!r}, which is not registered.'
+                        + (f' Did you mean {near[0]!r}?' if near else ''))
     for key in ('lr', 'weight_decay'):
         if optimizer.get(key) is not None:  # some optimizers find their own
             _number(optimizer, 'optim_wrapper.optimizer', key)

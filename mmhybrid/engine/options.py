@@ -15,7 +15,7 @@ from .errors import UserError
 __all__ = ['OptionsAction', 'check_given', 'check_options']
 
 CLOSING = {')': '(', ']': '['}
-DICT = re.compile(r'(?:^|[\[(,])\s*(?:dict\(|\{\s*[\'"\w]+\s*[:}])')
+DICT = re.compile(r'(?:^|[\[(,])\s*(?:dict\(|\{\s*[\'"\w]+\s*[:}])|^\{\s*\}$')
 OFF = (None, True, False)  # what a group of settings may be replaced by
 
 
@@ -104,6 +104,9 @@ def check_options(cfg: Config, options: dict) -> None:
 
 
 def _check_place(cfg: Config, key: str, value) -> None:
+    if isinstance(value, str) and not value and key in (
+            'work_dir', 'load_from', 'pretrained', 'resume'):
+        raise UserError(f'--cfg-options {key}= is empty. Expected a path, or {key}=None.')
     node, parts = cfg._cfg_dict, key.split('.')
     for depth, part in enumerate(parts):
         here = '.'.join(parts[:depth])
@@ -119,9 +122,6 @@ def _check_place(cfg: Config, key: str, value) -> None:
         else:
             raise UserError(f'--cfg-options {key}={value}: {here} is {node!r} in the config, which '
                             f'has no entry {part!r}.')
-    if isinstance(value, str) and not value and key in (
-            'work_dir', 'load_from', 'pretrained', 'resume'):
-        raise UserError(f'--cfg-options {key}= is empty. Expected a path, or {key}=None.')
     _check_replaced(node, key, value)
 
 

@@ -90,9 +90,9 @@ def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
                     f'{max(least, size // 2)} optim_wrapper.accumulative_counts={counts}')
     if getattr(wrapper, 'cast_dtype', None) is None:
         ways.append('mixed precision, --amp')
-    backbone = getattr(model, 'backbone', None)
-    if ('with_cp' in inspect.signature(type(backbone)).parameters
-            and not runner.cfg.model.backbone.get('with_cp')):
+    settings = runner.cfg.model.get('backbone') or {}
+    if not settings.get('with_cp') and 'with_cp' in inspect.signature(
+            type(getattr(model, 'backbone', model))).parameters:
         ways.append('gradient checkpointing, --cfg-options model.backbone.with_cp=True')
     ways += ['smaller images (scale and crop_size in the pipeline)', 'a smaller model']
     limit = (f'\nBatches of less than {least} are not possible: parts of the model normalize over '

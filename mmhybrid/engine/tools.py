@@ -35,6 +35,7 @@ from .small_batches import check_single_images, out_of_memory_advice
 
 __all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
 
+NO_GPUS = ('', 'NoDevFiles', 'none', 'void')  # what Slurm and containers write
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
 
 
@@ -182,10 +183,28 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def _set_up_process() -> list[str]:
     """Before anything computes: threads take over this setting when they start."""
-    if has_accelerator() or not torch.set_flush_denormal(True):
+    if has_accelerator():
         return []
-    return ['Running on the CPU; denormal numbers are rounded to zero, because they slow it down '
-            'as training goes on.']
+    notes = []
+    wanted = os.environ.get('CUDA_VISIBLE_DEVICES', '')
+    if wanted not in NO_GPUS and not wanted.startswith('-'):
+        notes.append(f'CUDA_VISIBLE_DEVICES={wanted} names no GPU that PyTorch finds, so this runs '
+                     'on the CPU.')
+    if torch.set_flush_denormal(True):
+        notes.append('Running on the CPU; denormal numbers are rounded to zero, because they slow '
+                     'it down as training goes on.')
+    return notes
+
+
+def _launcher(args: argparse.Namespace) -> str:
+    """What --launcher or --cfg-options launcher= says. That of a config belongs to another run."""
+    option = (args.cfg_options or {}).get('launcher')
+    if option is None:
+        return args.launcher
+    if args.launcher not in ('none', option):
+        raise UserError(f'--launcher says {args.launcher}, --cfg-options launcher= says {option}. '
+                        'Give one of them.')
+    return str(option)
 
 
 def _build(cfg, args, splits, notes, warnings) -> Runner:
@@ -203,7 +222,7 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
                         'Give another one with --work-dir.') from error
     guard_image_files()
     ensure_hooks(cfg, *HOOKS)
-    notes += prepare_launch(cfg, args.launcher)
+    notes += prepare_launch(cfg, _launcher(args))
     with building(args.config, cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if 'train' in splits:
