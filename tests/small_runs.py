@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 import toy
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.visualization import Visualizer
 from torch import nn
@@ -25,7 +25,8 @@ val_evaluator = test_evaluator = dict(type='SmallMetric')
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=3, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-2))
+optim_wrapper = dict(
+    type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.01))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=8),
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=3, milestones=[1, 2], gamma=0.5)]
@@ -81,8 +82,11 @@ def write(folder, extra='', name='small.py'):
 
 
 def forget_instances():
-    """A process that runs one tool has one logger and one visualizer; tests run many."""
-    for kind in (MMLogger, Visualizer, *Visualizer.__subclasses__()):
+    """A process that runs one tool has one logger and one visualizer; tests run many in a second.
+
+    Their names hold the time in seconds, so two runs would share them.
+    """
+    for kind in (MessageHub, MMLogger, Visualizer, *Visualizer.__subclasses__()):
         getattr(kind, '_instance_dict', {}).clear()
 
 
