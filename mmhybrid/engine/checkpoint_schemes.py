@@ -7,7 +7,6 @@ they understand ``hf://`` and the short names of published weights.
 """
 from __future__ import annotations
 
-import ast
 import io
 import logging
 import os.path as osp
@@ -18,81 +17,84 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from mmhybrid.weights import TRUST_VARIABLE, WeightsError, read_checkpoint, read_file, trusted
 
+from .embedded_config import plain_config, settled_text
+
 __all__ = ['install']
 
 
-def _inert(checkpoint: object) -> object:
-    """Take away texts that mmengine would run as a Python config.
+def _inert(checkpoint: object, name: str) -> object:
+    """Refuse entries that are not what mmengine takes them for; take configs' teeth.
 
     ``resume`` runs ``meta.config``, which its own checkpoints do not have. Inferencers that are
-    given no config run the one that training wrote; it stays if it only sets plain values.
+    given no config use the one that training wrote.
     """
     if not isinstance(checkpoint, dict):
         return checkpoint
-    meta = checkpoint.get('meta')
-    if isinstance(meta, dict):
-        meta.pop('config', None)
-    hub = checkpoint.get('message_hub')
-    for holder in (meta, hub.get('runtime_info') if isinstance(hub, dict) else None):
-        if not isinstance(holder, dict) or 'cfg' not in holder:
-            continue
-        if not trusted() and not _sets_plain_values(holder['cfg']):
-            del holder['cfg']
-            print_log('The config inside the checkpoint does more than set plain values, so it is '
-                      'left out; give the config file where one is needed (or set '
-                      f'{TRUST_VARIABLE}=1 for files of your own).', logger='current',
-                      level=logging.WARNING)
+    _check_entries(checkpoint, name)
+    meta = checkpoint.get('meta') or {}
+    meta.pop('config', None)
+    hub = checkpoint.get('message_hub') or {}
+    if not trusted():
+        for place, holder in (('meta', meta), (
+                'message_hub.runtime_info', hub.get('runtime_info') or {})):
+            if 'cfg' in holder:
+                _settle(holder, f'{place}.cfg', name)
     return checkpoint
 
 
-def _sets_plain_values(text: object) -> bool:
-    """Whether a config's text is nothing but names that are set to literals and ``dict(...)``."""
-    try:
-        return all(
-            isinstance(line, ast.Assign) and _plain(line.value)
-            and all(isinstance(target, ast.Name) for target in line.targets)
-            for line in ast.parse(text).body)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        return False
+def _check_entries(checkpoint: dict, name: str) -> None:
+    meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
+    entries = {'meta': meta, 'message_hub': hub, 'state_dict': checkpoint.get('state_dict')}
+    for key, holder in (('meta', meta), ('message_hub', hub)):
+        if isinstance(holder, dict):
+            entries.update({f'{key}.{each}': holder.get(each) for each in (
+                'dataset_meta', 'runtime_info', 'log_scalars', 'resumed_keys')})
+    for key, value in entries.items():
+        if value is not None and not isinstance(value, dict):
+            raise WeightsError(f'{name} was not loaded: {key} is a {type(value).__name__}, '
+                               'expected a dictionary; save it as mmengine does')
+    odd = [key for key in entries['state_dict'] or () if not isinstance(key, str)]
+    if odd:
+        raise WeightsError(f'{name} was not loaded: state_dict has {odd[0]!r} as a key, expected '
+                           'names of tensors')
 
 
-def _plain(node: ast.expr) -> bool:
-    if isinstance(node, ast.Constant):
-        return True
-    if isinstance(node, ast.UnaryOp):
-        return isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant)
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        return all(map(_plain, node.elts))
-    if isinstance(node, ast.Dict):
-        return all(key is not None and _plain(key) for key in node.keys) and all(
-            map(_plain, node.values))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        # float: infinities
-        return node.func.id in ('dict', 'float') and all(
-            map(_plain, [*node.args, *(item.value for item in node.keywords)]))
-    return False
+def _settle(holder: dict, place: str, name: str) -> None:
+    values = plain_config(holder['cfg'])
+    if values is None:
+        del holder['cfg']
+        problem = (f'The config inside the checkpoint ({place} of {name}) does more than set plain '
+                   'values, so it is left out')
+    else:
+        holder['cfg'], dropped = settled_text(holder['cfg'], values)
+        if not dropped:
+            return
+        problem = (f'From the config inside the checkpoint ({place} of {name}) entries that could '
+                   f'run code are left out: {"; ".join(dropped)}')
+    print_log(f'{problem}. Give the config file where one is needed, or set {TRUST_VARIABLE}=1 '
+              'for files of your own.', logger='current', level=logging.WARNING)
 
 
 def load_from_local(filename: str, map_location=None) -> object:
     """Read a path or a short name of published weights."""
-    return _inert(read_checkpoint(filename, map_location))
+    return _inert(read_checkpoint(filename, map_location), filename)
 
 
 def load_from_http(filename: str, map_location=None, model_dir=None, progress=True) -> object:
     """Fetch and read an address; processes of one machine share the download."""
-    return _inert(read_checkpoint(filename, map_location))
+    return _inert(read_checkpoint(filename, map_location), filename)
 
 
 def load_from_hub(filename: str, map_location=None) -> object:
     """Fetch and read a file of Hugging Face's hub."""
-    return _inert(read_checkpoint(filename, map_location))
+    return _inert(read_checkpoint(filename, map_location), filename)
 
 
 def load_from_ceph(filename: str, map_location=None, backend: str = 'petrel') -> object:
     """Read an object of a storage cluster."""
     from mmengine.fileio import get_file_backend
     content = get_file_backend(filename, backend_args={'backend': backend}).get(filename)
-    return _inert(read_file(io.BytesIO(content), map_location, name=filename))
+    return _inert(read_file(io.BytesIO(content), map_location, name=filename), filename)
 
 
 def load_from_openmmlab(filename: str, map_location=None) -> object:
@@ -105,7 +107,7 @@ def load_from_openmmlab(filename: str, map_location=None) -> object:
     address = known[name]
     if not address.startswith(('http://', 'https://')):
         address = osp.join(mmengine_checkpoint._get_mmengine_home(), address)
-    return _inert(read_checkpoint(address, map_location))
+    return _inert(read_checkpoint(address, map_location), filename)
 
 
 def load_from_pavi(filename: str, map_location=None) -> object:

@@ -23,6 +23,7 @@ from mmhybrid.weights import (
     fetch,
     is_known_source,
     kind_of,
+    strip_parallel,
     unwrap,
 )
 
@@ -419,14 +420,16 @@ def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
     if is_remote(path):
         return
     folder = osp.dirname(path) or '.'
-    files = [osp.join(folder, name) for name in os.listdir(folder)
-             if name.endswith('.pth') and name != osp.basename(path)] if osp.isdir(folder) else []
+    names = os.listdir(folder) if os.access(folder, os.R_OK) and osp.isdir(folder) else []
+    files = [osp.join(folder, name) for name in names
+             if name.endswith('.pth') and osp.isfile(osp.join(folder, name))
+             and name != osp.basename(path)]
     newest = [osp.basename(name) for name in sorted(files, key=osp.getmtime)[-5:]]
     there = f' {folder} also holds {", ".join(newest)}.' if newest else ''
-    if not osp.isfile(path):
-        raise UserError(f'The {what} {path} does not exist.{there}')
     try:
         check_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f'The {what} {path} does not exist.{there}') from error
     except WeightsError as error:
         raise UserError(f'The {what} {error}.{there}') from error
 
@@ -461,6 +464,7 @@ class CheckpointCheckHook(Hook):
         weights, report = fit_weights(backbone, checkpoint, str(runner._load_from),
                                       strict=self.strict)
         runner.logger.info(str(report))
+        _align(checkpoint, model)
         if kind_of(unwrap(checkpoint)[0]) in ('classification', 'backbone'):
             meta = checkpoint.get('meta')
             checkpoint.clear()
@@ -471,9 +475,21 @@ class CheckpointCheckHook(Hook):
     def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         extra = check_whole(model, checkpoint)
+        _align(checkpoint, model)
         if extra:
             runner.logger.warning(f'{len(extra)} tensors of the checkpoint have no place in the '
                                   f'model and are left out: {", ".join(_first(extra))}')
+
+
+def _align(checkpoint: dict, model: torch.nn.Module) -> None:
+    """Give tensors the model's names: mmengine takes away 'module.' alone, and only once."""
+    state = checkpoint.get('state_dict')
+    if not isinstance(state, dict):
+        return
+    bare, removed = strip_parallel(state)
+    wanted = strip_parallel(model.state_dict())[1]
+    if removed != wanted:
+        checkpoint['state_dict'] = {wanted + name: tensor for name, tensor in bare.items()}
 
 
 def check_whole(model: torch.nn.Module, checkpoint: dict) -> list[str]:
@@ -482,11 +498,9 @@ def check_whole(model: torch.nn.Module, checkpoint: dict) -> list[str]:
     Returns:
         Names of tensors that have no place in the model.
     """
-    state = checkpoint.get('state_dict', checkpoint)
-    given = {key.removeprefix('module.'): tuple(value.shape)
-             for key, value in state.items() if isinstance(value, torch.Tensor)}
-    wanted = {key.removeprefix('module.'): tuple(value.shape)
-              for key, value in model.state_dict().items()}
+    given, wanted = ({key: tuple(value.shape) for key, value in strip_parallel(state)[0].items()
+                      if isinstance(value, torch.Tensor)}
+                     for state in (checkpoint.get('state_dict', checkpoint), model.state_dict()))
     shapes = [f'{key}: {given[key]} in the file, {shape} in the model'
               for key, shape in wanted.items() if key in given and given[key] != shape]
     missing = [key for key in wanted

@@ -19,6 +19,7 @@ from mmhybrid.weights import (
     identify,
     kind_of,
     read_checkpoint,
+    strip_parallel,
     strip_wrappers,
     unwrap,
 )
@@ -236,7 +237,7 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     """
     found, where = unwrap(checkpoint, key)
     whole = hasattr(module, 'backbone') and not prefix
-    state_dict, removed = _without_parallel(found) if whole else strip_wrappers(found, prefix)
+    state_dict, removed = strip_parallel(found) if whole else strip_wrappers(found, prefix)
     inside = {removed + name for name in state_dict}
     aside = [name for name in found if name not in inside]
     original = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
@@ -269,13 +270,6 @@ def _load(module: nn.Module, checkpoint: object, source: str, *, map_location=No
     weights, report = fit_weights(module, checkpoint, source, **options)
     module.load_state_dict(weights, strict=False)
     return report
-
-
-def _without_parallel(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    for wrapper in ('module.', '_orig_mod.'):
-        if all(name.startswith(wrapper) for name in state_dict):
-            return strip_wrappers(state_dict, wrapper)
-    return state_dict, ''
 
 
 def _fit_input(module: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ import os
 
 from .download import sha256_of
 from .errors import WeightsError
-from .nesting import strip_wrappers, unwrap
+from .nesting import strip_parallel, strip_wrappers, unwrap
 from .reading import (
     TRUST_VARIABLE,
     check_file,
+    check_path,
     file_format,
     read_file,
     safetensors_metadata,
@@ -22,9 +23,9 @@ from .released import RELEASED, Released
 from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
-           'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of', 'read_checkpoint',
-           'read_file', 'safetensors_metadata', 'sha256_of', 'strip_wrappers', 'trusted',
-           'unwrap']
+           'check_path', 'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of',
+           'read_checkpoint', 'read_file', 'safetensors_metadata', 'sha256_of', 'strip_parallel',
+           'strip_wrappers', 'trusted', 'unwrap']
 
 
 def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:
@@ -43,5 +44,7 @@ def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool =
         FileNotFoundError: if a path does not exist.
         WeightsError: if it cannot be fetched, is damaged or could run code.
     """
-    name = os.fspath(source)
+    name = os.fsdecode(source)
+    if not is_known_source(name) and os.path.lexists(os.path.expanduser(name)):
+        check_path(os.path.expanduser(name), name)  # folders, pipes and devices, by their names
     return read_file(fetch(source), map_location, trust, name=name)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .download import sha256_of
 from .errors import WeightsError
-from .nesting import strip_wrappers, unwrap
+from .nesting import strip_parallel, strip_wrappers, unwrap
 from .reading import read_file, safetensors_metadata
 from .recognition import identify, kind_of
 from .released import RELEASED
@@ -49,7 +49,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | 
     kind = kind_of(found)
     # A whole detector stays whole; only what wraps the model is taken away.
     state_dict, prefix = strip_wrappers(found) if kind not in ('detector', 'segmentor') else (
-        _without_parallel(found))
+        strip_parallel(found))
     aside = sorted(set(found) - {prefix + name for name in state_dict})
     if aside:
         raise WeightsError(f'{source} holds tensors beside the model that would be lost '
@@ -120,7 +120,7 @@ def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool
     path, target = fetch(source), _checked_target(target)
     checkpoint = read_file(path, trust=trust, name=os.fspath(source))
     found, where = unwrap(checkpoint)
-    state_dict, _ = _without_parallel(found)
+    state_dict, _ = strip_parallel(found)
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) and where else None
     meta = meta if isinstance(meta, Mapping) else {}
     kept = {name: meta[name] for name in _KEPT if name in meta}
@@ -140,15 +140,6 @@ def _checked_target(target: str | os.PathLike) -> Path:
         raise WeightsError(f'got {target} to write to, expected a name that ends in .safetensors '
                            'or .pth')
     return target
-
-
-def _without_parallel(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    removed = ''
-    for wrapper in ('module.', '_orig_mod.'):
-        if all(name.startswith(wrapper) for name in state_dict):
-            state_dict, _ = strip_wrappers(state_dict, wrapper)
-            removed += wrapper
-    return state_dict, removed
 
 
 def _released(source: str, path: Path):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .errors import WeightsError
 from .recognition import recognized_family
 
-__all__ = ['EMA_KEYS', 'WRAPPERS', 'strip_wrappers', 'top_names', 'unwrap']
+__all__ = ['EMA_KEYS', 'WRAPPERS', 'strip_parallel', 'strip_wrappers', 'top_names', 'unwrap']
 
 #: Entries under which trainers put weights, in the order in which they are looked for.
 KEYS = ('state_dict', 'model')
@@ -17,6 +17,9 @@ EMA_KEYS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema_model')
 #: Names that wrapping modules put in front of a backbone's own: data parallelism, compilation,
 #: detectors, self-supervision, transformers and lightning, detectron2.
 WRAPPERS = ('module.', '_orig_mod.', 'backbone.', 'encoder.', 'model.', 'net.')
+
+#: Those of them that leave the model whole.
+_PARALLEL = ('module.', '_orig_mod.')
 
 
 def unwrap(checkpoint: object, key: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -93,6 +96,24 @@ def strip_wrappers(state_dict: Mapping[str, Tensor], prefix: str | None = None
                            if name.startswith(wrapper)}
                 removed, stripped = removed + wrapper, True
                 break
+    return current, removed
+
+
+def strip_parallel(state_dict: Mapping[str, object]) -> tuple[dict[str, object], str]:
+    """Take away what data parallelism and compilation put in front of every name, in any order.
+
+    Returns:
+        Tensors by the model's own names, and the prefix that was removed, e.g.
+        ``'module._orig_mod.'``.
+    """
+    current, removed = dict(state_dict), ''
+    while current:
+        wrapper = next((wrapper for wrapper in _PARALLEL
+                        if all(str(name).startswith(wrapper) for name in current)), None)
+        if wrapper is None:
+            break
+        current = {name[len(wrapper):]: tensor for name, tensor in current.items()}
+        removed += wrapper
     return current, removed
 
 
