@@ -119,7 +119,7 @@ def settled_text(text: str, values: dict) -> tuple[str, list[str]]:
         The text, unchanged if all of it may stay, and what was taken out and why.
     """
     dropped: list[str] = []
-    kept = _kept(values, '', dropped)
+    kept = _kept_entries(values, '', dropped)
     if not dropped:
         return text, []
     return ''.join(f'{name} = {_written(value)}\n' for name, value in kept.items()), dropped
@@ -133,17 +133,21 @@ def _kept(value: object, place: str, dropped: list[str]) -> object:
     if isinstance(value, dict):
         problem = _type_problem(value['type']) if 'type' in value else None
         if problem:
-            dropped.append(f'{place or "the config"} (type={value["type"]!r:.80} {problem})')
+            dropped.append(f'{place} (type={value["type"]!r:.80} {problem})')
             return _GONE
-        pairs = {key: _kept_entry(key, each, f'{place}.{key}'.lstrip('.'), dropped)
-                 for key, each in value.items()}
-        return {key: each for key, each in pairs.items() if each is not _GONE}
+        return _kept_entries(value, f'{place}.', dropped)
     if isinstance(value, (list, tuple)):
         items = [_kept(each, f'{place}[{index}]', dropped) for index, each in enumerate(value)]
         return type(value)(each for each in items if each is not _GONE)
     if isinstance(value, str):
         return _kept_text('', value, place, dropped)
     return value
+
+
+def _kept_entries(values: dict, place: str, dropped: list[str]) -> dict:
+    pairs = {key: _kept_entry(key, value, f'{place}{key}', dropped)
+             for key, value in values.items()}
+    return {key: value for key, value in pairs.items() if value is not _GONE}
 
 
 def _kept_entry(key: object, value: object, place: str, dropped: list[str]) -> object:
@@ -213,7 +217,10 @@ def _type_problem(name: object) -> str | None:
         return f'is nothing of {", ".join(PACKAGES)}'
     if parts[0] == 'torch' and parts[1] not in ('nn', 'optim'):
         return 'is no layer and no optimizer'
-    return _object_problem(get_object_from_string(name))
+    found = get_object_from_string(name)
+    if found is None:  # a registered name with its scope, or nothing
+        return None if len(parts) == 2 else 'leads to nothing'
+    return _object_problem(found)
 
 
 def _is_module(name: str) -> bool:
@@ -237,8 +244,6 @@ def _is_registered_name(name: str) -> bool:
 
 def _object_problem(found: object) -> str | None:
     """Say why what a dotted name leads to must not be built."""
-    if found is None:
-        return None  # a registered name with its scope, or nothing at all
     holders = [registry.name for registry in _registries()
                if any(each is found for each in registry.module_dict.values())]
     if any(name in _STARTING for name in holders):

@@ -45,6 +45,8 @@ def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool =
         WeightsError: if it cannot be fetched, is damaged or could run code.
     """
     name = os.fsdecode(source)
-    if not is_known_source(name) and os.path.lexists(os.path.expanduser(name)):
-        check_path(os.path.expanduser(name), name)  # folders, pipes and devices, by their names
+    path = os.path.expanduser(name)
+    if '://' not in name and not is_known_source(name) and (
+            os.sep in name or os.path.lexists(path)):
+        check_path(path, name)
     return read_file(fetch(source), map_location, trust, name=name)

@@ -32,7 +32,7 @@ from .allowed import (
 __all__ = ['CutOff', 'read_pickle']
 
 _LONGEST_NAME = 1000  # bytes
-_PRICES = dict(MARK=2, EMPTY_LIST=2, EMPTY_DICT=2, EMPTY_SET=4)  # in instructions, by memory
+_PRICES = dict(MARK=3, EMPTY_LIST=2, EMPTY_DICT=2, EMPTY_SET=4)  # in instructions, by memory
 
 
 class CutOff(Damaged):
