@@ -1,6 +1,7 @@
 """Files as an attacker writes them: pickles put together by hand, archives with any content."""
 import contextlib
 import io
+import os
 import struct
 import sys
 import zipfile
@@ -153,6 +154,10 @@ def _hook(event, args):
     written = event == 'open' and not (isinstance(args[1], str) and args[1] in ('r', 'rb')
                                        or args[1] is None)
     known = event == 'import' and args[0].partition('.')[0] in sys.modules
+    if event == 'compile' and args[1] == '<unknown>':
+        return  # ast.parse, which runs nothing
+    if event == 'exec' and os.path.isfile(args[0].co_filename):
+        return  # a part of a package that is imported already
     if written or event == 'import' and not known or event.startswith(_HARM) and (
             event not in _HARMLESS):
         _SEEN.append((event, *(str(arg)[:80] for arg in args[:2])))

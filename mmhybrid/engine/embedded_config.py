@@ -104,8 +104,23 @@ def _is_plain(node: ast.expr) -> bool:
 
 
 def _value(node: ast.expr) -> object:
-    code = compile(ast.Expression(node), 'config', 'eval')
-    return eval(code, {'__builtins__': {}, 'dict': dict, 'float': float})  # literals and these two
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp):
+        return -_value(node.operand)
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(each)
+                for key, each in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+        return kind(map(_value, node.elts))
+    args = [_value(each) for each in node.args]
+    if node.func.id == 'float':
+        return float(*args)
+    result = dict(*args)
+    for item in node.keywords:  # without a name: **
+        result.update({item.arg: _value(item.value)} if item.arg else _value(item.value))
+    return result
 
 
 def settled_text(text: str, values: dict) -> tuple[str, list[str]]:
@@ -217,7 +232,10 @@ def _type_problem(name: object) -> str | None:
         return f'is nothing of {", ".join(PACKAGES)}'
     if parts[0] == 'torch' and parts[1] not in ('nn', 'optim'):
         return 'is no layer and no optimizer'
-    found = get_object_from_string(name)
+    try:
+        found = get_object_from_string(name)
+    except Exception:  # whatever a module raises that cannot be imported here
+        return 'leads to a module that cannot be imported'
     if found is None:  # a registered name with its scope, or nothing
         return None if len(parts) == 2 else 'leads to nothing'
     return _object_problem(found)
