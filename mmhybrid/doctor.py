@@ -322,7 +322,8 @@ def _operators_row(facts):
         remedy = _explain(facts, operators['error'], 'see the rows above; repair those first')
         return Row('mmcv operators', operators['error'], PROBLEM, remedy)
     if operators['implementation'] == 'compiled':
-        return Row('mmcv operators', 'compiled (mmcv._ext)')
+        found = f"compiled (mmcv._ext; {operators['compiler']}, CUDA {operators['cuda']})"
+        return Row('mmcv operators', found)
     return Row('mmcv operators', 'torchvision stands in for mmcv._ext (nms, roi_align)', NOTE,
                'nothing to do for Mask R-CNN, Cascade Mask R-CNN and UperNet; other operators '
                f'need compiled mmcv: {_compile_command(facts)}')  # fmt: skip

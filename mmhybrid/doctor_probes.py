@@ -142,8 +142,9 @@ def operators():
 
     found = mmcv_ops.implementation()
     facts = {'implementation': found, 'compile_command': mmcv_ops.compile_command()}
-    from mmcv.ops import nms, roi_align
+    from mmcv.ops import get_compiler_version, get_compiling_cuda_version, nms, roi_align
 
+    facts.update(compiler=get_compiler_version(), cuda=get_compiling_cuda_version())
     devices = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
     for device in devices:
         boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 4.1]], device=device)

@@ -5,12 +5,17 @@ A plain install of the maintained mmcv fork, or of ``mmcv-lite``, has no ``mmcv.
 It stands last, so a compiled module always wins and is never touched. The stand-in computes what
 Mask R-CNN, Cascade Mask R-CNN and UperNet need in training and testing, on any device that
 torchvision has kernels for: ``nms``, ``roi_align_forward`` and ``roi_align_backward``. Every other
-operator is a callable that explains itself when it is called.
+operator is a callable that explains itself when it is called, because ``mmcv.ops`` insists at its
+import that all are there.
+
+The stand-in does not pretend: ``mmcv._ext.IS_STAND_IN`` is true (a compiled module has no such
+name), it has no ``__file__``, and ``__all__`` and ``dir()`` name only what it computes.
 
 The operator signatures are those that ``mmcv.ops`` (2.1 to 2.3) calls; values follow torchvision,
 whose kernels compute the same functions (RoIAlign: Mask R-CNN, arXiv:1703.06870, section 3).
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
@@ -60,17 +65,20 @@ def compile_command():
     return ' && '.join(commands)
 
 
+@functools.cache  # the same object every time, as pickle and `is` expect
 def _missing_op(name):
     def op(*args, **kwargs):
         raise CompiledOpMissing(
-            f"The operator '{name}' exists only in compiled mmcv; this installation of mmcv has no "
-            f"compiled operators, and mmhybrid's torchvision fallback covers "
-            f"{', '.join(sorted(_OPS))}. Compile mmcv (some 45 minutes of processor time, needs a "
-            'C++ compiler): '
-            f"{compile_command()}"
+            f"mmcv's operator '{name}' was called, which exists only in compiled mmcv, and this "
+            f"mmcv is not compiled: mmhybrid's torchvision stand-in for it computes "
+            f"{', '.join(sorted(_OPS))} alone; take a model that does without '{name}', or compile "
+            'mmcv (some 45 minutes of processor time, needs a C++ compiler; `mmhybrid doctor` '
+            f'tells what is installed): {compile_command()}'
         )
 
     op.__name__ = op.__qualname__ = name
+    op.__module__ = EXT_NAME
+    op.__doc__ = 'Raises CompiledOpMissing: this operator exists only in compiled mmcv.'
     return op
 
 
@@ -180,8 +188,14 @@ def roi_align_backward(
     )
 
 
-def _get_compiler_version():
-    return "n/a (mmhybrid's torchvision fallback)"
+def get_compiler_version():
+    """What mmcv's own function is asked for in reports; there was no compiler."""
+    return "none (mmcv is not compiled; mmhybrid's torchvision stand-in)"
+
+
+def get_compiling_cuda_version():
+    """What an mmcv that was compiled without CUDA answers, too."""
+    return 'not available'
 
 
 _OPS = {
@@ -191,8 +205,8 @@ _OPS = {
 }
 # mmdet's and mmseg's environment reports call these two.
 _INFO = {
-    'get_compiler_version': _get_compiler_version,
-    'get_compiling_cuda_version': _get_compiler_version,
+    'get_compiler_version': get_compiler_version,
+    'get_compiling_cuda_version': get_compiling_cuda_version,
 }
 
 
@@ -202,20 +216,26 @@ class _FallbackLoader(importlib.abc.Loader):
         return None  # the default module, with spec.loader and __spec__ set for us
 
     def exec_module(self, module):
-        module.__doc__ = 'Operators of mmcv computed by torchvision; made by mmhybrid.mmcv_ops.'
-        module.__dict__.update(_OPS, **_INFO)
+        module.__doc__ = (
+            'Not the compiled module of mmcv: operators computed by torchvision, made by '
+            'mmhybrid.mmcv_ops.'
+        )
+        module.__dict__.update(_OPS, **_INFO, IS_STAND_IN=True)
+        module.__all__ = ['IS_STAND_IN', *_OPS, *_INFO]
 
         def __getattr__(name):  # noqa: N807  PEP 562
-            if name.startswith('_'):  # inspect and importlib probe for dunders
-                raise AttributeError(f'module {EXT_NAME!r} has no attribute {name!r}')
-            op = _missing_op(name)
-            module.__dict__[name] = op
-            return op
+            # Operators are in lower case; inspect, copy and the import system probe for others.
+            if name.startswith('_') or name != name.lower():
+                raise AttributeError(f"module {EXT_NAME!r}, mmhybrid's stand-in, has no {name!r}")
+            return _missing_op(name)
 
         module.__getattr__ = __getattr__
+        module.__dir__ = lambda: sorted({*module.__dict__} - {'__dir__', '__getattr__'})
 
 
 class _FallbackFinder(importlib.abc.MetaPathFinder):
+    is_mmcv_stand_in = True  # this class has another identity after a reload of its module
+
     def find_spec(self, fullname, path=None, target=None):
         if fullname != EXT_NAME:
             return None
@@ -241,14 +261,17 @@ def implementation():
         return 'absent'
     loaded = sys.modules.get(EXT_NAME)
     if loaded is not None:
-        ours = isinstance(getattr(loaded, '__loader__', None), _FallbackLoader)
-        return 'torchvision' if ours else 'compiled'
+        return 'torchvision' if getattr(loaded, 'IS_STAND_IN', False) else 'compiled'
     for finder in sys.meta_path:
-        if isinstance(finder, _FallbackFinder) or not hasattr(finder, 'find_spec'):
+        if _is_ours(finder) or not hasattr(finder, 'find_spec'):
             continue
         if finder.find_spec(EXT_NAME, path) is not None:
             return 'compiled'
     return 'torchvision'
+
+
+def _is_ours(finder):
+    return getattr(finder, 'is_mmcv_stand_in', False)
 
 
 def install():
@@ -257,7 +280,7 @@ def install():
     Returns:
         str: as :func:`implementation`.
     """
-    if not any(isinstance(finder, _FallbackFinder) for finder in sys.meta_path):
+    if not any(map(_is_ours, sys.meta_path)):
         sys.meta_path.append(_FallbackFinder())
     found = implementation()
     _log_once(found)

@@ -57,6 +57,8 @@ HEALTHY = {
     'step': {'ok': True, 'device': 'cpu', 'seconds': 0.5},
 }  # fmt: skip
 
+COMPILED = {'ok': True, 'implementation': 'compiled', 'compiler': 'GCC 13.2', 'cuda': '12.8'}
+
 
 def facts(**changes):
     changed = copy.deepcopy(HEALTHY)
@@ -87,8 +89,8 @@ def test_healthy_installation_has_no_problem():
 
 
 def test_compiled_operators_are_named():
-    row = row_of(facts(operators={'ok': True, 'implementation': 'compiled'}), 'mmcv operators')
-    assert row.state == doctor.OK and 'compiled' in row.found
+    row = row_of(facts(operators=COMPILED), 'mmcv operators')
+    assert row.state == doctor.OK and row.found == 'compiled (mmcv._ext; GCC 13.2, CUDA 12.8)'
 
 
 def test_fallback_operators_tell_how_to_compile():
@@ -138,7 +140,7 @@ def test_torchvision_missing_or_for_another_torch():
     assert 'torchvision==0.19.*' in problems(wrong)['torchvision'].remedy
     compiled = facts(
         importable={'torchvision': False}, torchvision=missing('torchvision'),
-        operators={'ok': True, 'implementation': 'compiled'},
+        operators=COMPILED,
     )  # fmt: skip
     assert problems(compiled) == {}
 

@@ -308,6 +308,7 @@ def test_compiled_module_is_left_alone():
     from mmcv import _ext
 
     assert _ext.__file__ and not isinstance(_ext.__loader__, mmcv_ops._FallbackLoader)
+    assert not hasattr(_ext, 'IS_STAND_IN')
 
 
 # ---------------------------------------------------------------- what is not there
