@@ -67,7 +67,12 @@ def parse_address(text: str) -> Address:
 
 
 def shown(address: str) -> str:
-    """Give an address for people: without login, values of the query, and odd characters."""
+    """Give an address for people: without login, values of the query, and odd characters.
+
+    What is no address, as the path of a file, stays as it is.
+    """
+    if '://' not in address:
+        return address
     text = re.sub('(?<=//)[^/?#]*@', '***@', address)
     text = re.sub(r'\?.+', '?...', text.partition('#')[0], flags=re.DOTALL)
     text = ''.join(x if x.isprintable() else '\N{REPLACEMENT CHARACTER}' for x in text)

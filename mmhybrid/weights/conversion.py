@@ -5,14 +5,17 @@ taken away, the entry and the prefix, is noted in it, so that the original namin
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .addresses import shown
 from .download import sha256_of
 from .errors import WeightsError
 from .nesting import strip_parallel, strip_wrappers, unwrap
@@ -59,14 +62,17 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | 
     identity = identify({name: tuple(t.shape) for name, t in inner.items()})
     row = _released(os.fspath(source), path)
     facts = dict(
-        source=path.name if os.path.isfile(source) else os.fspath(source), sha256=sha256_of(path),
+        source=path.name if os.path.isfile(source) else shown(os.fspath(source)),
+        sha256=sha256_of(path),
         published=row.address if row else '',
         licence=licence or (row.licence if row else 'unknown'),
         repository=row.source if row else '', kind=kind,
         family=identity.family if identity else '', arch=(identity and identity.variant) or '',
         original=json.dumps(dict(entry=where, prefix=prefix)))
     facts = {name: value for name, value in facts.items() if value}
-    _write(state_dict, target, facts)
+    with _aside(target) as part:
+        _write(state_dict, part, facts)
+        os.replace(part, target)
     return facts
 
 
@@ -86,7 +92,9 @@ def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
                   for name, tensor in unwrap(read_file(path))[0].items()}
     for entry in reversed(original['entry'].split('.') if original['entry'] else []):
         state_dict = {entry: state_dict}
-    _save(state_dict, Path(target))
+    with _aside(Path(target)) as part:
+        torch.save(state_dict, part)
+        os.replace(part, target)
 
 
 def provenance_of(path: str | os.PathLike) -> dict[str, str]:
@@ -124,13 +132,14 @@ def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) and where else None
     meta = meta if isinstance(meta, Mapping) else {}
     kept = {name: meta[name] for name in _KEPT if name in meta}
-    if target.suffix == '.safetensors':
-        names = kept.get('dataset_meta', {}).get('classes') or ()
-        _write(state_dict, target, dict(classes=json.dumps(list(names))) if names else {})
-    else:
-        _save(dict(meta=kept, state_dict=_own(state_dict)), target)
-    final = target.with_name(f'{target.stem}-{sha256_of(target)[:8]}{target.suffix}')
-    os.replace(target, final)
+    with _aside(target) as part:
+        if target.suffix == '.safetensors':
+            names = kept.get('dataset_meta', {}).get('classes') or ()
+            _write(state_dict, part, dict(classes=json.dumps(list(names))) if names else {})
+        else:
+            torch.save(dict(meta=kept, state_dict=_own(state_dict)), part)
+        final = target.with_name(f'{target.stem}-{sha256_of(part)[:8]}{target.suffix}')
+        os.replace(part, final)
     return final
 
 
@@ -156,22 +165,21 @@ def _own(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in state_dict.items()}
 
 
+@contextlib.contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """Give a name in a folder of our own beside the target, for a file until it is whole."""
+    with tempfile.TemporaryDirectory(prefix='.part-', dir=target.parent) as folder:
+        yield Path(folder) / target.name
+
+
 def _write(state_dict: Mapping[str, Tensor], target: Path, facts: dict[str, str]) -> None:
     if target.suffix == '.pth':
-        _save(dict(meta={_NOTE: facts}, state_dict=_own(state_dict)), target)
+        torch.save(dict(meta={_NOTE: facts}, state_dict=_own(state_dict)), target)
         return
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError('writing .safetensors needs that package; run: pip install safetensors, '
                           'or write a .pth file') from error
-    part = target.with_name(target.name + '.part')
     metadata = {f'{_NOTE}.{name}': value for name, value in facts.items()}
-    save_file(_own(state_dict), part, metadata={'format': 'pt', **metadata})
-    os.replace(part, target)
-
-
-def _save(value: object, target: Path) -> None:
-    part = target.with_name(target.name + '.part')
-    torch.save(value, part)
-    os.replace(part, target)
+    save_file(_own(state_dict), target, metadata={'format': 'pt', **metadata})

@@ -8,9 +8,11 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -547,6 +549,58 @@ def test_long_text_is_no_path():
 def test_addresses_of_the_hub_have_no_dots(address):
     with pytest.raises(WeightsError, match='expected hf://organisation/repository'):
         HubAddress.parse(address)
+
+
+def hub_error(*names, **attributes):
+    """An error as huggingface_hub raises it: its class, and those above it, by name."""
+    kind = Exception
+    for name in reversed(names):
+        kind = type(name, (kind,), {})
+    error = kind('Client Error. (Request ID: Root=1-abc)\n\nSee https://hub/?token=secret')
+    vars(error).update(attributes)
+    return error
+
+
+@pytest.mark.parametrize(('error', 'reason'), [
+    (hub_error('GatedRepoError', 'RepositoryNotFoundError', 'HfHubHTTPError'), 'its conditions are '
+     'not accepted; accept them on its page and sign in'),
+    (hub_error('RepositoryNotFoundError', 'HfHubHTTPError'), 'there is no such repository, or it'),
+    (hub_error('RevisionNotFoundError', 'HfHubHTTPError'), 'the repository has no such revision; '),
+    (hub_error('RemoteEntryNotFoundError', 'HfHubHTTPError', 'EntryNotFoundError'),
+     'the repository has no such file; check the name'),
+    (hub_error('LocalEntryNotFoundError', 'EntryNotFoundError', 'FileNotFoundError'),
+     'it is not in the cache of the hub, and the hub cannot be asked; check the connection'),
+    (hub_error('OfflineModeIsEnabled', 'ConnectionError'), 'HF_HUB_OFFLINE is set; unset it'),
+    (hub_error('HFValidationError', 'ValueError'), 'the hub allows no such name; check it'),
+    (hub_error('ReadTimeout', 'Timeout', 'RequestException'), 'the hub did not answer in time; '),
+    (hub_error('ConnectTimeout', 'TimeoutException', 'TransportError'), 'did not answer in time; '),
+    (hub_error('SSLError', 'ConnectionError', 'RequestException'), 'there is no connection to the'),
+    (hub_error('ConnectError', 'NetworkError', 'TransportError'), 'there is no connection to the'),
+    (hub_error('HfHubHTTPError', response=SimpleNamespace(status_code=503)), 'the hub answered 50'),
+    (OSError(28, 'No space left on device', '/c/f'), 'No space left on device (/c/f); make room, '
+     'or name another folder with HF_HOME'),
+    (hub_error('Odd'), 'huggingface_hub failed with Odd (Client Error. (Request ID: Root=1-abc));')])
+def test_errors_of_the_hub(monkeypatch, error, reason):
+    def hf_hub_download(*_, **__):
+        raise error
+
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', SimpleNamespace(
+        hf_hub_download=hf_hub_download))
+    with pytest.raises(WeightsError) as caught:
+        fetch('hf://org/repo/w.pth')
+    said = str(caught.value)
+    assert said.startswith('hf://org/repo/w.pth could not be fetched: ') and reason in said
+    assert said.endswith('; or download the file and give its path')
+    assert '\n' not in said and 'secret' not in said
+
+
+def test_without_the_package_names_are_encoded(server, file, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    monkeypatch.setenv('HF_ENDPOINT', server.url)
+    server.answers = [answer(file)]
+    assert fetch('hf://org/repo/a b/100%.pth@refs/pr/1').read_bytes() == file
+    assert server.requests[0].startswith(
+        'GET /org/repo/resolve/refs%2Fpr%2F1/a%20b/100%25.pth HTTP/1.1')
 
 
 # --- checksums ---
