@@ -579,7 +579,7 @@ def hub_error(*names, **attributes):
     (hub_error('HfHubHTTPError', response=SimpleNamespace(status_code=503)), 'the hub answered 50'),
     (OSError(28, 'No space left on device', '/c/f'), 'No space left on device (/c/f); make room, '
      'or name another folder with HF_HOME'),
-    (hub_error('Odd'), 'huggingface_hub failed with Odd (Client Error. (Request ID: Root=1-abc));')])
+    (hub_error('Odd'), 'huggingface_hub failed with Odd (Client Error. (Request ID: Root=1-abc))')])
 def test_errors_of_the_hub(monkeypatch, error, reason):
     def hf_hub_download(*_, **__):
         raise error
