@@ -23,7 +23,8 @@ SAMPLES = 1000  # image files looked for; on a network disk all of them can take
 
 def check_coco(records: Records, classes: tuple, masks: bool, train: bool, scored: bool = False,
                folder: str | None = None, filter_cfg: dict | None = None,
-               indices: int | list | None = None) -> tuple[list[str], list[str], str]:
+               indices: int | list | None = None,
+               outlines: bool = False) -> tuple[list[str], list[str], str]:
     """Check an instances file as mmdet's CocoDataset reads it.
 
     Args:
@@ -35,6 +36,7 @@ def check_coco(records: Records, classes: tuple, masks: bool, train: bool, score
         folder: where the images are; None does not look for them.
         filter_cfg: of the data set; counts in training.
         indices: of the data set.
+        outlines: whether masks are loaded as polygons (poly2mask=False).
 
     Returns:
         Problems; notes on what is left out for its faults; and a summary of what is used, what is
@@ -57,14 +59,16 @@ def check_coco(records: Records, classes: tuple, masks: bool, train: bool, score
     problems += _mask_problems(records, used, wanted, masks, scored)
     if masks and not scored:
         notes += _partly_masked(records, used)
+    coded = objects & ~records.crowd & records.coded & (train and outlines)
+    if coded.any():
+        notes.append(f'{_count(records, coded)} {OUTLINES}: nothing is learned from them')
     if scored:
         problems += _text_ids(records)
         notes += _id_zero(records)
-    for reason, faulty in FAULTS.items():
-        if faulty and left_out[reason].any():
-            notes.append(f'{_count(records, left_out[reason])} {reason}: left out')
+    notes += [f'{_count(records, there)} {reason}: left out'
+              for reason, there in left_out.items() if FAULTS[reason] and there.any()]
     if train and len(records.ids) and not problems:
-        problems += _nothing_to_learn(records, left_out, objects, chosen)
+        problems += _nothing_to_learn(records, left_out, objects, coded, chosen)
     if scored and len(records.ids) and not (used & ~records.crowd).any():
         notes.append('has no object of these classes that could be found, so all scores would be '
                      '-1')
@@ -78,6 +82,7 @@ def check_coco(records: Records, classes: tuple, masks: bool, train: bool, score
 FAULTS = {'of images that are not listed': True, 'marked "ignore"': False,
           'whose box has no area inside its image': True, 'whose area is not above 0': True,
           'whose category_id is no listed category': True, 'of other classes': False}
+OUTLINES = 'with run lengths, but the pipeline loads polygons (poly2mask=False)'
 
 
 def _left_out(records: Records, wanted: np.ndarray) -> tuple[dict, np.ndarray]:
@@ -165,13 +170,15 @@ def _id_zero(records: Records) -> list[str]:
             'metrics of COCO. Number annotations from 1'] if (records.ids == 0).any() else []
 
 
-def _nothing_to_learn(records: Records, left_out: dict, objects, chosen) -> list[str]:
+def _nothing_to_learn(records: Records, left_out: dict, objects, coded, chosen) -> list[str]:
     """A problem unless something is left that a detector learns: an object that is no crowd."""
-    if (objects & ~records.crowd).any():
+    if (objects & ~records.crowd & ~coded).any():
         return []
     reasons = [f'{_count(records, there)} {reason}' for reason, there in left_out.items()
                if there.any()]
     reasons += _images_left_out(chosen)
+    if coded.any():
+        reasons.append(f'{_count(records, coded)} {OUTLINES}')
     crowds = objects & records.crowd
     remedy = ''
     if crowds.any():

@@ -42,7 +42,7 @@ class Records:
         without_crowd: how many annotations have no iscrowd.
         faults: place of an annotation -> what is wrong with its segmentation.
         partial: place of an annotation -> what is wrong with some polygons; the others are good.
-        unmasked: (A) bool, has no segmentation at all.
+        unmasked, coded: (A) bool, has no segmentation at all, or run lengths as one.
     """
 
     image_ids: list
@@ -60,6 +60,7 @@ class Records:
     faults: dict
     partial: dict
     unmasked: np.ndarray
+    coded: np.ndarray
 
 
 def load_records(path: str, tell: Callable[[str], None] | None = None
@@ -123,7 +124,7 @@ def coco_records(content: dict) -> tuple[Records | None, list[str]]:
     places = {entry['id']: place for place, entry in enumerate(images)}
     kinds = {entry['id']: place for place, entry in enumerate(categories)}
     image = _array((places.get(entry['image_id'], -1) for entry in annotations), int)
-    faults, partial, unmasked = _segmentations(annotations, image, sizes)
+    faults, partial, unmasked, coded = _segmentations(annotations, image, sizes)
     crowd, ignored = (_array((bool(entry.get(key)) for entry in annotations), bool)
                       for key in FLAGS)
     return Records(
@@ -136,7 +137,7 @@ def coco_records(content: dict) -> tuple[Records | None, list[str]]:
         areas=_array((entry['area'] for entry in annotations), float),
         crowd=crowd, ignored=ignored,
         without_crowd=sum(entry.get('iscrowd') is None for entry in annotations),
-        faults=faults, partial=partial, unmasked=unmasked), []
+        faults=faults, partial=partial, unmasked=unmasked, coded=coded), []
 
 
 def several(what: str, ids: list) -> str:
@@ -286,8 +287,8 @@ def _twice(what: str, entries: list) -> list[str]:
 # Segmentations ----------------------------------------------------------------------------------
 def _segmentations(annotations: list, image: np.ndarray, sizes: np.ndarray):
     """Faults of each segmentation, whether or not a config needs it."""
-    faults, partial, coded = {}, {}, []
-    unmasked = np.zeros(len(annotations), bool)
+    faults, partial, compressed = {}, {}, []
+    unmasked, coded = np.zeros((2, len(annotations)), bool)
     for place, entry in enumerate(annotations):
         shape = entry.get('segmentation')
         if not shape:
@@ -299,13 +300,14 @@ def _segmentations(annotations: list, image: np.ndarray, sizes: np.ndarray):
         elif type(shape) is not dict:
             faults[place] = f'{in_json(shape)} in place of polygons or run lengths'
         else:
+            coded[place] = True
             fault = _run_length_fault(shape, sizes[image[place]] if image[place] >= 0 else None)
             if fault:
                 faults[place] = fault
             elif type(shape['counts']) is str:
-                coded.append((place, shape['counts'], shape['size'][0] * shape['size'][1]))
-    faults.update(_coded_faults(coded))
-    return faults, partial, unmasked
+                compressed.append((place, shape['counts'], shape['size'][0] * shape['size'][1]))
+    faults.update(_compressed_faults(compressed))
+    return faults, partial, unmasked, coded
 
 
 def _polygon_faults(polygons: list) -> tuple[str | None, bool]:
@@ -366,10 +368,10 @@ def _sum_fault(total: int, pixels: int) -> str | None:
     return f'run lengths of {total:.0f} pixels together; its size has {pixels:.0f}'
 
 
-def _coded_faults(coded: list) -> dict[int, str]:
+def _compressed_faults(compressed: list) -> dict[int, str]:
     """Faults of compressed run lengths, given as (place, text, pixels)."""
     faults, chunk, letters = {}, [], 0
-    for place, text, pixels in coded:
+    for place, text, pixels in compressed:
         if not text or not text.isascii():
             faults[place] = f'run lengths with {in_json(text)} in place of compressed "counts"'
             continue

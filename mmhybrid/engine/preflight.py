@@ -228,7 +228,7 @@ def _classes(dataset, scope) -> tuple | None:
     if isinstance(names, str):
         if not osp.isfile(names):
             raise UserError(f'metainfo.classes names the file {names}, which does not exist.')
-        with open(names) as file:
+        with open(names, encoding='utf-8') as file:
             names = [line.strip() for line in file if line.strip()]
     return tuple(names) if names is not None else None
 
@@ -241,17 +241,19 @@ def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
     read_coco_alike()
     if not _is_first_of_node():
         return []
-    metrics = _coco_metrics(cfg, split)
-    masks = any(str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')
-                for step in dataset.get('pipeline') or [] if isinstance(step, dict))
-    masks = masks or any(map(_scores_masks, metrics.values()))
+    metrics = [evaluator for evaluator in _coco_metrics(cfg, split).values()
+               if osp.realpath(evaluator['ann_file']) == osp.realpath(path)]
+    loads = [step for step in dataset.get('pipeline') or [] if isinstance(step, dict)
+             and str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')]
+    masks = bool(loads) or any(map(_scores_masks, metrics))
     folder = osp.join(dataset.get('data_root') or '',
                       (dataset.get('data_prefix') or {}).get('img') or '')
     own_filter = not _reads_like_coco(dataset, cfg, 'filter_data')
     problems, notes, summary = check_coco(
         _records(path, f' (the {split} data)'), classes, masks, not dataset.get('test_mode'),
         bool(metrics), None if is_remote(folder) else folder,
-        {} if own_filter else _filter(dataset, split), dataset.get('indices'))
+        {} if own_filter else _filter(dataset, split), dataset.get('indices'),
+        any(not step.get('poly2mask', True) for step in loads))
     _raise_problems(path, f' (the {split} data)', problems)
     if own_filter:
         summary += f'; {dataset["type"]} filters them in a way of its own'

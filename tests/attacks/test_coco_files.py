@@ -219,9 +219,9 @@ def test_random_run_lengths_are_read_as_pycocotools_wrote_them():
     mask = np.zeros((3000, 4000), np.uint8, order='F')
     mask[-1, -1] = mask[7, 5] = 1
     coded.append((200, coder.encode(mask)['counts'].decode(), mask.size))
-    assert coco_records._coded_faults(coded) == {}
+    assert coco_records._compressed_faults(coded) == {}
     other = [(place, text, pixels + 1) for place, text, pixels in coded]
-    assert len(coco_records._coded_faults(other)) == len(coded)
+    assert len(coco_records._compressed_faults(other)) == len(coded)
 
 
 def test_good_and_bad_polygons_in_one_object(folder):
@@ -243,6 +243,19 @@ def test_boxes_alone_need_no_good_masks(folder):
     assert check_classes(cfg, ['train', 'val']) == []
     cfg.val_evaluator.metric = ['bbox', 'segm']
     assert 'coordinate NaN' in refused(folder, ['val'], cfg)
+
+
+def test_run_lengths_where_polygons_are_loaded(folder):
+    """With poly2mask=False mmdet learns nothing from run lengths; those of crowds do not matter."""
+    write(folder, good())
+    cfg = config(folder)
+    assert check_classes(cfg, ['train']) == []
+    cfg.train_dataloader.dataset.pipeline[1].poly2mask = False
+    (note,) = check_classes(cfg, ['train'])
+    assert ('1 annotation (id 3) with run lengths, but the pipeline loads polygons '
+            '(poly2mask=False): nothing is learned from them') in note
+    write(folder, changed(lambda d, i, a: a.pop(0)))
+    assert '(id 3) with run lengths, but' in refused(folder, ['train'], cfg)
 
 
 # Objects ----------------------------------------------------------------------------------------
