@@ -108,6 +108,8 @@ def _apply(transform, call, sample):
     if isinstance(result, dict) and type(transform).__name__ == 'LoadAnnotations':
         _check_sizes(result)
         _check_labels(result)
+    if isinstance(result, dict) and 'mix_results' in result and 'gt_masks' in result:
+        _check_masks(transform, result)
     return result
 
 
@@ -198,20 +200,31 @@ def _paths(sample) -> list[str]:
     return [str(path) for path in found]
 
 
-def _failed(transform, sample, error: Exception) -> str:
-    """What went wrong in a transform that reads no file."""
+def _check_masks(transform, sample: dict) -> None:
+    """mmdet's mixes of images move boxes; all but one leave the masks of the first image."""
+    masks = sample['gt_masks']
+    if ((masks.height, masks.width) != tuple(sample['img'].shape[:2])
+            or len(masks) != len(sample['gt_bboxes'])):
+        raise UserError(
+            f'{_where(sample)}: {type(transform).__name__} moves boxes, but not masks. Train a '
+            'detector of boxes alone (with_mask=False, and no mask head), or use CopyPaste, which '
+            'knows masks.')
+
+
+def _where(sample) -> str:
     paths = _paths(sample)
-    where = paths[0] if paths else 'An image'
     mixed = [path for other in (sample.get('mix_results') or [] if isinstance(sample, dict) else [])
              for path in _paths(other)[:1]]
-    where += f' (mixed with {", ".join(mixed)})' if mixed else ''
-    name = type(transform).__name__
+    return (paths[0] if paths else 'An image') + (f' (mixed with {", ".join(mixed)})' if mixed
+                                                  else '')
+
+
+def _failed(transform, sample, error: Exception) -> str:
+    """What went wrong in a transform that reads no file."""
+    where, name = _where(sample), type(transform).__name__
     if _no_memory(error):
         return (f'{where}: no memory is left for {name} ({_shape(sample)}). Use fewer workers '
                 '(--cfg-options train_dataloader.num_workers=1) or smaller images.')
-    if mixed and isinstance(error, IndexError) and 'gt_masks' in sample:
-        return (f'{where}: {name} moves boxes, but not masks. Train a detector of boxes alone '
-                '(with_mask=False, and no mask head), or use CopyPaste, which knows masks.')
     if "in function 'resize'" in str(error):
         return (f'{where}: {name} would leave no pixel of its short side ({_shape(sample)}). '
                 'Pad or cut this image, or remove it from the data set.')

@@ -28,6 +28,7 @@ def _mmseg(monkeypatch):
     init_default_scope('mmseg')
     monkeypatch.setattr('mmhybrid.engine.pipeline_guard._expected', {})
     guard_image_files()
+    monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)
 
 
 def grey(*values, shape=SHAPE, dtype=np.uint8):
