@@ -1,5 +1,5 @@
 """Everything around the training loop. Importing it registers what configs name."""
-from . import checkpoint_schemes, checkpointing
+from . import checkpoint_schemes, checkpointing, inference
 from .amp import AmpOptimWrapper
 from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from .dump import DumpSegmentation
@@ -19,3 +19,4 @@ __all__ = [
 
 checkpoint_schemes.install()
 checkpointing.install()
+inference.install()
