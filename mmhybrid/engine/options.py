@@ -94,9 +94,11 @@ def check_options(cfg: Config, options: dict) -> None:
         cfg: the config, before the options are merged into it.
         options: values by dotted key.
     """
-    for key, value in options.items():
+    keys = list(options)
+    for place, (key, value) in enumerate(options.items()):
         _check_key(key, f'{key}={value}')
-        below = next((other for other in options if other.startswith(f'{key}.')), None)
+        # The other way round the later value takes the place of the group.
+        below = next((other for other in keys[place:] if other.startswith(f'{key}.')), None)
         if below is not None and not isinstance(value, dict):
             raise UserError(f'--cfg-options sets {key}={value} and {below}={options[below]}: {key} '
                             'cannot be a value and a group of settings.')

@@ -118,6 +118,11 @@ def test_one_key_as_value_and_group(refused):
         '--cfg-options', 'model.a=1', 'model.a.b=2')
 
 
+def test_a_group_may_be_switched_off_after_all(config):
+    cfg, _ = load_config(config, {'val_cfg.fp16': True, 'val_cfg': None})
+    assert cfg.val_cfg is None
+
+
 @pytest.mark.parametrize('option', ['--work-dir', '--data-root', '--resume', '--pretrained'])
 def test_empty_option(refused, option):
     assert f'{option} is empty. Expected a path' in refused(option, ' ' if option else '')
