@@ -227,7 +227,7 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if 'train' in splits:
             warnings += check_custom_keys(
-                cfg, (name for name, _ in runner.model.named_parameters()))
+                cfg, args.config, (name for name, _ in runner.model.named_parameters()))
         if isinstance(runner, Runner):  # its other forms build in an order of their own
             if 'train' in splits:
                 prepare_training(runner)

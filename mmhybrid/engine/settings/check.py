@@ -160,7 +160,7 @@ def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unkno
 
 
 def _unknown_names(node: Mapping, path: tuple, known: Keywords) -> Iterator[Unknown]:
-    valid = known.names if 'type' in node else known.names | {'type'}
+    valid = known.names | {'type'}
     for key in node:
         if key not in valid and key not in _RESERVED:
             near = nearest(str(key), valid)

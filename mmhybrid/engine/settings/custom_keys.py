@@ -14,7 +14,7 @@ __all__ = ['check_custom_keys']
 _SHORTEST = 4  # letters; any two shorter names look alike
 
 
-def check_custom_keys(cfg: Config, parameters: Iterable[str]) -> list[str]:
+def check_custom_keys(cfg: Config, path: str, parameters: Iterable[str]) -> list[str]:
     """Refuse ``optim_wrapper.paramwise_cfg.custom_keys`` that miss the parameter they mean.
 
     A key that is in no name may be honest: recipes list parameters that only some variants of a
@@ -22,6 +22,7 @@ def check_custom_keys(cfg: Config, parameters: Iterable[str]) -> list[str]:
 
     Args:
         cfg: the whole config.
+        path: the file it was read from.
         parameters: names of the model's parameters.
 
     Returns:
@@ -40,7 +41,7 @@ def check_custom_keys(cfg: Config, parameters: Iterable[str]) -> list[str]:
         listed = '\n'.join(f'  {place}.{key}: no parameter has this in its name. '
                            f'Did you mean {near!r}?' for key, near in slips.items())
         paths = ', '.join(repr(f'{place}.{key}') for key in slips)
-        raise UserError(f'{cfg.filename} has rules without effect:\n{listed}\nCorrect or remove '
+        raise UserError(f'{path} has rules without effect:\n{listed}\nCorrect or remove '
                         f'them, or keep them with extra_settings=[{paths}].')
     return [f'{place}.{key} is no part of any parameter name.' for key in idle]
 
@@ -52,11 +53,9 @@ def _meant(key: str, names: list[str]) -> str | None:
     length = key.count('.') + 1
     parts = {'.'.join(split[start:start + length]) for name in names
              for split in [name.split('.')] for start in range(len(split) - length + 1)}
-    by_form = {_form(part): part for part in sorted(parts, reverse=True)}
-    if _form(key) in by_form:
+    if _form(key) in map(_form, parts):
         return None
-    slips = [form for form in by_form if is_slip(_form(key), form)]
-    return by_form[nearest(_form(key), slips)] if slips else None
+    return nearest(key, [part for part in parts if is_slip(_form(key), _form(part))])
 
 
 def _form(name: str) -> str:

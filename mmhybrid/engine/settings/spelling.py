@@ -36,10 +36,11 @@ def is_slip(name: str, valid: str, most: int | None = None) -> bool:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name that was probably meant: fewest edits first, then most text in common."""
+    """The valid name that was probably meant: fewest edits, then most in common."""
     valid = sorted({str(each) for each in valid})
     slips = [each for each in valid if is_slip(name, each)]
     if slips:
         return min(slips, key=lambda each: edits(name, each))
-    near = difflib.get_close_matches(name, valid, n=1)
+    near = difflib.get_close_matches(name, valid, n=1) or [
+        each for each in valid if len(each) > 2 and name.startswith(each)]
     return near[0] if near else None

@@ -105,6 +105,7 @@ PLACES = {
     'train_cfg.rcnn': f'assigner sampler pos_weight debug mask_size mask_thr_binary pos_radius '
                       f'max_num_grid isr carl dynamic_rcnn {_POINTS}',
     'rcnn.dynamic_rcnn': 'iou_topk beta_topk update_iter_interval initial_iou initial_beta',
+    'override': 'name layer ...',
     'isr': 'k bias',
     'carl': 'k bias',
     'semi_train_cfg': 'freeze_teacher sup_weight unsup_weight pseudo_label_initial_score_thr '
@@ -146,6 +147,7 @@ EXTRA = {
     'dcn': 'fallback_on_stride deformable_groups',
     'upsample_cfg': 'scale_factor mode align_corners',
     'loss_cls': 'bg_cls_weight',
+    'init_cfg': 'override',
 }
 
 #: What is built where a dictionary need not say its type.
@@ -166,9 +168,11 @@ KINDS = {
     'auxiliary_head': 'model', 'data_preprocessor': 'model', 'norm_cfg': 'model',
     'loss_cls': 'model', 'loss_bbox': 'model', 'loss_mask': 'model', 'loss_decode': 'model',
     'anchor_generator': 'task util', 'bbox_coder': 'task util', 'assigner': 'task util',
-    'train_cfg.sampler': 'task util', 'dataset': 'dataset', 'pipeline': 'transform',
-    'transforms': 'transform', '^.tta_pipeline': 'transform', 'dataloader.sampler': 'data sampler',
-    'batch_sampler': 'data sampler', 'optimizer': 'optimizer', '^.optim_wrapper': 'optim_wrapper',
+    'sampler': 'task util', '^.train_dataloader.sampler': 'data sampler',
+    '^.val_dataloader.sampler': 'data sampler', '^.test_dataloader.sampler': 'data sampler',
+    'batch_sampler': 'data sampler', 'dataset': 'dataset', 'pipeline': 'transform',
+    'transforms': 'transform', '^.tta_pipeline': 'transform', 'optimizer': 'optimizer',
+    '^.optim_wrapper': 'optim_wrapper',
     '^.param_scheduler': 'parameter scheduler', '^.custom_hooks': 'hook',
     'default_hooks.*': 'hook', '^.val_evaluator': 'metric', '^.test_evaluator': 'metric',
     '^.visualizer': 'visualizer', 'vis_backends': 'vis_backend', '^.train_cfg': 'loop',
