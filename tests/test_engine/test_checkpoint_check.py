@@ -30,6 +30,15 @@ def start(model, path, strict=True):
     Runner.load_checkpoint(runner, str(path))
 
 
+def resume(model, path):
+    """What Runner does with a checkpoint that must fit."""
+    runner = SimpleNamespace(model=model, _train_loop=Mock(spec=BaseLoop), _resume=True,
+                             _load_from=str(path), logger=logging.getLogger('test'))
+    hook = CheckpointCheckHook()
+    runner.call_hook = lambda name, **given: getattr(hook, name)(runner, **given)
+    Runner.load_checkpoint(runner, str(path))
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('nesting', ['timm', 'module', 'bare'])
 def test_classification_files_go_into_the_backbone(nesting, family, tmp_path, caplog):
@@ -82,3 +91,35 @@ def test_files_are_looked_at_before_the_run(tmp_path, monkeypatch):
     check_checkpoint_file('https://example.org/w.pth')
     check_checkpoint_file('s3://bucket/w.pth')  # mmengine's own affair
     assert asked == ['mambavision-t-1k', 'https://example.org/w.pth']
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.',
+                                    '_orig_mod.module.', 'module.module.'])
+def test_wrapped_whole_models_are_loaded(prefix, tmp_path):
+    """mmengine alone takes 'module.' away, once; the rest would stay random without a word."""
+    from mmhybrid.engine.preflight import check_whole
+    from mmhybrid.models import load_weights
+    from mmhybrid.weights import strip_parallel
+    from mmhybrid.weights.conversion import convert, restore
+    source, name = Whole('VMamba'), 'layers.1.blocks.0.op.Ds'
+    torch.nn.init.normal_(source.backbone.get_parameter(name))
+    wrapped = prefixed(prefix, source.state_dict())
+    bare, removed = strip_parallel(wrapped)
+    assert removed == prefix and list(bare) == list(source.state_dict())
+    torch.save(dict(state_dict=wrapped), tmp_path / 'w.pth')
+    assert check_whole(Whole('VMamba'), dict(state_dict=wrapped)) == []
+    convert(tmp_path / 'w.pth', tmp_path / 'clean.pth')
+    restore(tmp_path / 'clean.pth', tmp_path / 'again.pth')
+    assert list(torch.load(tmp_path / 'again.pth')['state_dict']) == list(wrapped)
+    for load in (start, load_weights, resume):
+        for file in ('w.pth', 'clean.pth'):
+            model = Whole('VMamba')
+            load(model, tmp_path / file)
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, source.state_dict()[key]), (load, key)
+
+
+def test_nothing_is_stripped_that_not_all_have():
+    from mmhybrid.weights import strip_parallel
+    for names in ([], ['module.a', 'b'], ['modules.a'], ['module', 'module.a'], ['a.module.b']):
+        assert strip_parallel(dict.fromkeys(names)) == (dict.fromkeys(names), '')
