@@ -240,8 +240,7 @@ def _receive(address: Address, part: Path, notes: Path) -> str | None:
             raise
         _check_room(address, part, have, size)
         if not have:
-            _forget(notes)  # before its file: notes about another one would mislead
-            with open(open_new(part), 'wb'):
+            with open(open_new(part), 'wb'):  # empty first: old notes say nothing about that
                 _Earlier(0, _tag_of(answer), size, sha256).note(notes)
         with open(open_own(part, os.O_WRONLY | os.O_APPEND), 'ab') as file:
             have = _copy(address, answer, file, have, end, size)
