@@ -168,7 +168,8 @@ def _open_lock(path: Path) -> int:
 
 
 def _wait_for(handle: int, path: Path, progress: Callable[[], object]) -> None:
-    seen, since, told = progress(), time.monotonic(), False
+    seen, told = progress(), False
+    since = start = time.monotonic()
     while True:
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,7 +181,7 @@ def _wait_for(handle: int, path: Path, progress: Callable[[], object]) -> None:
         if now - since > _PATIENCE:
             raise TimeoutError(errno.ETIMEDOUT, f'another process has held {path} for '
                                f'{_PATIENCE:.0f} s and does not get on; end that process')
-        if not told and now - since > 5:
+        if not told and now - start > 5:
             told = True
             _log.warning('waiting for another process that works on the same file (%s)', path)
         time.sleep(0.05)
