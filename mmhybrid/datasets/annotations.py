@@ -72,7 +72,7 @@ def check_coco(records: Records, classes: tuple, masks: bool, train: bool, score
     if scored and len(records.ids) and not (used & ~records.crowd).any():
         notes.append('has no object of these classes that could be found, so all scores would be '
                      '-1')
-    problems += _absent(records.names, folder)
+    problems += _absent(records, folder)
     notes += _listed_twice(records)
     return problems, notes, _summary(records, left_out, objects, used, chosen)
 
@@ -262,17 +262,17 @@ def _count(records: Records, there: np.ndarray) -> str:
     return several('annotation', records.ids[there].tolist())
 
 
-def _absent(names: list[str], folder: str | None) -> list[str]:
-    if folder is None or not names:
+def _absent(records: Records, folder: str | None) -> list[str]:
+    if folder is None:
         return []
-    some = _spread(names, SAMPLES)
-    absent = [name for name in some if not osp.exists(osp.join(folder, name))]
+    some = _spread(list(zip(records.image_ids, records.names, strict=True)), SAMPLES)
+    absent = [(number, name) for number, name in some if not osp.isfile(osp.join(folder, name))]
     if not absent:
         return []
-    example = osp.join(folder, absent[0])
+    number, name = absent[0]
     return [f'lists images that do not exist ({len(absent)} of {len(some)} looked for), for '
-            f'example {example}. Compare data_prefix with file_name: '
-            'their sum must be the path']
+            f'example {osp.join(folder, name)} (image id {in_json(number)}). Compare data_prefix '
+            'with file_name: their sum must be the path']
 
 
 def _spread(items: list, count: int) -> list:

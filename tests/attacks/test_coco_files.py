@@ -140,7 +140,8 @@ SQUARE = [10, 10, 60, 10, 60, 50, 10, 50]
     (lambda d, i, a: i[1].update(file_name=''), 'id 2 has ""'),
     (lambda d, i, a: i[1].update(file_name='a\0.jpg'), 'id 2 has "a\\u0000.jpg"'),
     (lambda d, i, a: i[1].update(file_name='\udc80.jpg'), 'id 2 has "\\udc80.jpg"'),
-    (lambda d, i, a: i[1].update(file_name='3.jpg'), '3.jpg. Compare data_prefix with file_name'),
+    (lambda d, i, a: i[1].update(file_name='3.jpg'), '3.jpg (image id 2). Compare data_prefix'),
+    (lambda d, i, a: i[1].update(file_name='.'), '(image id 2). Compare data_prefix'),
     (lambda d, i, a: i[1].update(id=1), 'image id 1 2 times'),
     (lambda d, i, a: i[1].update(id=[2]), 'images[1] has [2]'),
     (lambda d, i, a: d['categories'][1].update(id=4), 'category id 4 2 times'),
@@ -456,12 +457,12 @@ def test_files_of_another_kind(folder, data, sentence):
     GOOD.replace('{', '\r\n{\t').encode() + b'\r\n\r\n',
     GOOD.replace('"info": {', '"info": {"images": 2, "categories": 1, ').encode(),
 ])
-def test_honest_encodings(folder, data, monkeypatch):
+def test_honest_encodings(folder, data):
     (folder / 'a.json').write_bytes(data)
     assert outcome(folder) == 'used'
 
 
-def test_the_locale_does_not_matter(folder, monkeypatch):
+def test_the_locale_does_not_matter(folder):
     name = 'größe.jpg'
     (folder / '1.jpg').rename(folder / name)
     content = changed(lambda d, i, a: i[0].update(file_name=name))

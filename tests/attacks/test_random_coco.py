@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import resource
 
 import pytest
 from coco_cases import good, outcome
@@ -105,6 +106,14 @@ NAMED = re.compile(
     r'has (none of|no category for|more than one category|its categories)|the key "|does not exist')
 
 
+@pytest.fixture
+def bounded_memory():
+    """No damage makes reading take a gigabyte more than the undamaged file."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
 def check_refusals(outcomes):
     for seed, text in outcomes.items():
         if text != 'used':
@@ -118,7 +127,7 @@ def test_the_undamaged_file_is_used(folder):
     assert outcome(folder) == 'used'
 
 
-def test_damaged_bytes(folder):
+def test_damaged_bytes(folder, bounded_memory):
     data = json.dumps(good()).encode()
     outcomes = {}
     for seed in range(BYTE_CASES):
@@ -128,7 +137,7 @@ def test_damaged_bytes(folder):
     assert 5 < list(outcomes.values()).count('used') < BYTE_CASES // 2
 
 
-def test_damaged_values(folder):
+def test_damaged_values(folder, bounded_memory):
     outcomes = {}
     for seed in range(VALUE_CASES):
         (folder / 'a.json').write_text(dumped(damaged_values(random.Random(seed), good())))
