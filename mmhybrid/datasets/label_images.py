@@ -234,7 +234,7 @@ def check_label_images(pairs: list[tuple[str, str]], labels: str, classes: int,
             continue  # reading the data names the file
         if problem:
             return [problem], []
-        seen.update(np.unique(values).tolist())
+        seen.update(_labels_of(values))
         forms.setdefault(form, path)
     notes = [note.format(path=forms[form]) for form, note in FORMS.items() if form in forms]
     nothing = {ignored} | ({0} if zero else set())
@@ -272,12 +272,18 @@ def _more_labels(pairs, seen: set) -> set:
     """The labels of all files, or those found when there is one that is not in ``seen``."""
     for _, path in pairs:
         try:
-            found = set(np.unique(read_labels(path)[0]).tolist())
+            found = _labels_of(read_labels(path)[0])
         except UNREADABLE:
             continue
         if not found <= seen:
             return seen | found
     return seen
+
+
+def _labels_of(values: np.ndarray) -> set:
+    if values.dtype == np.uint8:  # ten times as fast
+        return set(np.flatnonzero(np.bincount(values.ravel())).tolist())
+    return set(np.unique(values).tolist())
 
 
 def _only_background(count, labels, seen, ignored, zero) -> str:

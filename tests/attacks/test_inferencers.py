@@ -68,7 +68,7 @@ def test_inferencers_in_any_order():
     from mmdet.apis import DetInferencer
     from mmseg.apis import MMSegInferencer
     make = dict(det=lambda: DetInferencer(small('det'), device='cpu', show_progress=False),
-                seg=lambda: MMSegInferencer(small('seg'), device='cpu', show_progress=False))
+                seg=lambda: MMSegInferencer(small('seg'), device='cpu'))
     tools = {kind: make[kind]() for kind in ('seg', 'det')}
     for kind in ('det', 'seg', 'det'):
         found = tools[kind](PICTURE)['predictions']

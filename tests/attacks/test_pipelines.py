@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,22 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
+from mmhybrid.datasets.mini_coco import write_mini_coco
+from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
+from mmhybrid.engine.config import load_config
 from mmhybrid.engine.errors import UserError, explain, run_command
 from mmhybrid.engine.pipeline_guard import guard_image_files
+from mmhybrid.engine.preflight import check_classes, check_data
+from mmhybrid.engine.tools import parse, run_training, training_parser
 
 LOAD = dict(type='LoadImageFromFile')
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+GENERATED = {
+    'mini_coco': ('cascade_mambavision_mini_coco.py', write_mini_coco),
+    'mini_ade20k': ('upernet_mambavision_mini_ade20k.py', write_mini_ade20k),
+    'mini_imagenet': ('classification/localvmamba_mini_imagenet.py', write_mini_imagenet),
+}
 
 
 class Broken:
@@ -159,6 +172,40 @@ def test_the_guard_changes_no_result(tmp_path, instances):
     sample = DATASETS.build(instances(True, [dict(type='PackDetInputs')]))[1]
     assert tuple(sample['inputs'].shape) == (3, 30, 40)
     assert sample['data_samples'].gt_instances.masks.masks.sum() > 0
+
+
+@pytest.mark.parametrize('name', ['mini_coco', 'mini_ade20k', 'mini_imagenet'])
+def test_generated_sets_pass(tmp_path, name):
+    """No warning before training, no error in any sample, and as many samples as are counted."""
+    config, write = GENERATED[name]
+    write(tmp_path / name, **(dict(train=40, val=20) if name == 'mini_imagenet' else
+                                   dict(train=4, val=2)))
+    cfg, _ = load_config(str(CONFIGS / config), None, str(tmp_path / name))
+    init_default_scope(cfg.default_scope)
+    facts = []
+    check_data(cfg, ['train', 'val'])
+    assert check_classes(cfg, ['train', 'val'], facts) == []
+    for split in ('train', 'val'):
+        dataset = DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+        assert all(dataset[index] is not None for index in range(min(len(dataset), 6)))
+        if name == 'mini_ade20k':
+            (fact,) = [fact for fact in facts if fact.startswith(f'The {split} data')]
+            assert f'{len(dataset)} images of' in fact and 'none is left out' in fact
+
+
+def test_the_log_counts(tmp_path, monkeypatch):
+    """One line for each split, in the log file."""
+    write_mini_ade20k(tmp_path / 'data', train=4, val=2)
+    picture = next((tmp_path / 'data/images/training').iterdir())
+    picture.rename(picture.with_suffix('.JPG'))
+    monkeypatch.setattr('mmengine.runner.Runner.train', lambda self: None)
+    run_training(parse(training_parser('x'), [
+        str(CONFIGS / 'upernet_mambavision_mini_ade20k.py'), '--data-root', str(tmp_path / 'data'),
+        '--work-dir', str(tmp_path / 'w'), '--cfg-options', 'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False']))
+    log = next((tmp_path / 'w').rglob('*.log')).read_text()
+    assert log.count('The train data: 3 images of') == log.count('The val data: 2 images of') == 1
+    assert f'1 of 4 files in {tmp_path}/data/images/training are left out' in log
 
 
 def test_a_second_guard_is_none():
