@@ -105,18 +105,26 @@ def pair_files(images: str, labels: str | None, image_suffix: str, label_suffix:
         stems = [name[:-len(image_suffix)] for name in given.names if name.endswith(image_suffix)]
         problem = None if stems else _no_images(images, image_suffix, given)
     else:
-        with open(listed, encoding='utf-8') as file:
-            stems = [line.strip() for line in file.read().splitlines()]
-        problem = _not_there(stems, images, image_suffix, given, listed, 'img_suffix')
+        stems = _read_list(listed)
+        problem = (f'{listed} is no text in UTF-8' if stems is None else _not_there(
+            stems, images, image_suffix, given, listed, 'img_suffix'))
     if not problem and labels is not None:
         problem = (_not_there(stems, labels, label_suffix, have, listed, 'seg_map_suffix') if listed
                    else _without_label(stems, images, labels, image_suffix, label_suffix, have))
     if problem:
-        return Pairs(stems, [problem])
+        return Pairs(stems or [], [problem])
     lost = [] if listed else _lost(stems, image_suffix, label_suffix, given, have)
     notes = [_lost_note(lost, images, image_suffix, given)] if lost else []
     return Pairs(stems, [], notes, _summary(
         stems, images, labels, image_suffix, label_suffix, given, have, listed))
+
+
+def _read_list(path: str) -> list[str] | None:
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [line.strip() for line in file]
+    except UnicodeDecodeError:
+        return None
 
 
 def _no_images(images, suffix, given) -> str:

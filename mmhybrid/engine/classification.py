@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import print_log
 from PIL import Image
 
 from ..registry import DATASETS, METRICS, TRANSFORMS
@@ -59,15 +60,21 @@ class ImageFolder(BaseDataset):
         folder = self.data_prefix['img_path']
         if self._metainfo.get('classes') is None:
             self._metainfo['classes'] = self.read_classes(folder)
-        samples = []
+        samples, left_out = [], []
         for label, name in enumerate(self._metainfo['classes']):
             inside = osp.join(folder, name)
-            files = sorted(os.listdir(inside)) if osp.isdir(inside) else []
-            files = [file for file in files if file.lower().endswith(EXTENSIONS)]
+            there = sorted(os.listdir(inside)) if osp.isdir(inside) else []
+            files = [file for file in there if file.lower().endswith(EXTENSIONS)]
+            left_out += [osp.join(inside, file) for file in sorted(set(there) - set(files))]
             if not files:
                 raise UserError(f'{inside}/ has no images ({" ".join(EXTENSIONS)}), but it is one '
                                 f'of the {len(self._metainfo["classes"])} classes.')
             samples += [dict(img_path=osp.join(inside, file), labels=label) for file in files]
+        text = f'{len(samples)} images of {folder} in {label + 1} classes are used; '
+        text += (f'{len(left_out)} files or folders are left out, since their names end with none '
+                 f'of {" ".join(EXTENSIONS)} (for example {left_out[0]}).' if left_out
+                 else 'none is left out.')
+        print_log(text, logger='current')
         return samples
 
 

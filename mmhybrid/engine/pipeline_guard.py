@@ -50,6 +50,7 @@ def expect_labels(folder: str, classes: int, in_files: int, ignored: int) -> Non
         in_files: how many the files know; the data set may choose some.
         ignored: the label that means "ignore".
     """
+    folder = osp.join(folder, '')
     known = _expected.get(folder)
     if known is None or known.classes <= classes:  # two data sets: the wider one holds for both
         _expected[folder] = _Labels(classes, in_files, ignored)

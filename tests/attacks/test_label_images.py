@@ -347,6 +347,13 @@ def test_lists_of_names(tmp_path, lines, words):
     assert f'{3 - len(dataset)} x .jpg ({tmp_path}/list.txt does not list them)' in fact
 
 
+def test_a_list_that_is_no_text(tmp_path):
+    folders(tmp_path, dict(a=grey(1)))
+    (tmp_path / 'list.txt').write_bytes(b'a\n\xff\xfe\n')
+    assert f'{tmp_path}/list.txt is no text in UTF-8' in refusal(
+        config(tmp_path, ann_file='list.txt'))
+
+
 @pytest.mark.parametrize('there, hint', [
     ('A.png', 'A.png does: names and suffix must agree, in case too'), ('a.PNG', 'a.PNG does'),
     ('a_mask.png', 'a_mask.png does'), ('other.png', 'does not exist. Add them')])

@@ -54,6 +54,19 @@ def test_samples_in_order(folder):
         torch.testing.assert_close(sample['inputs'].mean(dim=(1, 2)), expected, atol=1e-5, rtol=0)
 
 
+def test_the_log_counts(folder, monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmhybrid.engine.classification.print_log',
+                        lambda text, **kwargs: lines.append(text))
+    for split in ('train', 'val'):
+        ImageFolder(str(folder), dict(img_path=split))
+        (folder / 'val/a/notes.txt').unlink(missing_ok=True)
+    assert [line.partition(';')[0] for line in lines] == [
+        f'4 images of {folder}/{split} in 2 classes are used' for split in ('train', 'val')]
+    assert '1 files or folders are left out' in lines[0] and 'a/notes.txt' in lines[0]
+    assert lines[1].endswith('none is left out.')
+
+
 def test_chosen_classes_and_parts(folder):
     data = ImageFolder(str(folder), dict(img_path='val'), metainfo=dict(classes=('b', 'a')))
     assert [data.get_data_info(i)['labels'] for i in (0, 3)] == [0, 1]
