@@ -14,6 +14,7 @@ from mmhybrid.engine.distributed import prepare_launch
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.options import OptionsAction, check_options
+from mmhybrid.engine.tools import parse, run_training, training_parser
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
 
@@ -166,7 +167,6 @@ HONEST = [
 
 @pytest.mark.parametrize('option, value', HONEST)
 def test_honest_option(config, option, value):
-    from mmhybrid.engine.tools import parse, training_parser
     args = parse(training_parser(''), [config, '--cfg-options', option])
     cfg, _ = load_config(args.config, args.cfg_options)
     check_loops(cfg, ['train', 'val'])
@@ -263,8 +263,7 @@ def test_what_cannot_be_built(config, option):
     cfg = Config.fromfile(config)
     key, _, value = option.partition('=')
     cfg.merge_from_dict({key: OptionsAction._parse_iterable(value), 'work_dir': 'w'})
-    small_runs.forget_instances()
-    with pytest.raises(UserError) as error, building(config, cfg):
+    with small_runs.quick(), pytest.raises(UserError) as error, building(config, cfg):
         prepare_training(Runner.from_cfg(cfg))
     first, second = str(error.value).splitlines()
     assert BUILT[option] in first and 'small.py cannot be built' in first
@@ -301,11 +300,10 @@ def test_faults_of_the_training_keep_their_traceback(config, capfd, monkeypatch)
 
 def test_learning_rate_is_scaled_once(config, tmp_path):
     """Everything is built before the run, and the run must not do it a second time."""
-    small_runs.forget_instances()
-    from mmhybrid.engine.tools import parse, run_training, training_parser
-    runner = run_training(parse(training_parser(''), [
-        config, '--auto-scale-lr', '--work-dir', str(tmp_path), '--cfg-options',
-        'param_scheduler=None', 'train_cfg.max_epochs=1']))
+    with small_runs.quick():
+        runner = run_training(parse(training_parser(''), [
+            config, '--auto-scale-lr', '--work-dir', str(tmp_path), '--cfg-options',
+            'param_scheduler=None', 'train_cfg.max_epochs=1']))
     assert runner.optim_wrapper.get_lr()['lr'] == [0.005]  # 2 images for a base of 4
 
 

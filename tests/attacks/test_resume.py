@@ -121,16 +121,16 @@ NO_WORD = ('settings differ', 'batch changed', 'not restored', 'starts afresh', 
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Trains the small model; returns runners. ``trained.folder`` holds config and checkpoints."""
+    """Trains the small model; returns the runner. The current folder holds its work directories."""
     monkeypatch.chdir(tmp_path)
 
     def make(*argv, extra='', work_dir='a'):
-        small_runs.forget_instances()
         config = small_runs.write(tmp_path, extra)
-        return run_training(parse(training_parser(''), [config, '--work-dir', work_dir, *argv]))
+        with small_runs.quick():
+            return run_training(parse(training_parser(''), [
+                config, '--work-dir', work_dir, *argv]))
 
-    yield make
-    torch.set_flush_denormal(False)
+    return make
 
 
 @pytest.fixture

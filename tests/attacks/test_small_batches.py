@@ -24,9 +24,9 @@ def built(tmp_path):
         cfg, _ = load_config(small_runs.write(tmp_path), options, work_dir=str(tmp_path / 'w'))
         if train_cfg is not None:
             cfg.train_cfg = train_cfg
-        small_runs.forget_instances()
-        runner = Runner.from_cfg(cfg)
-        prepare_training(runner)
+        with small_runs.quick():
+            runner = Runner.from_cfg(cfg)
+            prepare_training(runner)
         return runner
     return make
 
