@@ -56,8 +56,9 @@ class SmallMetric(toy.ToyMetric):
 class SmallModel(toy.ToyModel):
     """``pooled``: norm of a branch that pools to one value per image, or None."""
 
-    def __init__(self, pooled=None, frozen=False, data_preprocessor=None):
+    def __init__(self, pooled=None, frozen=False, init_cfg=None):
         super().__init__()
+        self.init_cfg = init_cfg
         self.branch, self.frozen = None, frozen
         if pooled is not None:
             norm = dict(BN=nn.BatchNorm2d, SyncBN=nn.SyncBatchNorm,

@@ -14,9 +14,22 @@ from mmengine.runner import Runner
 
 from .errors import UserError, explain
 
-__all__ = ['building', 'prepare_training']
+__all__ = ['LATE', 'building', 'prepare_training']
 
-ERRORS = (TypeError, ValueError, KeyError, ImportError, AssertionError, AttributeError, IndexError)
+ERRORS = (TypeError, ValueError, LookupError, ImportError, AssertionError, AttributeError,
+          RuntimeError, OSError, ArithmeticError)
+# Steps of the runner, and the settings that they read.
+STEPS = dict(
+    setup_env='env_cfg', set_randomness='randomness', build_log_processor='log_processor',
+    build_logger='log_level', build_visualizer='visualizer', build_model='model',
+    wrap_model='model_wrapper_cfg', register_default_hooks='default_hooks',
+    register_custom_hooks='custom_hooks', build_train_loop='train_cfg',
+    build_optim_wrapper='optim_wrapper', scale_lr='auto_scale_lr',
+    build_param_scheduler='param_scheduler', build_val_loop='val_cfg', build_test_loop='test_cfg',
+    build_evaluator='val_evaluator or test_evaluator', _init_model_weights='init_cfg in model',
+    turn_on_activation_checkpointing='activation_checkpointing')
+# What runner.train() does before it trains and that cannot be done earlier.
+LATE = ('_init_model_weights', 'turn_on_activation_checkpointing')
 BUILDERS = ('build_from_cfg', 'build_model_from_cfg', 'build_scheduler_from_cfg')
 
 
@@ -33,17 +46,19 @@ def prepare_training(runner: Runner) -> None:
 
 
 @contextmanager
-def building(config: str, cfg):
+def building(config: str, cfg, steps: tuple[str, ...] = ()):
     """Turn errors of the enclosed building into a UserError that names the setting.
 
     Args:
         config: path of the config, for the message.
         cfg: the config that things are built from.
+        steps: names of functions; errors from elsewhere are not those of building.
     """
     try:
         yield
     except ERRORS as error:
-        if explain(error) is not None:
+        inside = not steps or set(steps) & set(_functions(error))
+        if not inside or explain(error) is not None or 'CUDA' in str(error):
             raise
         raise UserError(f'{config} cannot be built. {_told(cfg, error)}\n'
                         '(--traceback shows where)') from error
@@ -68,9 +83,15 @@ def _told(cfg, error: Exception) -> str:
         paths = [path for path, each in _groups(cfg) if str(each.get('type')) == absent[1]]
         return (f'{f"{paths[0]}.type" if paths else "A type"} is {absent[1]!r}, which is not '
                 f'registered. Is the name right, and is its module in custom_imports?')
-    if place is not None:
-        return f'{place} (type {node.get("type")}): {type(error).__name__}: {text}'
-    return f'{type(error).__name__}: {text}'
+    if place is None:
+        place = next((STEPS[name] for name in reversed(_functions(error)) if name in STEPS), None)
+        return f'{f"{place}: " if place else ""}{type(error).__name__}: {text}'
+    return f'{place} (type {node.get("type")}): {type(error).__name__}: {text}'
+
+
+def _functions(error: Exception) -> list[str]:
+    """Names of the functions that the error came through."""
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _built(error: Exception) -> dict | None:

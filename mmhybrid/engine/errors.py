@@ -88,6 +88,10 @@ def explain(error: BaseException) -> str | None:
         return ('The data set is empty: no image is left after filtering. Check the annotation '
                 'file, the image folder and suffix, the classes in metainfo, and filter_cfg of the '
                 'data set (it may leave out images without objects, or small ones).')
+    if isinstance(error, KeyError) and _raised_in(error, '_save_best_checkpoint'):
+        metrics = list(traceback.walk_tb(error.__traceback__))[-1][0].f_locals.get('metrics') or {}
+        return (f'default_hooks.checkpoint.save_best names {text}, but the validation gives '
+                f'{", ".join(metrics) or "no metrics"}. Name one of them, or "auto" for the first.')
     if 'device-side assert triggered' in text:
         return (f'The GPU found an index out of range. {text.splitlines()[0]}\nThe usual cause is '
                 'a label in the annotations that the head has no class for: compare num_classes '
@@ -104,6 +108,11 @@ def _known(error: BaseException, text: str) -> str | None:
     if isinstance(error, MemoryError):
         return _known(error, KNOWN_TEXTS[2][0][0])
     return None
+
+
+def _raised_in(error: BaseException, function: str) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_code.co_name == function
 
 
 def run_command(main, argv=None) -> int:

@@ -11,7 +11,7 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
 from .amp import has_accelerator
-from .building import building, prepare_training
+from .building import LATE, building, prepare_training
 from .config import (
     apply_amp,
     apply_auto_scale_lr,
@@ -101,7 +101,8 @@ def run_training(args: argparse.Namespace,
             'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
     check_single_images(runner)
     try:
-        runner.train()
+        with building(args.config, cfg, LATE):
+            runner.train()
     except NothingLeft as end:
         runner.logger.info(str(end))
         runner.call_hook('after_run')

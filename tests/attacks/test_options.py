@@ -254,6 +254,13 @@ BUILT = {
     'model.pooled=Gone': 'model (type SmallModel): KeyError: Gone',
     'default_hooks.logger.intervall=3': 'default_hooks.logger.intervall: LoggerHook takes no such',
     'default_hooks.checkpoint.save_best=3': 'default_hooks.checkpoint (type CheckpointHook)',
+    'default_hooks.gone.type=GoneHook': "default_hooks.gone.type is 'GoneHook', which is not",
+    'randomness.seed=abc': 'randomness: ',
+    'randomness.sead=1': 'randomness.sead: ',
+    'log_level=LOUD': 'log_level: ',
+    'log_processor.windows=3': 'log_processor.windows: LogProcessor takes no such setting',
+    'env_cfg.mp_cfg.mp_start_method=thread': 'env_cfg: ',
+    'optim_wrapper.paramwise_cfg.norm_decay_mult=x': 'optim_wrapper: ',
     'visualizer.type=Gone': "visualizer.type is 'Gone', which is not registered",
 }
 
@@ -287,6 +294,23 @@ def test_what_a_test_cannot_build(config, capfd, tmp_path):
         text = small_runs.run(capfd, run_test, config, tmp_path / 'w/epoch_1.pth', '--cfg-options',
                               option).error
         assert part in text, text
+
+
+@pytest.mark.parametrize('option, part', [
+    ('auto_scale_lr.base_batch_size=0', 'auto_scale_lr: ZeroDivisionError'),
+    ('model.init_cfg.type=Gone', "model.init_cfg.type is 'Gone', which is not registered"),
+    ('activation_checkpointing=[gone]', 'activation_checkpointing: ')])
+def test_what_the_run_itself_builds(config, capfd, option, part):
+    result = small_runs.run(capfd, run_train, config, '--auto-scale-lr', '--cfg-options', option)
+    assert result.code == 1 and part in result.error and 'cannot be built' in result.error
+
+
+def test_a_metric_that_there_is_not(config, capfd):
+    text = small_runs.run(capfd, run_train, config, '--cfg-options',
+                          'default_hooks.checkpoint.save_best=toy/men',
+                          'default_hooks.checkpoint.rule=greater').error
+    assert ("default_hooks.checkpoint.save_best names 'toy/men', but the validation gives "
+            'toy/mean, toy/noise' in text)
 
 
 def test_faults_of_the_training_keep_their_traceback(config, capfd, monkeypatch):
