@@ -1,4 +1,5 @@
 """A model and a data set small enough to train in milliseconds, with randomness everywhere."""
+import copy
 import random
 import uuid
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 LOADED = []  # indices of all samples loaded in this process
 HOOKS = []  # further hooks for every run
+OPTIM_WRAPPER = dict(optimizer=dict(type='AdamW', lr=1e-2))
 
 
 class ToyDataset(Dataset):
@@ -77,7 +79,7 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         model=ToyModel(), work_dir=str(work_dir),
         train_dataloader=loader(dict(type=sampler, shuffle=True), num_workers=num_workers),
         train_cfg=train_cfg,
-        optim_wrapper=dict(dict(optimizer=dict(type='AdamW', lr=1e-2)), **(optim or {})),
+        optim_wrapper=dict(copy.deepcopy(OPTIM_WRAPPER), **(optim or {})),
         param_scheduler=[dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=20),
                          dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.5)],
         default_hooks=dict(checkpoint={'type': 'CheckpointHook', **checkpoint}),

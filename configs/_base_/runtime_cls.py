@@ -8,6 +8,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(
         type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='accuracy/top1'),
+    finite_loss=dict(type='mmhybrid.FiniteLossHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'))
 custom_hooks = [dict(type='mmhybrid.RandomStateHook')]
 

@@ -4,17 +4,20 @@ from .amp import AmpOptimWrapper
 from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from .dump import DumpSegmentation
 from .errors import UserError
+from .finite_loss import FiniteLossHook
 from .param_groups import HybridOptimWrapperConstructor
 from .preflight import CheckpointCheckHook
 from .progress import ProgressHook
 from .random_state import RandomStateHook
 from .resume import ResumeSettingsHook
 from .search import DirectionSearchHook
+from .stop_signals import StopSignalHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'DirectionSearchHook', 'DumpSegmentation',
-    'HybridOptimWrapperConstructor', 'ImageFolder', 'LoadPicture', 'ProgressHook',
-    'RandomStateHook', 'ResumeSettingsHook', 'TimmTransform', 'TopAccuracy', 'UserError',
+    'FiniteLossHook', 'HybridOptimWrapperConstructor', 'ImageFolder', 'LoadPicture',
+    'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook', 'StopSignalHook', 'TimmTransform',
+    'TopAccuracy', 'UserError',
 ]
 
 checkpoint_schemes.install()

@@ -33,7 +33,8 @@ from mmhybrid.weights import WeightsError, read_checkpoint
 from . import processes
 from .errors import UserError
 
-__all__ = ['INTERRUPTED', 'RECORD', 'install', 'newest_whole', 'remove_left_overs', 'write_aside']
+__all__ = ['INTERRUPTED', 'RECORD', 'install', 'newest_whole', 'recorded', 'remove_left_overs',
+           'write_aside']
 
 RECORD = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
 INTERRUPTED = 'interrupted.pth'
@@ -241,6 +242,11 @@ def newest_whole(work_dir: str) -> tuple[str | None, list[str]]:
     return path, [f'--resume: {record} {problem or "does not exist"}. Continuing from the newest '
                   f'whole checkpoint, {path} (iteration {iterations}).'
                   + ''.join(f' Left out: {text}.' for text in left_out)]
+
+
+def recorded(work_dir: str) -> str | None:
+    """The checkpoint that ``last_checkpoint`` names, if it does."""
+    return _named(osp.join(work_dir, RECORD))[0]
 
 
 def _named(record: str) -> tuple[str | None, str | None]:

@@ -21,7 +21,8 @@ from .options import check_options
 from .settings import check_settings
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
-           'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_hooks', 'is_remote']
+           'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_finite_loss',
+           'ensure_hooks', 'is_remote']
 
 
 def load_config(path: str, options: dict | None = None, data_root: str | None = None,
@@ -345,3 +346,13 @@ def ensure_hooks(cfg: Config, *hooks: str) -> None:
     names = {str(hook.get('type')).rpartition('.')[2] for hook in present if isinstance(hook, dict)}
     cfg.custom_hooks = present + [
         dict(type=hook) for hook in hooks if hook.rpartition('.')[2] not in names]
+
+
+def ensure_finite_loss(cfg: Config) -> None:
+    """Watch the loss, with the settings of ``default_hooks.finite_loss``; None there does not."""
+    if any(str(hook.get('type')).endswith('FiniteLossHook')
+           for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)):
+        return
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    if hooks.setdefault('finite_loss', ConfigDict()) is not None:
+        hooks.finite_loss.setdefault('type', 'mmhybrid.FiniteLossHook')

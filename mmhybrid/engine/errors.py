@@ -12,7 +12,7 @@ import torch
 
 from mmhybrid.weights import WeightsError
 
-__all__ = ['UserError', 'run_command', 'explain']
+__all__ = ['UserError', 'explain', 'launched_rank', 'run_command']
 
 
 class UserError(ValueError):
@@ -123,13 +123,15 @@ def run_command(main, argv=None) -> int:
     After success the process leaves its process group.
     """
     from .distributed import leave_process_group
+    from .stop_signals import Stopped
     argv = sys.argv[1:] if argv is None else list(argv)
     full = '--traceback' in argv or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0')
-    number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
-    rank = int(number) if number.isdecimal() else 0  # else prepare_launch says so
+    rank, stopped = launched_rank(), None
     try:
         main(argv)
         leave_process_group()
+    except Stopped as stop:
+        stopped = stop.code  # without its traceback, which would hold what has to go
     except KeyboardInterrupt:
         print('\nStopped.', file=sys.stderr)
         return 130
@@ -145,4 +147,12 @@ def run_command(main, argv=None) -> int:
             where = f' (process {rank})' if rank else ''
             print(f'\nERROR{where}: {text}\n', file=sys.stderr, flush=True)
         return 1
-    return 0
+    if stopped is not None:
+        leave_process_group()
+    return stopped or 0
+
+
+def launched_rank() -> int:
+    """Number of this process among those that a launcher started, before they are connected."""
+    number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return int(number) if number.isdecimal() else 0  # else prepare_launch says so

@@ -130,6 +130,10 @@ class RandomStateHook(Hook):
         if self._saved[2] is not None:
             checkpoint[pending_gradients.KEY] = self._saved[2]
 
+    def gather(self, runner) -> None:
+        """Collect the states for a checkpoint that another hook writes now; call on all ranks."""
+        self._gather(runner)
+
     def _gather(self, runner) -> None:
         state = self._before_val or get_random_state()
         self._saved = (_position(runner), all_gather_object(state),

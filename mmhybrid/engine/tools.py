@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from mmengine.config import Config
@@ -20,11 +21,12 @@ from .config import (
     apply_resume,
     apply_show,
     apply_tta,
+    ensure_finite_loss,
     ensure_hooks,
     load_config,
 )
 from .distributed import prepare_launch
-from .errors import UserError
+from .errors import UserError, launched_rank
 from .loop_check import check_loops
 from .options import OptionsAction, check_given
 from .pipeline_guard import guard_image_files
@@ -32,11 +34,15 @@ from .preflight import check_checkpoint_file, check_classes, check_data
 from .resume import NothingLeft
 from .settings import check_custom_keys
 from .small_batches import check_single_images, out_of_memory_advice
+from .stop_signals import stop_signals
+from .stop_signals import train as train_until_stopped
+from .work_dir_lock import WorkDirLock
 
 __all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
 
 NO_GPUS = ('', 'NoDevFiles', 'none', 'void')  # what Slurm and containers write
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
+TRAINING_HOOKS = ('mmhybrid.StopSignalHook',)
 
 
 def train(argv: list[str] | None = None) -> None:
@@ -74,6 +80,11 @@ def run_training(args: argparse.Namespace,
     Raises:
         UserError: for everything that the user can put right.
     """
+    with stop_signals():
+        return _run_training(args, change)
+
+
+def _run_training(args, change) -> Runner:
     notes = _set_up_process()
     cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
@@ -92,22 +103,25 @@ def run_training(args: argparse.Namespace,
     elif cfg.get('pretrained'):
         check_checkpoint_file(cfg.pretrained, 'pretrained checkpoint')
     splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
-    runner = _build(cfg, args, splits, notes, warnings)
-    loader = runner.train_loop.dataloader
-    if not len(loader):
-        raise UserError(
-            f'{len(loader.dataset)} training images make no batch of {loader.batch_size}, and '
-            'train_dataloader.drop_last leaves incomplete batches out. Use --cfg-options '
-            'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
-    check_single_images(runner)
-    try:
-        with building(args.config, cfg, LATE):
-            runner.train()
-    except NothingLeft as end:
-        runner.logger.info(str(end))
-        runner.call_hook('after_run')
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(out_of_memory_advice(error, runner)) from error
+    ensure_hooks(cfg, *TRAINING_HOOKS)
+    ensure_finite_loss(cfg)
+    with closing(WorkDirLock(cfg.work_dir, launched_rank())) as lock:
+        runner = _build(cfg, args, splits, notes, warnings, lock)
+        loader = runner.train_loop.dataloader
+        if not len(loader):
+            raise UserError(
+                f'{len(loader.dataset)} training images make no batch of {loader.batch_size}, and '
+                'train_dataloader.drop_last leaves incomplete batches out. Use --cfg-options '
+                'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
+        check_single_images(runner)
+        try:
+            with building(args.config, cfg, LATE):
+                train_until_stopped(runner)
+        except NothingLeft as end:
+            runner.logger.info(str(end))
+            runner.call_hook('after_run')
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(out_of_memory_advice(error, runner)) from error
     return runner
 
 
@@ -208,7 +222,7 @@ def _launcher(args: argparse.Namespace) -> str:
     return str(option)
 
 
-def _build(cfg, args, splits, notes, warnings) -> Runner:
+def _build(cfg, args, splits, notes, warnings, lock=None) -> Runner:
     """Check everything that can be checked, then build the runner."""
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     notes += check_loops(cfg, splits)
@@ -221,6 +235,8 @@ def _build(cfg, args, splits, notes, warnings) -> Runner:
     except OSError as error:
         raise UserError(f'The work directory {cfg.work_dir} cannot be made: {error.strerror}. '
                         'Give another one with --work-dir.') from error
+    if lock is not None:
+        warnings += lock.acquire()
     guard_image_files()
     ensure_hooks(cfg, *HOOKS)
     notes += prepare_launch(cfg, _launcher(args))

@@ -1,0 +1,234 @@
+"""Stop a training in good order: finish the iteration, save, and say how to continue.
+
+SIGTERM is what a cluster sends before it kills, SIGUSR1 what Slurm sends before a time limit
+(``#SBATCH --signal=USR1@120``), SIGINT is Ctrl-C.
+"""
+from __future__ import annotations
+
+import os
+import os.path as osp
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+
+from ..registry import HOOKS
+from .checkpointing import INTERRUPTED, RECORD, write_aside
+from .random_state import RandomStateHook
+
+__all__ = ['StopSignalHook', 'Stopped', 'any_rank', 'stop_signals', 'train']
+
+NAMES = ('SIGTERM', 'SIGUSR1', 'SIGINT')
+VALIDATING = 'stopped_in_validation'
+# torchrun passes on the Ctrl-C that its processes have got from the terminal already.
+ECHO = 1.0  # seconds
+
+
+class Stopped(SystemExit):
+    """The end of a training that a signal stopped; its code is 128 + the signal's number."""
+
+
+class _Request:
+    """What the signals of this process have asked for."""
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.signal: signal.Signals | None = None
+        self.since = 0.0
+        self.training = False
+        self.of_children = None  # the handler of SIGCHLD that was there before the request
+
+    def __call__(self, number: int, frame) -> None:
+        """Handle a signal."""
+        if os.getpid() != self.pid:
+            return  # a data loading worker; this process ends it when it is time
+        name = signal.Signals(number).name
+        if not self.training:
+            print(f'\nStopped by {name} before the training began; nothing was lost.',
+                  file=sys.stderr, flush=True)
+            raise Stopped(128 + number)
+        if self.signal is None:
+            self.signal, self.since = signal.Signals(number), time.monotonic()
+            # Workers that got the same signal end, and PyTorch would raise that as an error here.
+            if hasattr(signal, 'SIGCHLD'):
+                self.of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            again = ' Once more stops at once.' if number == signal.SIGINT else ''
+            print(f'\n{name}: finishing this iteration, then saving a checkpoint.{again}',
+                  file=sys.stderr, flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self.since > ECHO:
+            raise KeyboardInterrupt
+
+
+_request: _Request | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within, the three signals are a request that :class:`StopSignalHook` answers.
+
+    A signal that is ignored (``nohup``) or that the program handles itself stays as it is. Outside
+    the main thread nothing changes, because Python handles signals there.
+    """
+    global _request
+    if threading.current_thread() is not threading.main_thread() or _request is not None:
+        yield
+        return
+    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    _request = request = _Request()
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, request)
+    try:
+        yield
+    finally:
+        _request = None
+        for number, handler in before.items():
+            if signal.getsignal(number) is request:
+                signal.signal(number, handler)
+        if request.of_children is not None:
+            signal.signal(signal.SIGCHLD, request.of_children)
+
+
+def train(runner) -> None:
+    """``runner.train()`` within :func:`stop_signals`, also if the signal ends workers first."""
+    try:
+        runner.train()
+    except (RuntimeError, OSError, EOFError) as error:
+        hook = next((hook for hook in runner._hooks if isinstance(hook, StopSignalHook)), None)
+        of_a_worker = 'DataLoader worker' in str(error) or not isinstance(error, RuntimeError)
+        if not (of_a_worker and _asked() and hook) or get_world_size() > 1:
+            raise
+        hook.stop_between_iterations(runner)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process; every process has to ask.
+
+    mmengine reads every loss back in every iteration, so this waits for nothing new.
+    """
+    if get_world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    all_reduce(value, 'max')
+    return bool(value)
+
+
+@HOOKS.register_module()
+class StopSignalHook(Hook):
+    """Ends a training that was asked to stop by a signal, see :func:`stop_signals`.
+
+    It saves ``interrupted.pth`` in the folder of the checkpoints, unless ``CheckpointHook`` saved
+    in this iteration, and raises :class:`Stopped`. A resumed run equals one without a break; a
+    validation that was cut short begins again. With several processes a validation is finished,
+    because nobody else would know, but rank 0 saves when its signal comes.
+    """
+
+    priority = 'LOWEST'  # after CheckpointHook
+
+    def __init__(self):
+        self._saved: tuple | None = None  # (epoch, iteration) of the newest checkpoint
+        self._cut_at: tuple | None = None  # those of the validation that was cut short
+
+    def before_train(self, runner) -> None:
+        """From now on there is something to save; repeat a validation that was cut short."""
+        if _request is not None:
+            _request.training = True
+        self._saved = (runner.epoch, runner.iter)
+        if runner.message_hub.runtime_info.get(VALIDATING):
+            runner.message_hub.update_info(VALIDATING, False)
+            if runner.val_loop is not None:
+                runner.val_loop.run()
+
+    def after_train(self, runner) -> None:
+        """What comes now is short and saves nothing."""
+        if _request is not None:
+            _request.training = False
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Note where the run was when this checkpoint was written (rank 0)."""
+        meta = checkpoint['meta']
+        if 'optimizer' in checkpoint:
+            self._saved = (meta['epoch'], meta['iter'])
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save and stop, in the same iteration on all ranks."""
+        if not any_rank(_asked()):
+            return
+        for hook in _random_states(runner):
+            hook.gather(runner)
+        self._stop(runner, runner.iter + 1, self._save(runner, runner.iter + 1))
+
+    def before_val(self, runner) -> None:
+        """Let rank 0 know the other ranks' random states, to save without them."""
+        if _request is not None and _request.training:
+            for hook in _random_states(runner):
+                hook.gather(runner)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Save, and with one process stop."""
+        if not _asked() or self._cut_at == (runner.epoch, runner.iter) or not is_main_process():
+            return
+        self._cut_at = runner.epoch, runner.iter
+        _exchange_averages(runner)
+        path = self._save(runner, runner.iter, validating=True)
+        if get_world_size() == 1:
+            self._stop(runner, runner.iter, path)
+        _exchange_averages(runner)
+        self._saved = None  # the end of this validation is not in it
+
+    def after_val_epoch(self, runner, metrics=None) -> None:
+        """Save and stop when all ranks are through."""
+        if _request is None or not _request.training or not any_rank(_asked()):
+            return
+        self._stop(runner, runner.iter, self._save(runner, runner.iter))
+
+    def stop_between_iterations(self, runner) -> None:
+        """Save and stop where the next batch does not come any more."""
+        validating = runner.message_hub.runtime_info.get('loop_stage') == 'val'
+        if validating:
+            _exchange_averages(runner)
+        self._stop(runner, runner.iter, self._save(runner, runner.iter, validating))
+
+    def _save(self, runner, iteration: int, validating: bool = False) -> str:
+        """Save unless it is done; returns the path."""
+        hook = next((hook for hook in runner._hooks if isinstance(hook, CheckpointHook)), None)
+        if self._saved == (runner.epoch, iteration) and not validating and hook.last_ckpt:
+            return hook.last_ckpt
+        folder = getattr(hook, 'out_dir', None) or runner.work_dir
+        runner.message_hub.update_info(VALIDATING, validating)
+        runner.save_checkpoint(
+            folder, INTERRUPTED, meta=dict(epoch=runner.epoch, iter=iteration), by_epoch=False,
+            backend_args=getattr(hook, 'backend_args', None),
+            file_client_args=getattr(hook, 'file_client_args', None))
+        path = osp.join(folder, INTERRUPTED)
+        if is_main_process():
+            write_aside(osp.join(runner.work_dir, RECORD), path.encode())
+        return path
+
+    def _stop(self, runner, iteration: int, path: str) -> None:
+        number = _request.signal if _asked() else signal.SIGTERM  # another rank's
+        runner.logger.warning(f'Stopped by {number.name} after iteration {iteration}. The same '
+                              f'command with --resume continues from {path}')
+        raise Stopped(128 + number)
+
+
+def _exchange_averages(runner) -> None:
+    """Exchange trained and averaged weights: a validation has the averaged ones in the model."""
+    for hook in runner._hooks:
+        if isinstance(hook, EMAHook):
+            hook._swap_ema_parameters()
+
+
+def _asked() -> bool:
+    return _request is not None and _request.signal is not None
+
+
+def _random_states(runner) -> list[RandomStateHook]:
+    return [hook for hook in runner._hooks if isinstance(hook, RandomStateHook)]
