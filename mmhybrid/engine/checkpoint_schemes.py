@@ -15,7 +15,14 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from mmhybrid.weights import TRUST_VARIABLE, WeightsError, read_checkpoint, read_file, trusted
+from mmhybrid.weights import (
+    TRUST_VARIABLE,
+    WeightsError,
+    printable,
+    read_checkpoint,
+    read_file,
+    trusted,
+)
 
 from .embedded_config import plain_config, settled_text
 
@@ -53,10 +60,11 @@ def _check_entries(checkpoint: dict, name: str) -> None:
         if value is not None and not isinstance(value, dict):
             raise WeightsError(f'{name} was not loaded: {key} is a {type(value).__name__}, '
                                'expected a dictionary; save it as mmengine does')
-    odd = [key for key in entries['state_dict'] or () if not isinstance(key, str)]
+    odd = [key for key in entries['state_dict'] or ()
+           if not isinstance(key, str) or not key.isprintable() or len(key) > 1000]
     if odd:
-        raise WeightsError(f'{name} was not loaded: state_dict has {odd[0]!r} as a key, expected '
-                           'names of tensors')
+        raise WeightsError(f'{name} was not loaded: state_dict has {printable(odd[0], 80)} as a '
+                           'key, expected names of tensors')
 
 
 def _settle(holder: dict, place: str, name: str) -> None:
@@ -70,7 +78,7 @@ def _settle(holder: dict, place: str, name: str) -> None:
         if not dropped:
             return
         problem = (f'From the config inside the checkpoint ({place} of {name}) entries that could '
-                   f'run code are left out: {"; ".join(dropped)}')
+                   f'run code are left out: {printable("; ".join(dropped))}')
     print_log(f'{problem}. Give the config file where one is needed, or set {TRUST_VARIABLE}=1 '
               'for files of your own.', logger='current', level=logging.WARNING)
 

@@ -30,6 +30,9 @@ _TOKENS = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP, tokeniz
 _SIGNS = frozenset(('(', ')', '[', ']', '{', '}', ',', ':', '=', '-', '**'))
 # Built from nothing but their settings, these write files or start runs.
 _STARTING = ('runner', 'runner constructor', 'strategy', 'inferencer', 'log_processor')
+# Settings beside ``type`` that are looked up by their names.
+_NAMES = ('collate_fn', 'worker_init_fn', 'norm_layer', 'act_layer', 'auto_wrap_policy',
+          'param_init_fn', 'init_fn', 'check_fn', 'policy')
 # Where a text of the config would be run or unpickled, whatever the class:
 _HARMFUL = (
     ('warp_mode', r'(?!cv2\.MOTION_[A-Z]+\Z).*', 'is run as Python'),
@@ -173,6 +176,10 @@ def _kept_entry(key: object, value: object, place: str, dropped: list[str]) -> o
     if key in ('default_scope', '_scope_') and value is not None and value not in PACKAGES:
         dropped.append(f'{place}={value!r:.80} (imports another package than '
                        f'{", ".join(PACKAGES)})')
+        return _GONE
+    problem = _type_problem(value) if key in _NAMES else None
+    if problem:
+        dropped.append(f'{place}={value!r:.80} ({problem})')
         return _GONE
     if isinstance(value, str):
         return _kept_text(str(key), value, place, dropped)

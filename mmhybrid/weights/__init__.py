@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 
 from .download import sha256_of
-from .errors import WeightsError
+from .errors import WeightsError, printable
 from .nesting import strip_parallel, strip_wrappers, unwrap
 from .reading import (
     TRUST_VARIABLE,
@@ -24,8 +24,8 @@ from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
            'check_path', 'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of',
-           'read_checkpoint', 'read_file', 'safetensors_metadata', 'sha256_of', 'strip_parallel',
-           'strip_wrappers', 'trusted', 'unwrap']
+           'printable', 'read_checkpoint', 'read_file', 'safetensors_metadata', 'sha256_of',
+           'strip_parallel', 'strip_wrappers', 'trusted', 'unwrap']
 
 
 def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:

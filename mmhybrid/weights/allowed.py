@@ -116,7 +116,8 @@ class UnfinishedArray:
             return dtype
         dtype, content = _dtype_of(dtype), _content_of(content)
         if type(shape) is not tuple or not all(map(_is_size, shape)) or len(shape) > 32 \
-                or math.prod(shape) * dtype.itemsize != len(content):
+                or math.prod(shape) * dtype.itemsize != len(content) \
+                or math.prod(max(each, 1) for each in shape) >= 2**58:
             raise Damaged('a numpy array has another number of values than its shape says')
         budget.spend(size=len(content))
         flat = np.frombuffer(content, dtype).copy()
@@ -356,6 +357,8 @@ def _typed_tensor(budget: Budget, *args) -> torch.Tensor:
         raise Damaged('a tensor has other arguments than those that are ever written for it')
     storage, offset, shape, strides, needs_gradient, _, dtype = args[:7]
     _check_unmarked(args[7:])
+    if not re.fullmatch(r'torch\.(float8_\w+|uint(16|32|64))', str(dtype)):
+        raise NotPlain(f'a tensor of the dtype {dtype} in the form of newer ones')
     return _over(storage.memory, dtype, offset, shape, strides, needs_gradient is True, budget)
 
 
@@ -375,10 +378,7 @@ def _over(memory: torch.UntypedStorage, dtype: torch.dtype, offset, shape, strid
     if math.prod(max(n, 1) for n in shape) >= 2**62 or offset > there or count and last >= there:
         raise Damaged('a tensor is larger than the values that are there for it')
     budget.spend(8, count * dtype.itemsize)
-    try:
-        tensor = torch.empty(0, dtype=dtype, device=memory.device)
-    except (RuntimeError, NotImplementedError) as error:
-        raise NotPlain(f'a tensor of the dtype {dtype}') from error
+    tensor = torch.empty(0, dtype=dtype, device=memory.device)
     tensor.set_(memory, offset, tuple(shape), strides)
     tensor.requires_grad = needs_gradient and (dtype.is_floating_point or dtype.is_complex)
     return tensor

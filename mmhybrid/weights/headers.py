@@ -8,7 +8,7 @@ import struct
 from itertools import pairwise
 from typing import BinaryIO
 
-from .errors import WeightsError
+from .errors import WeightsError, printable
 
 __all__ = ['check_header', 'read_header']
 
@@ -40,7 +40,8 @@ def read_header(file: BinaryIO, name: str) -> tuple[dict, int]:
     try:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_once)
     except _Twice as error:
-        raise WeightsError(f'{name} is damaged: its header has {error} twice; {_AGAIN}') from error
+        raise WeightsError(f'{name} is damaged: its header has {printable(error, 80)} twice; '
+                           f'{_AGAIN}') from error
     except (ValueError, RecursionError) as error:
         reason = 'nested too deeply' if isinstance(error, RecursionError) else error
         raise WeightsError(f'{name} is damaged: its header is no JSON ({reason}); {_AGAIN}'
@@ -73,10 +74,12 @@ def check_header(header: object, start: int, size: int, name: str) -> None:
                            f'name; {_AGAIN}')
     tensors = {key: entry for key, entry in header.items() if key != '__metadata__'}
     for key, entry in tensors.items():
+        if not isinstance(entry, dict):
+            raise WeightsError(f'{name} is JSON, but not the header of a safetensors file: '
+                               f'{printable(key, 80)} is no description of a tensor')
         problem = _problem(entry)
         if problem:
-            raise WeightsError(f'{name} is JSON, but not the header of a safetensors file: '
-                               f'{_shown(key)} {problem}')
+            raise WeightsError(f'{name} is damaged: {printable(key, 80)} {problem}; {_AGAIN}')
     _check_places(tensors, start, size, name)
 
 
@@ -90,14 +93,12 @@ def _check_places(tensors: dict, start: int, size: int, name: str) -> None:
                            f'{_AGAIN}')
     for before, after in pairwise([(0, 0, 'the header'), *spans]):
         if before[1] != after[0]:
-            raise WeightsError(f'{name} is damaged: {_shown(after[2])} does not begin where '
-                               f'{_shown(before[2])} ends; {_AGAIN}')
+            raise WeightsError(f'{name} is damaged: {printable(after[2], 80)} does not begin where '
+                               f'{printable(before[2], 80)} ends; {_AGAIN}')
 
 
-def _problem(entry: object) -> str | None:
+def _problem(entry: dict) -> str | None:
     """What is wrong with the description of one tensor."""
-    if not isinstance(entry, dict):
-        return 'is no description of a tensor'
     kind, shape, span = (entry.get(key) for key in ('dtype', 'shape', 'data_offsets'))
     if not isinstance(kind, str):
         return 'has no dtype'
@@ -115,7 +116,3 @@ def _problem(entry: object) -> str | None:
 def _are_sizes(values: object) -> bool:
     return isinstance(values, list) and len(values) <= 64 and all(
         type(value) is int and 0 <= value < 2**48 for value in values)
-
-
-def _shown(key: str) -> str:
-    return key[:80].encode('utf-8', 'backslashreplace').decode()

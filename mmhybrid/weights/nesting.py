@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .errors import WeightsError
+from .errors import WeightsError, printable
 from .recognition import recognized_family
 
 __all__ = ['EMA_KEYS', 'WRAPPERS', 'strip_parallel', 'strip_wrappers', 'top_names', 'unwrap']
@@ -54,12 +54,16 @@ def unwrap(checkpoint: object, key: str | None = None) -> tuple[dict[str, Tensor
         hint = f'; averaged weights are taken on request: key={only[0]!r}' if only else ''
         raise WeightsError(f'the checkpoint holds no tensors (it has {_content(checkpoint)}), '
                            f"expected a state dict, or one under 'state_dict' or 'model'{hint}")
+    odd = next((name for name in tensors if len(name) > 1000 or not name.isprintable()), None)
+    if odd is not None:
+        raise WeightsError(f'the checkpoint has {printable(odd, 80)} as the name of a tensor, '
+                           'expected names of parts of a model')
     return tensors, where
 
 
 def _content(checkpoint: object) -> str:
     if isinstance(checkpoint, Mapping):
-        return f'the keys {list(checkpoint)[:8]}'
+        return printable(f'the keys {list(checkpoint)[:8]}', 400)
     return type(checkpoint).__name__
 
 

@@ -59,22 +59,27 @@ def read_pickle(stream: BinaryIO, size: int, budget: Budget,
         NotPlain: if it has tensors that are no weights.
         Damaged: if it breaks the rules of pickles or makes too much out of few bytes.
     """
-    machine, read = _Machine(budget, storage), _Bounded(stream, size)
+    machine = _Machine(budget, storage)
     try:
-        for instruction, argument, _ in pickletools.genops(read):
+        for instruction, argument, _ in _instructions(stream, size):
             budget.spend(_PRICES.get(instruction.name, 1))
             handler = _HANDLERS.get(instruction.name)
             if handler is None:
                 raise Refused(f'the pickle instruction {instruction.name}')
             handler(machine, argument)
         return machine.pop()
-    except ValueError as error:  # only genops raises it: an unknown instruction, or the end
+    except IndexError as error:  # the stack is empty
+        raise Damaged(f'its pickle contradicts itself at byte {stream.tell():,}') from error
+
+
+def _instructions(stream: BinaryIO, size: int):
+    try:
+        yield from pickletools.genops(_Bounded(stream, size))
+    except ValueError as error:
         place = stream.tell()
         if place >= size:
             raise CutOff('it ends in the middle of its pickle') from error
         raise Damaged(f'its pickle has no instruction at byte {place:,}') from error
-    except IndexError as error:  # the stack is empty
-        raise Damaged(f'its pickle contradicts itself at byte {stream.tell():,}') from error
 
 
 class _Bounded:

@@ -18,7 +18,7 @@ from .containers import (
     read_archive,
     read_row,
 )
-from .errors import WeightsError
+from .errors import WeightsError, printable
 from .headers import check_header, read_header
 from .pickles import CutOff
 from .tree import NotData, check_tree
@@ -61,11 +61,11 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
     """
     if isinstance(file, (str, bytes, os.PathLike)):
         path = os.path.expanduser(os.fsdecode(file))
-        shown = _printable(name or os.fsdecode(file))
+        shown = printable(name or os.fsdecode(file))
         check_path(path, shown)
         with _opened(path, shown) as opened:
             return read_file(opened, map_location, trust, shown)
-    name = _printable(name or 'the checkpoint')
+    name = printable(name or 'the checkpoint')
     kind = file_format(file, name)
     if kind == 'safetensors':
         return _read_safetensors(file, map_location, name)
@@ -76,23 +76,25 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
     try:
         found = read(file, size, Placement(map_location))
         check_tree(found)
-    except Refused as error:
-        raise WeightsError(
-            f'{name} was not loaded: it contains {error}, and reading that could run code from '
-            f'the file. {_IF_TRUSTED}') from error
-    except NotData as error:
-        raise WeightsError(f'{name} was not loaded: {error}, expected nothing but texts, numbers '
-                           f'and tensors. {_IF_TRUSTED}') from error
-    except NotPlain as error:
-        raise WeightsError(f'{name} was not loaded: it contains {error}; expected ordinary dense '
-                           'tensors, convert it before you save it') from error
-    except CutOff as error:
-        raise WeightsError(f'{name} is cut off: {error}; {_AGAIN}') from error
-    except Damaged as error:
-        raise WeightsError(f'{name} is damaged: {error}; {_AGAIN}') from error
-    except Unfit as error:
-        raise WeightsError(f'{name} {error}') from error
+    except (Refused, NotData, NotPlain, CutOff, Damaged, Unfit) as error:
+        raise WeightsError(_sentence(name, error)) from error
     return found
+
+
+def _sentence(name: str, error: Exception) -> str:
+    what = printable(error)
+    if isinstance(error, Refused):
+        return (f'{name} was not loaded: it contains {what}, and reading that could run code from '
+                f'the file. {_IF_TRUSTED}')
+    if isinstance(error, NotData):
+        return (f'{name} was not loaded: {what}, expected nothing but texts, numbers and tensors. '
+                f'{_IF_TRUSTED}')
+    if isinstance(error, NotPlain):
+        return (f'{name} was not loaded: it contains {what}; expected ordinary dense tensors, '
+                'convert it before you save it')
+    if isinstance(error, Unfit):
+        return f'{name} {what}'
+    return f'{name} is {"cut off" if isinstance(error, CutOff) else "damaged"}: {what}; {_AGAIN}'
 
 
 def _read_trusted(file: BinaryIO, map_location, name: str) -> object:
@@ -105,16 +107,11 @@ def _read_trusted(file: BinaryIO, map_location, name: str) -> object:
                            'install it, or save the weights alone') from error
     except Exception as error:  # whatever the file's own code raises
         raise WeightsError(f'{name} could not be read by torch: {type(error).__name__}: '
-                           f'{_last_line(error)}') from error
+                           f'{printable(_last_line(error))}') from error
 
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split('\n')[-1].strip()
-
-
-def _printable(name: str | os.PathLike) -> str:
-    """A file's name that can be written to any log: bytes that are no UTF-8 are escaped."""
-    return os.fsdecode(name).encode('utf-8', 'backslashreplace').decode()
 
 
 def check_path(path: str | os.PathLike, name: str | None = None) -> None:
@@ -124,7 +121,7 @@ def check_path(path: str | os.PathLike, name: str | None = None) -> None:
         FileNotFoundError: if there is nothing.
         WeightsError: if it is something else than a file.
     """
-    name = name or _printable(path)
+    name = name or printable(os.fsdecode(path))
     try:
         mode = os.stat(path).st_mode
     except PermissionError as error:
@@ -132,8 +129,9 @@ def check_path(path: str | os.PathLike, name: str | None = None) -> None:
                            'way to it') from error
     except (OSError, ValueError) as error:
         # nothing there, a link to nothing, a name that no file can have
-        raise FileNotFoundError(f'there is no checkpoint file {_printable(os.path.abspath(path))};'
-                                ' check the path or download the file first') from error
+        absolute = printable(os.path.abspath(os.fsdecode(path)))
+        raise FileNotFoundError(f'there is no checkpoint file {absolute}; check the path or '
+                                'download the file first') from error
     if stat.S_ISDIR(mode):
         raise WeightsError(f'{name} is a folder, expected a file of weights; give the path of a '
                            'file in it')
@@ -151,7 +149,7 @@ def _opened(path: str, name: str) -> BinaryIO:
 
 def check_file(path: str | os.PathLike) -> str:
     """Look at the beginning and the end of a file; returns its format, see :func:`file_format`."""
-    name = _printable(path)
+    name = printable(os.fsdecode(path))
     check_path(path, name)
     with _opened(path, name) as file:
         return file_format(file, name)
@@ -215,8 +213,7 @@ def _checked_zip(file: BinaryIO, name: str, size: int) -> str:
         with open_archive(file, size) as archive:
             names = archive.namelist()
     except Damaged as error:
-        what = 'cut off' if isinstance(error, CutOff) else 'damaged'
-        raise WeightsError(f'{name} is {what}: {error}; {_AGAIN}') from error
+        raise WeightsError(_sentence(name, error)) from error
     if any(each.endswith('/constants.pkl') or '/code/' in each for each in names):
         raise WeightsError(f'{name} is a TorchScript program, not weights; save its state_dict()')
     if len(set(names)) != len(names) or len(programs(names)) != 1:
@@ -237,7 +234,7 @@ def safetensors_metadata(path: str | os.PathLike) -> dict[str, str]:
     if check_file(path) != 'safetensors':
         return {}
     with open(path, 'rb') as file:
-        return read_header(file, _printable(path))[0].get('__metadata__', {})
+        return read_header(file, printable(os.fsdecode(path)))[0].get('__metadata__', {})
 
 
 def _read_safetensors(file: BinaryIO, map_location, name: str) -> dict:

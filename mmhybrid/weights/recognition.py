@@ -97,8 +97,8 @@ def identify(shapes: Mapping[str, tuple[int, ...]]) -> Identity | None:
         return None
     try:
         facts = _facts(family, shapes)
-    except (KeyError, IndexError, ZeroDivisionError):
-        return Identity(family)  # parts are missing
+    except (KeyError, IndexError, ZeroDivisionError, ValueError):
+        return Identity(family)  # parts are missing, or have other shapes
     words = ', '.join(f'{key}={value}'
                       for key, value in zip(_FACT_NAMES[family], facts, strict=True))
     return Identity(family, VARIANTS[family].get(facts), words)
@@ -124,6 +124,8 @@ def _depths(shapes: Mapping[str, tuple[int, ...]], stages: str) -> tuple[int, ..
     found = {tuple(map(int, match.groups())) for match in (
         re.match(rf'{stages}\.(\d+)\.blocks\.(\d+)\.', name) for name in shapes) if match}
     count = max(stage for stage, _ in found) + 1
+    if count > 100:
+        raise ValueError(f'got {count} stages')
     return tuple(sum(stage == i for stage, _ in found) for i in range(count))
 
 

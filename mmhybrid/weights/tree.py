@@ -8,7 +8,15 @@ from collections import Counter, OrderedDict
 import numpy as np
 import torch
 
-from .allowed import Method, Name, Storage, Unusable, history_buffer
+from .allowed import (
+    Method,
+    Name,
+    Storage,
+    UnfinishedArray,
+    UnfinishedDtype,
+    Unusable,
+    history_buffer,
+)
 
 __all__ = ['NotData', 'check_tree']
 
@@ -98,6 +106,8 @@ def _named(value: object) -> str:
         return f'the name {value.name}'
     if isinstance(value, (Storage, Method)):
         return 'a part of a tensor' if isinstance(value, Storage) else 'a method'
+    if isinstance(value, (UnfinishedArray, UnfinishedDtype)):
+        return 'a numpy value without its second half'
     return f'a {type(value).__name__}'
 
 

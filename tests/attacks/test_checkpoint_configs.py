@@ -96,6 +96,9 @@ DROPPED = {
         'without our checks', dict(model={})),
     'load=dict(backend_args=dict(backend="memcached", sys_path="/tmp/x"))': (
         'sys_path', dict(load=dict(backend_args=dict(backend='memcached')))),
+    'test_dataloader=dict(collate_fn="os.system", x=1)': (
+        "collate_fn='os.system'", dict(test_dataloader=dict(x=1))),
+    'model=dict(norm_layer="subprocess.call")': ("norm_layer='subprocess.call'", dict(model={})),
     'visualizer=dict(save_dir="/root/x")': ('names a place to write to', dict(visualizer={})),
 }
 
@@ -163,7 +166,7 @@ model = dict(
         warp_mode='cv2.MOTION_EUCLIDEAN'), net=dict(model_name='resnet50', pretrained=True))
 optim_wrapper = dict(optimizer=dict(type='torch.optim.AdamW', lr=1e-4), type='OptimWrapper')
 other_optimizer = dict(type='torch.optim.adamw.AdamW')
-load = dict(collate_fn=dict(type='pseudo_collate'), sampler=dict(type='DefaultSampler'))
+load = dict(collate_fn=dict(type='pseudo_collate'), norm_layer='ln2d')
 new_style = dict(type='mmengine.runner.loops.EpochBasedTrainLoop', max_epochs=1)
 vis_backends = [dict(type='LocalVisBackend', save_dir='vis')]
 data = dict(ann_file='annotations/a.json', type='CocoDataset', backend_args=None, pkl=1, npy='x')
@@ -209,6 +212,7 @@ def test_a_settled_text_is_what_mmengine_reads(tmp_path):
     (dict(meta=dict(dataset_meta='x')), 'meta.dataset_meta is a str'),
     (dict(state_dict=[torch.ones(1)]), 'state_dict is a list'),
     (dict(state_dict={3: torch.ones(1)}), 'state_dict has 3 as a key'),
+    (dict(state_dict={'a\nb': torch.ones(1)}), r'state_dict has a\\nb as a key'),
 ])
 def test_entries_of_another_kind(content, message, tmp_path):
     torch.save(content, tmp_path / 'w.pth')

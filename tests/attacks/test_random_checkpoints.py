@@ -286,6 +286,8 @@ def check_plain(value, seen):
 
 def check_content(back):
     check_plain(back, {})
+    if not isinstance(back, dict):
+        return
     for holder in (back.get('meta'), (back.get('message_hub') or {}).get('runtime_info')):
         if isinstance(holder, dict) and 'cfg' in holder:
             values = plain_config(holder['cfg'])
