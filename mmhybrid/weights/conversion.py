@@ -87,7 +87,7 @@ def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
     if 'original' not in facts:
         raise WeightsError(f'{source} does not say how it was named originally; expected a file '
                            'that tools/convert_checkpoint.py wrote')
-    original = json.loads(facts['original'])
+    original = _noted(facts['original'], source)
     state_dict = {original['prefix'] + name: tensor
                   for name, tensor in unwrap(read_file(path))[0].items()}
     for entry in reversed(original['entry'].split('.') if original['entry'] else []):
@@ -95,6 +95,18 @@ def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
     with _aside(Path(target)) as part:
         torch.save(state_dict, part)
         os.replace(part, target)
+
+
+def _noted(text: str, source: str | os.PathLike) -> dict[str, str]:
+    """Entry and prefix that were noted, as JSON."""
+    try:
+        noted = json.loads(text)
+        if all(type(noted[key]) is str for key in ('entry', 'prefix')):
+            return noted
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise WeightsError(f'{source} says in its note "original" {text[:80]!r}, expected the entry '
+                       'and the prefix that tools/convert_checkpoint.py notes; convert it again')
 
 
 def provenance_of(path: str | os.PathLike) -> dict[str, str]:
@@ -105,7 +117,9 @@ def provenance_of(path: str | os.PathLike) -> dict[str, str]:
                 if name.startswith(f'{_NOTE}.')}
     checkpoint = read_file(path)
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
-    return dict(meta.get(_NOTE, {})) if isinstance(meta, Mapping) else {}
+    notes = meta.get(_NOTE) if isinstance(meta, Mapping) else None
+    return {name: value for name, value in notes.items() if isinstance(value, str)} if isinstance(
+        notes, Mapping) else {}
 
 
 def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool = False) -> Path:
@@ -132,9 +146,12 @@ def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) and where else None
     meta = meta if isinstance(meta, Mapping) else {}
     kept = {name: meta[name] for name in _KEPT if name in meta}
+    described = kept.get('dataset_meta')
+    names = described.get('classes') if isinstance(described, Mapping) else None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        names = ()
     with _aside(target) as part:
         if target.suffix == '.safetensors':
-            names = kept.get('dataset_meta', {}).get('classes') or ()
             _write(state_dict, part, dict(classes=json.dumps(list(names))) if names else {})
         else:
             torch.save(dict(meta=kept, state_dict=_own(state_dict)), part)

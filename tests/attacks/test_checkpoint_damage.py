@@ -13,11 +13,14 @@ import hostile_files as hostile
 import pytest
 import torch
 from hostile_files import Raw, called, tensor
+from released_files import FAMILIES, dense, weights
 
 from mmhybrid.engine import UserError
 from mmhybrid.engine.preflight import check_checkpoint_file
-from mmhybrid.weights import WeightsError, check_file, read_checkpoint, read_file
+from mmhybrid.models.checkpoints import fit_weights
+from mmhybrid.weights import WeightsError, check_file, read_checkpoint, read_file, unwrap
 from mmhybrid.weights.allowed import Budget
+from mmhybrid.weights.conversion import publish, restore
 
 
 def refused(path, message, read=read_file):
@@ -316,3 +319,45 @@ def test_states_that_are_shared_and_odd_but_plain_pass(tmp_path):
     empty = called('collections', 'OrderedDict', [['a', 1], ['b', 2]])
     hostile.archive(tmp_path / 'w.pth', hostile.program({'x': empty}))
     assert read_file(tmp_path / 'w.pth')['x'] == dict(a=1, b=2)
+
+
+ODD = (torch.flatten, lambda t: t[None], lambda t: torch.zeros(()), lambda t: torch.zeros(0),
+       lambda t: torch.zeros(0, *t.shape[1:]), lambda t: torch.zeros(3, *t.shape[1:]),
+       lambda t: t.to(torch.complex64), lambda t: t.bool())
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_weights_of_odd_shapes_and_names(family):
+    net, right, refused = dense(family), weights(family), 0
+    for seed in range(20):
+        generator, changed = random.Random(seed), dict(right)
+        for name in generator.sample(list(changed), generator.choice((1, 3, len(changed)))):
+            changed[name] = generator.choice(ODD)(changed[name])
+        if seed % 3 == 0:  # stages and layers that cannot be counted through
+            changed.update({f'levels.{10**9}.blocks.3.x': torch.ones(1),
+                            'layers.99999999.blocks.0.op.x': torch.ones(1)})
+        start = time.process_time()
+        try:
+            fit_weights(net, dict(state_dict=changed), 'w.pth', strict=seed % 2 == 0)
+        except WeightsError as error:
+            refused += 1
+            assert str(error).startswith('w.pth ') and '\n' not in str(error)
+        assert time.process_time() - start < 5
+    assert refused > 3
+
+
+@pytest.mark.parametrize('name', ['module.' * 100_000 + 'a', 'a' * 2000, 'a\nb', '\ud800'])
+def test_names_that_are_none(name):
+    with pytest.raises(WeightsError, match='as the name of a tensor, expected') as caught:
+        unwrap({name: torch.ones(1), 'b': torch.ones(1)})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize('note', ['x', 5, [], {}, {'original': 5}, {'original': '{'},
+                                  {'original': '[]'}, {'original': '{"entry": 5, "prefix": ""}'}])
+def test_notes_of_converted_files(note, tmp_path):
+    torch.save(dict(meta=dict(mmhybrid=note, dataset_meta=dict(classes=5)),
+                    state_dict={'a': torch.ones(1)}), tmp_path / 'w.pth')
+    with pytest.raises(WeightsError, match='w.pth (does not say how it was|says in its note)'):
+        restore(tmp_path / 'w.pth', tmp_path / 'x.pth')
+    publish(tmp_path / 'w.pth', tmp_path / 'y.safetensors')

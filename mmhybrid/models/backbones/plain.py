@@ -229,7 +229,7 @@ class PlainBackbone(DenseBackbone):
         """
         state_dict = dict(state_dict)
         rows = state_dict.get('pos_embed')
-        if rows is not None and rows.dim() == 3 and rows.shape != self.pos_embed.shape:
+        if rows is not None and _is_table(rows, 3) and rows.shape != self.pos_embed.shape:
             has_class = class_row_of(rows.shape[1], 'cls_token' in state_dict) is not None
             cls = None
             if has_class:
@@ -244,7 +244,8 @@ class PlainBackbone(DenseBackbone):
             state_dict['pos_embed'] = rows
         if self.cls_token is None:
             state_dict.pop('cls_token', None)
-        for name in [n for n in state_dict if n.startswith('rope.')]:
+        for name in [n for n, table in state_dict.items()
+                     if n.startswith('rope.') and _is_table(table, 2)]:
             table = state_dict[name]
             side = math.isqrt(table.shape[0])
             if self.rope is None:
@@ -255,6 +256,11 @@ class PlainBackbone(DenseBackbone):
                 else:  # computed for the grid of this model
                     state_dict[name] = getattr(self.rope, name.removeprefix('rope.')).clone()
         return state_dict
+
+
+def _is_table(tensor: Tensor, dims: int) -> bool:
+    # anything else stays as it is, and is refused for its shape
+    return tensor.dim() == dims and tensor.numel() > 0
 
 
 def drop_row(rows: Tensor, index: int) -> Tensor:
