@@ -11,15 +11,16 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from mmhybrid.engine.errors import UserError, explain
-from mmhybrid.engine.pipeline_guard import guard_image_files
+from mmhybrid.engine.pipeline_guard import expect_labels, guard_image_files
 
 LOAD = dict(type='LoadImageFromFile')
 
 
 @pytest.fixture(autouse=True)
-def _guard():
+def _guard(monkeypatch):
     init_default_scope('mmdet')
     pytest.importorskip('mmdet.datasets')
+    monkeypatch.setattr('mmhybrid.engine.pipeline_guard._expected', {})
     guard_image_files()
 
 
@@ -266,3 +267,49 @@ def test_no_memory_for_an_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr('mmcv.imfrombytes', fails)
     assert 'does not fit into memory' in refusal(photograph(tmp_path / 'a.jpg'))
+
+
+# --- many small damages ------------------------------------------------------------------------
+
+def mutated(content, rng):
+    content = bytearray(content)
+    how = rng.integers(4)
+    place = int(rng.integers(len(content)))
+    if how == 0:
+        content[place] ^= 1 << int(rng.integers(8))
+    elif how == 1:
+        del content[place:]
+    elif how == 2:
+        content[place:place] = bytes(rng.integers(0, 256, int(rng.integers(1, 9)), dtype=np.uint8))
+    else:  # a size or a length
+        content[place:place + 4] = b'\x7f\xff\xff\xff'
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'gif', 'tif', 'webp', 'bmp'])
+def test_random_damage(tmp_path, suffix):
+    """A sample or one line that begins with the file; for images and label images."""
+    pytest.importorskip('mmseg')
+    init_default_scope('mmseg')
+    image, good = tmp_path / f'a.{suffix}', photograph(tmp_path / 'good.png')
+    labels = tmp_path / 'labels'
+    labels.mkdir()
+    expect_labels(str(labels), 3, 3, 255)
+    photograph(image, 'RGB' if suffix in ('jpg', 'webp') else 'P')
+    content, rng = image.read_bytes(), np.random.default_rng(0)
+    pipeline = Compose([LOAD, dict(type='LoadAnnotations')])
+    victim, told = labels / image.name, 0
+    for _ in range(40):
+        damage = mutated(content, rng)
+        image.write_bytes(damage)
+        victim.write_bytes(damage)
+        for picture, label in ((image, victim), (good, victim)):
+            try:
+                pipeline(dict(img_path=str(picture), seg_map_path=str(label), seg_fields=[],
+                              reduce_zero_label=False))
+            except UserError as error:
+                told += 1
+                assert str(error).startswith((str(image), str(victim))), error
+                assert 'could not be loaded' not in str(error), error
+    assert told > 10
