@@ -11,7 +11,9 @@ import functools
 import logging
 import os
 import os.path as osp
+import re
 import stat
+import struct
 import warnings
 from dataclasses import dataclass
 
@@ -26,6 +28,7 @@ __all__ = ['expect_labels', 'guard_image_files']
 # The machine's limits, which `explain` has sentences for; no image is to blame.
 NOT_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)
 LARGEST = 2**31  # bytes of a file; decoders count in 32 bits
+MANY = 2 * 89_478_485  # pixels from where Pillow refuses; OpenCV takes six times as many
 EMPTY = 100  # pixels per byte; even a blank photograph has fewer as a JPEG
 EIGHT_BITS = ('1', 'L', 'P')
 
@@ -133,18 +136,29 @@ def _check_file(path) -> None:
     if status.st_size >= LARGEST:
         raise UserError(f'{path} has {status.st_size} bytes; image files of 2 GiB and more cannot '
                         'be decoded. Cut it into tiles, or remove it from the data set.')
+    pixels = _pixels(path)
+    if pixels > max(MANY, EMPTY * status.st_size):
+        raise UserError(f'{path}: {_too_large(path, f"{pixels} pixels")}')
+
+
+def _pixels(path) -> int:
+    """How many pixels a file says it has; 0 if Pillow does not know its form."""
+    with open(path, 'rb') as file:
+        head = file.read(24)
+    if head[:8] == b'\x89PNG\r\n\x1a\n' and len(head) == 24:
+        width, height = struct.unpack('>II', head[16:])  # OpenCV takes it without a right sum, too
+        return width * height
     try:
-        Image.open(path).close()
+        with Image.open(path) as image:
+            return image.width * image.height
     except Image.DecompressionBombError as error:
-        pixels = int(''.join(filter(str.isdigit, str(error).partition('(')[2].partition(')')[0])))
-        if pixels > EMPTY * status.st_size:
-            raise UserError(f'{path}: {_too_large(path, error)}') from error
+        return int(re.search(r'(\d+) pixels', str(error))[1])
     except Exception:
-        return  # the decoder of the pipeline has the last word
+        return 0  # the decoder of the pipeline has the last word
 
 
-def _too_large(path, error) -> str:
-    return (f'{os.path.getsize(path)} bytes that unpack to a picture too large to load ({error}). '
+def _too_large(path, size) -> str:
+    return (f'{os.path.getsize(path)} bytes that unpack to a picture too large to load ({size}). '
             'Cut it into tiles, or remove it from the data set.')
 
 

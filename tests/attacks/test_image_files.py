@@ -76,6 +76,7 @@ def test_a_turned_photograph_is_loaded_upright(tmp_path):
 def test_a_large_honest_image_passes(tmp_path, monkeypatch):
     """Many pixels in as many bytes as a photograph has; Pillow alone would refuse."""
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    monkeypatch.setattr('mmhybrid.engine.pipeline_guard.MANY', 100)
     assert load(photograph(tmp_path / 'a.jpg'))['img'].shape == (24, 32, 3)
 
 
