@@ -146,6 +146,7 @@ def _pixels(path) -> int:
     with open(path, 'rb') as file:
         head = file.read(24)
     if head[:8] == b'\x89PNG\r\n\x1a\n' and len(head) == 24:
+        _check_chunks(path)
         width, height = struct.unpack('>II', head[16:])  # OpenCV takes it without a right sum, too
         return width * height
     try:
@@ -155,6 +156,21 @@ def _pixels(path) -> int:
         return int(re.search(r'(\d+) pixels', str(error))[1])
     except Exception:
         return 0  # the decoder of the pipeline has the last word
+
+
+def _check_chunks(path) -> None:
+    """OpenCV makes room for as many bytes as a part of a PNG says it has, up to 2 GiB."""
+    size, place = os.path.getsize(path), 8
+    with open(path, 'rb') as file:
+        while place + 8 <= size:
+            file.seek(place)
+            length, name = struct.unpack('>I4s', file.read(8))
+            if name == b'IEND':
+                return
+            place += length + 12
+    if place > size:
+        raise UserError(f'{path} cannot be decoded ({size} bytes; its parts say {place}). The file '
+                        'is damaged. Fetch it again, or remove it from the data set.')
 
 
 def _too_large(path, size) -> str:
