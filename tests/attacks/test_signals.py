@@ -1,0 +1,275 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C at every moment of a training."""
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toy
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from mmhybrid.engine import stop_signals as module
+from mmhybrid.engine.checkpointing import newest_whole
+from mmhybrid.engine.errors import run_command
+from mmhybrid.engine.stop_signals import Stopped, stop_signals
+from mmhybrid.weights import read_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+EPOCHS = dict(by_epoch=True, max_epochs=3, val_interval=1)
+ITERS = dict(by_epoch=False, max_iters=17, val_interval=4)
+EVERY = dict(interval=1, max_keep_ckpts=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+
+
+@HOOKS.register_module(force=True)
+class SendSignal(Hook):
+    """Sends a signal to this process at one moment."""
+
+    def __init__(self, moment, at, number=signal.SIGTERM, times=1):
+        def send(runner, *_, **__):
+            if not self.sent and (at is None or runner.iter == at):
+                self.sent = True
+                for _ in range(times):
+                    os.kill(os.getpid(), number)
+        self.sent = False
+        setattr(self, moment, send)
+
+
+def hooks(monkeypatch, *more):
+    monkeypatch.setattr(toy, 'HOOKS', [dict(type='mmhybrid.StopSignalHook'), *more])
+
+
+def stopped(folder, monkeypatch, train, checkpoint=EVERY, sampler='DefaultSampler', more=(),
+            **signal_at):
+    """Train until the signal; returns the exit code."""
+    hooks(monkeypatch, dict(type='SendSignal', **signal_at), *more)
+    with pytest.raises(Stopped) as caught, stop_signals():
+        toy.run(folder, train, checkpoint, sampler=sampler)
+    return caught.value.code
+
+
+CASES = {
+    'in an epoch': (EPOCHS, EVERY, 'DefaultSampler', dict(moment='before_train_iter', at=8), 9),
+    'last of an epoch': (EPOCHS, EVERY, 'DefaultSampler', dict(moment='before_train_iter', at=5),
+                         6),
+    'first': (EPOCHS, EVERY, 'DefaultSampler', dict(moment='before_train_epoch', at=0), 1),
+    'in a validation': (EPOCHS, EVERY, 'DefaultSampler', dict(moment='before_val_iter', at=12), 12),
+    'without a checkpoint before': (EPOCHS, dict(interval=3), 'DefaultSampler',
+                                    dict(moment='before_val_iter', at=6), 6),
+    'while computing metrics': (EPOCHS, dict(interval=3), 'DefaultSampler',
+                                dict(moment='after_val_epoch', at=6), 6),
+    'while writing': (EPOCHS, EVERY, 'DefaultSampler', dict(moment='before_save_checkpoint', at=6),
+                      6),
+    'iterations': (ITERS, dict(EVERY, by_epoch=False, interval=5), 'InfiniteSampler',
+                   dict(moment='before_train_iter', at=6), 7),
+    'iterations, validation': (ITERS, dict(EVERY, by_epoch=False, interval=5), 'InfiniteSampler',
+                               dict(moment='before_val_iter', at=8), 8),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, name):
+    train, checkpoint, sampler, at, iterations = CASES[name]
+    checkpoint = dict(checkpoint, save_best='toy/mean', rule='greater')
+    hooks(monkeypatch)
+    whole = toy.run(tmp_path / 'a', train, checkpoint, sampler=sampler)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    assert stopped(tmp_path / 'b', monkeypatch, train, checkpoint, sampler, **at) == 143
+    assert before == [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    path, notes = newest_whole(str(tmp_path / 'b'))
+    assert path == str(tmp_path / 'b/interrupted.pth') and notes == []
+    assert read_checkpoint(path)['meta']['iter'] == iterations
+    hooks(monkeypatch)
+    resumed = toy.run(tmp_path / 'b', train, checkpoint, sampler=sampler, resume=path)
+    assert toy.difference(whole, resumed) == []
+    # As many validations: one that was cut short is repeated, one that was done is not.
+    left, right = (len(run.message_hub.get_scalar('val/toy/mean').data[0])
+                   for run in (whole, resumed))
+    assert left == right
+
+
+def test_no_second_checkpoint_where_one_was_written(tmp_path, monkeypatch):
+    code = stopped(tmp_path, monkeypatch, ITERS, dict(EVERY, by_epoch=False, interval=5),
+                   'InfiniteSampler', moment='before_train_iter', at=4, number=signal.SIGUSR1)
+    assert code == 138
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_5.pth']
+
+
+def test_averaged_weights(tmp_path, monkeypatch):
+    """In a validation the model holds EMA's weights; the checkpoint must hold both in place."""
+    ema = dict(type='EMAHook')
+    hooks(monkeypatch, ema)
+    whole = toy.run(tmp_path / 'a', EPOCHS, EVERY)
+    stopped(tmp_path / 'b', monkeypatch, EPOCHS, more=[ema], moment='before_val_iter', at=6)
+    hooks(monkeypatch, ema)
+    resumed = toy.run(tmp_path / 'b', EPOCHS, EVERY, resume=str(tmp_path / 'b/interrupted.pth'))
+    assert toy.difference(whole, resumed) == []
+    left, right = (torch.load(tmp_path / name / 'epoch_3.pth', weights_only=False)['state_dict']
+                   for name in 'ab')
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_the_old_checkpoint_is_not_rotated_away(tmp_path, monkeypatch):
+    stopped(tmp_path, monkeypatch, EPOCHS, moment='before_train_iter', at=8)
+    assert sorted(path.name for path in tmp_path.glob('*.pth')) == [
+        'epoch_1.pth', 'interrupted.pth']
+
+
+def test_the_line_says_how_to_continue(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(toy, 'Runner', toy.Runner)
+    stopped(tmp_path, monkeypatch, EPOCHS, moment='before_train_iter', at=8)
+    output = capfd.readouterr()
+    assert 'SIGTERM: finishing this iteration, then saving a checkpoint.' in output.err
+    assert (f'Stopped by SIGTERM after iteration 9. The same command with --resume continues from '
+            f'{tmp_path}/interrupted.pth') in output.out + output.err
+    assert 'Traceback' not in output.out + output.err
+
+
+def test_repeated_sigterm_and_the_echo_of_ctrl_c_are_one_request(tmp_path, monkeypatch):
+    for name, number, code in (('a', signal.SIGTERM, 143), ('b', signal.SIGINT, 130)):
+        assert stopped(tmp_path / name, monkeypatch, EPOCHS, moment='before_train_iter', at=8,
+                       number=number, times=3) == code
+        assert (tmp_path / name / 'interrupted.pth').exists()
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path, monkeypatch):
+    times = iter(range(0, 1000, 5))
+    monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: next(times)))
+    hooks(monkeypatch, dict(type='SendSignal', moment='before_train_iter', at=8,
+                            number=signal.SIGINT, times=2))
+    with pytest.raises(KeyboardInterrupt), stop_signals():
+        toy.run(tmp_path, EPOCHS, EVERY)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_before_the_training_there_is_nothing_to_save(tmp_path, capfd):
+    def main(argv):
+        with stop_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    assert run_command(main, []) == 143
+    output = capfd.readouterr()
+    assert 'Stopped by SIGTERM before the training began' in output.err
+    assert 'Traceback' not in output.err and 'ERROR' not in output.err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_after_the_training_handlers_are_as_before(tmp_path, monkeypatch):
+    hooks(monkeypatch)
+    with stop_signals():
+        assert signal.getsignal(signal.SIGTERM) is module._request
+        toy.run(tmp_path, dict(EPOCHS, max_epochs=1), EVERY)
+        assert not module._request.training
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and module._request is None
+
+
+def test_handlers_of_others_stay(monkeypatch):
+    """nohup ignores a signal; a program may have a handler of its own."""
+    mine = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGTERM, mine), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            assert signal.getsignal(signal.SIGTERM) is mine
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) is module._request
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_outside_the_main_thread_nothing_changes():
+    seen = []
+
+    def work():
+        with stop_signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
+
+
+def raise_signals():
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    os._exit(7)
+
+
+def test_workers_do_not_answer(capfd):
+    """A Ctrl-C in a terminal reaches them too; they end with their parent."""
+    with stop_signals():
+        worker = multiprocessing.get_context('fork').Process(target=raise_signals, daemon=True)
+        worker.start()
+        worker.join(20)
+        assert module._request.signal is None
+    assert worker.exitcode == 7
+    assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('moment, at', [('after_train_iter', 7), ('before_val_epoch', 6)])
+def test_workers_that_the_signal_ended(tmp_path, monkeypatch, moment, at):
+    """No further batch comes: what is there is saved, and the error is not shown."""
+    class Loader:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __getattr__(self, name):
+            return getattr(self.loader, name)
+
+        def __iter__(self):
+            for batch in self.loader:
+                yield batch
+                if module._asked():
+                    raise RuntimeError('DataLoader worker (pid(s) 12, 13) exited unexpectedly')
+
+        def __len__(self):
+            return len(self.loader)
+
+    hooks(monkeypatch)
+    whole = toy.run(tmp_path / 'a', EPOCHS, EVERY)
+    monkeypatch.setattr(module.StopSignalHook, 'after_train_iter', lambda *_, **__: None)
+    monkeypatch.setattr(module.StopSignalHook, 'after_val_iter', lambda *_, **__: None)
+    hooks(monkeypatch, dict(type='SendSignal', moment=moment, at=at))
+
+    class Runner(toy.Runner):
+        def train(self):
+            pass
+
+    monkeypatch.setattr(toy, 'Runner', Runner)
+    runner = toy.run(tmp_path / 'b', EPOCHS, EVERY)
+    monkeypatch.undo()
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+    runner.train_loop.dataloader = Loader(runner.train_loop.dataloader)
+    runner.val_loop.dataloader = Loader(runner.val_loop.dataloader)
+    monkeypatch.setattr(module.StopSignalHook, 'after_train_iter', lambda *_, **__: None)
+    monkeypatch.setattr(module.StopSignalHook, 'after_val_iter', lambda *_, **__: None)
+    runner.train = lambda: toy.Runner.train(runner)
+    with pytest.raises(Stopped), stop_signals():
+        module.train(runner)
+    monkeypatch.undo()
+    hooks(monkeypatch)
+    resumed = toy.run(tmp_path / 'b', EPOCHS, EVERY, resume=str(tmp_path / 'b/interrupted.pth'))
+    assert toy.difference(whole, resumed) == []
+
+
+def test_other_errors_are_not_hidden(tmp_path):
+    def train():
+        raise RuntimeError('CUDA error')
+
+    runner = SimpleNamespace(train=train, _hooks=[module.StopSignalHook()])
+    with pytest.raises(RuntimeError, match='CUDA error'), stop_signals():
+        module._request.training = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        module.train(runner)
