@@ -118,10 +118,10 @@ class FiniteLossHook(Hook):
         if reason and self.stop:
             self._end(runner, reason, outputs, data_batch)
         if self._bad == 1 or self._left_out and self._skipped == 1:
-            what = 'loss' if bad else 'gradients'
-            print_log(f'The {what} of iteration {runner.iter + 1} '
-                      f'{"is" if bad else "are"} not finite ({_shown(outputs)}); such a step is '
-                      f'left out.{_images(data_batch)}', logger='current', level=logging.WARNING)
+            what = 'loss is' if self._bad else 'gradients are'
+            print_log(f'The {what} not finite in iteration {runner.iter + 1} ({_shown(outputs)} in '
+                      f'process {get_rank()}); such a step is left out.{_images(data_batch)}',
+                      logger='current', level=logging.WARNING)
         self._batch = None
 
     def _scaler_skipped(self, runner) -> bool:

@@ -108,16 +108,15 @@ def train(runner) -> None:
         hook.stop_between_iterations(runner)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process; every process has to ask.
+def any_rank(flag: bool | int) -> int:
+    """The largest ``flag`` of all processes; each of them has to ask.
 
     mmengine reads every loss back in every iteration, so this waits for nothing new.
     """
-    if get_world_size() == 1:
-        return flag
     value = torch.tensor(int(flag))
-    all_reduce(value, 'max')
-    return bool(value)
+    if get_world_size() > 1:
+        all_reduce(value, 'max')
+    return int(value)
 
 
 @HOOKS.register_module()
@@ -159,11 +158,12 @@ class StopSignalHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         """Save and stop, in the same iteration on all ranks."""
-        if not any_rank(_asked()):
+        number = any_rank(_asked())
+        if not number:
             return
         for hook in _random_states(runner):
             hook.gather(runner)
-        self._stop(runner, runner.iter + 1, self._save(runner, runner.iter + 1))
+        self._stop(runner, number, runner.iter + 1, self._save(runner, runner.iter + 1))
 
     def before_val(self, runner) -> None:
         """Let rank 0 know the other ranks' random states, to save without them."""
@@ -179,22 +179,24 @@ class StopSignalHook(Hook):
         _exchange_averages(runner)
         path = self._save(runner, runner.iter, validating=True)
         if get_world_size() == 1:
-            self._stop(runner, runner.iter, path)
+            self._stop(runner, _asked(), runner.iter, path)
         _exchange_averages(runner)
         self._saved = None  # the end of this validation is not in it
 
     def after_val_epoch(self, runner, metrics=None) -> None:
         """Save and stop when all ranks are through."""
-        if _request is None or not _request.training or not any_rank(_asked()):
-            return
-        self._stop(runner, runner.iter, self._save(runner, runner.iter))
+        if _request is None or not _request.training:
+            return  # only evaluating
+        number = any_rank(_asked())
+        if number:
+            self._stop(runner, number, runner.iter, self._save(runner, runner.iter))
 
     def stop_between_iterations(self, runner) -> None:
         """Save and stop where the next batch does not come any more."""
         validating = runner.message_hub.runtime_info.get('loop_stage') == 'val'
         if validating:
             _exchange_averages(runner)
-        self._stop(runner, runner.iter, self._save(runner, runner.iter, validating))
+        self._stop(runner, _asked(), runner.iter, self._save(runner, runner.iter, validating))
 
     def _save(self, runner, iteration: int, validating: bool = False) -> str:
         """Save unless it is done; returns the path."""
@@ -212,10 +214,10 @@ class StopSignalHook(Hook):
             write_aside(osp.join(runner.work_dir, RECORD), path.encode())
         return path
 
-    def _stop(self, runner, iteration: int, path: str) -> None:
-        number = _request.signal if _asked() else signal.SIGTERM  # another rank's
-        runner.logger.warning(f'Stopped by {number.name} after iteration {iteration}. The same '
-                              f'command with --resume continues from {path}')
+    def _stop(self, runner, number: int, iteration: int, path: str) -> None:
+        runner.logger.warning(
+            f'Stopped by {signal.Signals(number).name} after iteration {iteration}. The same '
+            f'command with --resume continues from {path}')
         raise Stopped(128 + number)
 
 
@@ -226,8 +228,9 @@ def _exchange_averages(runner) -> None:
             hook._swap_ema_parameters()
 
 
-def _asked() -> bool:
-    return _request is not None and _request.signal is not None
+def _asked() -> int:
+    """Number of the signal that this process was asked to stop with, or 0."""
+    return int(_request.signal or 0) if _request is not None else 0
 
 
 def _random_states(runner) -> list[RandomStateHook]:

@@ -2,8 +2,11 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +16,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmhybrid.engine import stop_signals as module
+from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.checkpointing import newest_whole
 from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.stop_signals import Stopped, stop_signals
 from mmhybrid.weights import read_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='signals of POSIX')
+ROOT = Path(__file__).resolve().parents[2]
 EPOCHS = dict(by_epoch=True, max_epochs=3, val_interval=1)
 ITERS = dict(by_epoch=False, max_iters=17, val_interval=4)
 EVERY = dict(interval=1, max_keep_ckpts=1)
@@ -273,3 +278,74 @@ def test_other_errors_are_not_hidden(tmp_path):
         module._request.training = True
         os.kill(os.getpid(), signal.SIGTERM)
         module.train(runner)
+
+
+WORKER = """
+import os, signal, sys, torch, toy
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmhybrid.engine.distributed import prepare_launch
+from mmhybrid.engine.errors import UserError
+from mmhybrid.engine.stop_signals import Stopped, stop_signals
+folder = sys.argv[1]
+rank = int(os.environ['RANK'])
+cfg = Config(dict()); prepare_launch(cfg, 'pytorch')
+common = dict(launcher='pytorch', wrapper=cfg.model_wrapper_cfg)
+EPOCHS = dict(by_epoch=True, max_epochs=3, val_interval=1)
+@HOOKS.register_module()
+class Send(Hook):
+    def __init__(self, moment, at):
+        self.sent = False
+        def send(runner, *a, **k):
+            if rank == 1 and runner.iter == at and not self.sent:
+                self.sent = True; os.kill(os.getpid(), signal.SIGUSR1)
+        setattr(self, moment, send)
+drop = lambda names: [name for name in names if 'running' not in name]
+stop = dict(type='mmhybrid.StopSignalHook'); finite = dict(type='mmhybrid.FiniteLossHook')
+toy.HOOKS = [stop, finite]
+whole = toy.run(folder + '/a', EPOCHS, dict(interval=1), **common)
+for name, moment, at, n in (('b', 'before_train_iter', 4, 5), ('c', 'before_val_iter', 6, 6)):
+    toy.HOOKS = [stop, finite, dict(type='Send', moment=moment, at=at)]
+    try:
+        with stop_signals():
+            toy.run(folder + '/' + name, EPOCHS, dict(interval=1), **common)
+        raise SystemExit('was not stopped')
+    except Stopped as error:
+        assert error.code == 138, error.code
+    torch.distributed.barrier()
+    path = open(f'{folder}/{name}/last_checkpoint').read()
+    assert torch.load(path, weights_only=False)['meta']['iter'] == n, path
+    toy.HOOKS = [stop, finite]
+    resumed = toy.run(folder + '/' + name, EPOCHS, dict(interval=1), resume=path, **common)
+    assert drop(toy.difference(whole, resumed)) == [], name
+class Model(toy.ToyModel):
+    def forward(self, inputs, target, mode='tensor'):
+        out = super().forward(inputs, target, mode)
+        if rank == 1 and mode == 'loss':
+            out['loss'] = out['loss'] * float('nan')
+        return out
+toy.ToyModel = Model; toy.HOOKS = [stop, finite]
+try:
+    toy.run(folder + '/d', EPOCHS, dict(interval=1), val=False, **common)
+    raise SystemExit('was not stopped')
+except UserError as error:
+    text = str(error)
+    parts = (['process 0'] if rank else
+             ['In process 1: The loss was not finite in 3', 'loss, which the model computes'])
+    assert all(part in text for part in parts), text
+print('agreed')
+"""
+
+
+@pytest.mark.skipif(has_accelerator(), reason='runs on a CPU')
+def test_two_processes_agree(tmp_path):
+    """A signal, and a loss that is not finite, in the second of two."""
+    (tmp_path / 'worker.py').write_text(WORKER)
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+         str(tmp_path / 'worker.py'), str(tmp_path)], capture_output=True, text=True, timeout=200,
+        env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
+            [str(ROOT), str(ROOT / 'tests')])))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count('agreed') == 2
