@@ -201,8 +201,9 @@ class StopSignalHook(Hook):
     def _save(self, runner, iteration: int, validating: bool = False) -> str:
         """Save unless it is done; returns the path."""
         hook = next((hook for hook in runner._hooks if isinstance(hook, CheckpointHook)), None)
-        if self._saved == (runner.epoch, iteration) and not validating and hook.last_ckpt:
-            return hook.last_ckpt
+        newest = getattr(hook, 'last_ckpt', None)
+        if self._saved == (runner.epoch, iteration) and newest and not validating:
+            return newest
         folder = getattr(hook, 'out_dir', None) or runner.work_dir
         runner.message_hub.update_info(VALIDATING, validating)
         runner.save_checkpoint(

@@ -108,6 +108,16 @@ def test_no_second_checkpoint_where_one_was_written(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob('*.pth')] == ['iter_5.pth']
 
 
+def test_a_run_without_checkpoints_saves_one_all_the_same(tmp_path, monkeypatch):
+    class Runner(toy.Runner):
+        def __init__(self, default_hooks, **given):
+            super().__init__(default_hooks=dict(checkpoint=None), **given)
+
+    monkeypatch.setattr(toy, 'Runner', Runner)
+    stopped(tmp_path, monkeypatch, EPOCHS, moment='before_val_iter', at=6)
+    assert newest_whole(str(tmp_path)) == (str(tmp_path / 'interrupted.pth'), [])
+
+
 def test_averaged_weights(tmp_path, monkeypatch):
     """In a validation the model holds EMA's weights; the checkpoint must hold both in place."""
     ema = dict(type='EMAHook')
