@@ -67,7 +67,7 @@ def building(config: str, cfg, steps: tuple[str, ...] = ()):
 def _told(cfg, error: Exception) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     node = _built(error)
-    place = _place(cfg, node) if node is not None else None
+    place = _place(cfg, node, _functions(error)) if node is not None else None
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown:
         # The class may hand its settings on to its base, which is the one that complains.
@@ -115,8 +115,10 @@ def _groups(node, path: str = '') -> Iterator[tuple[str, dict]]:
         yield from _groups(value, f'{path}.{key}' if path else str(key))
 
 
-def _place(cfg, node: dict) -> str | None:
+def _place(cfg, node: dict, functions: list[str]) -> str | None:
     """Where in the config a group stands; building may have added to it or taken from it."""
-    alike = [(sum(each.get(key) == value for key, value in node.items()), path)
-             for path, each in _groups(cfg) if each.get('type', 0) == node.get('type')]
-    return max(alike, key=lambda pair: pair[0])[1] if alike else None
+    split = next((name for name in ('train', 'val', 'test') if f'build_{name}_loop' in functions),
+                 'model')
+    alike = [(sum(each.get(key) == value for key, value in node.items()), path.startswith(split),
+              path) for path, each in _groups(cfg) if each.get('type', 0) == node.get('type')]
+    return max(alike)[2] if alike else None
