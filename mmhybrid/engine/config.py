@@ -61,7 +61,7 @@ def load_config(path: str, options: dict | None = None, data_root: str | None = 
     except Exception as error:
         raise UserError(f'--cfg-options {" ".join(options)} does not fit {path}. '
                         f'{type(error).__name__}: {error}') from error
-    check_settings(cfg, path, names, options)
+    notes += check_settings(cfg, path, names, options)
     cfg.work_dir = str(work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(path))[0]))
     return cfg, notes

@@ -265,6 +265,13 @@ def test_slip_in_a_type(path, place, right, what):
     check(path, {place: right})
 
 
+@pytest.mark.parametrize('place', [
+    'model.test_cfg.score_thr', 'model.test_cfg.max_per_img', 'model.train_cfg.assigner',
+    'model.test_cfg.rpn.mask_thr_binary', 'model.train_cfg.rcnn.allowed_border'])
+def test_a_valid_name_in_the_wrong_place(place):
+    assert f'\n  {place}=1: nothing reads this.' in refusal(MASK_RCNN, {place: 1})
+
+
 def test_all_at_once():
     text = refusal(MASK_RCNN, {'model.nek.num_outs': 4, 'train_cfg.max_epoch': 1, 'compil': True})
     for part in ('model.nek={', "'neck'", 'train_cfg.max_epoch=1', "'max_epochs'", 'compil=True'):
@@ -356,7 +363,9 @@ def test_odd_but_valid(tmp_path, source):
 
 
 def test_options_name_what_the_file_has(tmp_path):
-    load(tmp_path, 'side = 3', dict(side=4))
+    _, (note,) = load(tmp_path, 'side = 3', dict(side=4))
+    assert note.startswith('--cfg-options side: this is a variable of the config files')
+    assert load(tmp_path, 'side = 3', dict(resume=True))[1] == []
     with pytest.raises(UserError, match="sidee=4: nothing reads this. Did you mean 'side'"):
         load(tmp_path, 'side = 3', dict(sidee=4))
 

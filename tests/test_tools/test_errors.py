@@ -169,6 +169,9 @@ def test_options_that_do_not_fit(task, fails, tmp_path):
     text = fails(run_train, it.config, '--data-root', it.data, '--work-dir', tmp_path,
                  '--cfg-options', 'model.backbone.drop_path=0.1')
     assert 'drop_path' in text and 'drop_path_rate' in text
+    text = fails(run_train, it.config, '--data-root', it.data, '--work-dir', tmp_path,
+                 '--cfg-options', 'optim_wrapper.paramwise_cfg.custom_keys.bakbone.lr_mult=0.1')
+    assert "custom_keys.bakbone: no parameter has this in its name. Did you mean 'backbone'" in text
     text = fails(run_train, it.config, '--data-root', it.data, '--launcher', 'pytorch')
     assert 'dist_train.sh' in text
     text = fails(run_test, it.config, __file__, '--out', 'results.txt')

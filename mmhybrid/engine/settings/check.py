@@ -55,7 +55,8 @@ class Unknown(NamedTuple):
         return f'{text}: nothing reads this.{hint}'
 
 
-def check_settings(cfg: Config, path: str, before: Iterable[str], options: Iterable[str]) -> None:
+def check_settings(cfg: Config, path: str, before: Iterable[str], options: Iterable[str]
+                   ) -> list[str]:
     """Refuse a config with names that nothing reads.
 
     Args:
@@ -64,6 +65,9 @@ def check_settings(cfg: Config, path: str, before: Iterable[str], options: Itera
         before: top-level names that the file sets.
         options: names that ``--cfg-options`` sets.
 
+    Returns:
+        Warnings about options that change variables of the files: too late to have an effect.
+
     Raises:
         UserError: naming every unknown setting, where it is and what was probably meant.
     """
@@ -71,7 +75,9 @@ def check_settings(cfg: Config, path: str, before: Iterable[str], options: Itera
     found = [*_unknown_top(cfg, path, set(before), options), *unknown_settings(cfg)]
     found = [each for each in found if each.path not in meant]
     if not found:
-        return
+        return [f'--cfg-options {each}: this is a variable of the config files, which are composed '
+                'by now. Change the settings that were made from it.'
+                for each in options if each.partition('.')[0] not in SETTINGS]
     listed = '\n'.join(f'  {each}' for each in found)
     paths = ','.join(each.path for each in found)
     raise UserError(
@@ -125,17 +131,17 @@ def unknown_settings(cfg: Config) -> list[Unknown]:
     scope = cfg.get('default_scope') or 'mmengine'
     found: list[Unknown] = []
     for name in sorted(SETTINGS.intersection(cfg)):
-        _visit(cfg[name], (name,), (scope,) if isinstance(scope, str) else (), found)
+        _visit(cfg[name], (name,), ('^', name), (scope,) if isinstance(scope, str) else (), found)
     return found
 
 
-def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unknown]) -> None:
+def _visit(node: object, path: tuple, place: tuple[str, ...], scopes: tuple[str, ...],
+           found: list[Unknown]) -> None:
     if isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
-            _visit(item, (*path, index), scopes, found)
+            _visit(item, (*path, index), place, scopes, found)
     if not isinstance(node, Mapping):
         return
-    place = ('^', *(each for each in path if isinstance(each, str)))
     try:
         kind, items = node.get('type'), list(node.items())
     except ImportError:  # a class of a package that is not installed, in a config of pure Python
@@ -156,7 +162,8 @@ def _visit(node: object, path: tuple, scopes: tuple[str, ...], found: list[Unkno
         scopes = (*scopes, kind.partition('.')[0])
     if not (isinstance(kind, str) and kind in OPAQUE):
         for key, value in items:
-            _visit(value, (*path, str(key)), scopes, found)
+            below = (*place, 'two_stage', str(key)) if 'roi_head' in node else (*place, str(key))
+            _visit(value, (*path, key), below, scopes, found)
 
 
 def _unknown_names(node: Mapping, path: tuple, known: Keywords) -> Iterator[Unknown]:

@@ -7,6 +7,7 @@ nothing reads it (``debug``, ``allowed_border`` of heads without anchors).
 
 A place is the end of a path without the numbers of list items; ``^`` is the top of the config and
 ``*`` any last name. The longest end counts. ``...`` allows further names that resemble none here.
+``two_stage`` stands between a detector with a ``roi_head`` and its parts.
 """
 from __future__ import annotations
 
@@ -98,6 +99,7 @@ PLACES = {
     'train_cfg': f'rpn rcnn rpn_proposal {_ASSIGN} {_POINTS} neg_pos_ratio smoothl1_beta init '
                  'refine initial_epoch initial_assigner alpha beta isr carl reg_assigner '
                  'max_num_grid mask_size mask_thr_binary pos_radius dynamic_rcnn',
+    'two_stage.train_cfg': 'rpn rpn_proposal rcnn',
     'train_cfg.init': _ASSIGN,
     'train_cfg.refine': _ASSIGN,
     'train_cfg.rpn': _ASSIGN,
@@ -119,6 +121,7 @@ PLACES = {
                 'score_voting object_mask_thr mask_overlap stuff_area_limit with_nms '
                 'async_sleep_interval '
                 'mode crop_size stride size size_divisor',
+    'two_stage.test_cfg': 'rpn rcnn panoptic',
     'data_preprocessor.test_cfg': 'size size_divisor',
     'test_cfg.rpn': _RPN,
     'test_cfg.rcnn': 'score_thr nms max_per_img mask_thr_binary subdivision_steps '
