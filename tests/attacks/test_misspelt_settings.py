@@ -370,6 +370,14 @@ def test_options_name_what_the_file_has(tmp_path):
         load(tmp_path, 'side = 3', dict(sidee=4))
 
 
+def test_a_class_of_another_kind_of_registry_is_not_meant():
+    MODELS.register_module(name='AttackWrapper', module=torch.nn.Identity)
+    try:
+        check(MASK_RCNN, {'optim_wrapper.type': 'AttackWrapper'})  # building it says what is wrong
+    finally:
+        MODELS.module_dict.pop('AttackWrapper')
+
+
 class Base(torch.nn.Module):
     def __init__(self, width, init_cfg=None):
         super().__init__()

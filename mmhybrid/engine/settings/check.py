@@ -206,7 +206,7 @@ def _known(place: tuple[str, ...], kind: object, scopes: tuple[str, ...]) -> Key
 def _targets(kind: str, place: tuple[str, ...], scopes: tuple[str, ...]
              ) -> tuple[list[Callable], bool]:
     if place[-1] not in OPERATORS:
-        return find(kind, scopes)
+        return find(kind, scopes, _at(KINDS, place))
     import mmcv.ops
     found = getattr(mmcv.ops, kind, None)
     return ([found] if found is not None else []), True

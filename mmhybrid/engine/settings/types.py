@@ -1,6 +1,7 @@
 """What the text after ``type=`` stands for. Looks names up; never imports what a config names."""
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -17,26 +18,28 @@ ROOTS = {each.name: each for each in vars(roots).values() if isinstance(each, Re
 _PACKAGES = ('mmhybrid', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'torch')
 
 
-def find(name: str, scopes: tuple[str, ...]) -> tuple[list[Callable], bool]:
+def find(name: str, scopes: tuple[str, ...], kind: str | None = None
+         ) -> tuple[list[Callable], bool]:
     """Classes and functions that may be meant by a name.
 
     Args:
         name: such as "ResNet", "mmdet.ResNet" or "mmdet.models.ResNet".
         scopes: where registries look first.
+        kind: of the registry that will build it; None if any may.
 
     Returns:
         One per kind of registry that knows the name, and whether all places where it could be were
         looked at (a package may not be installed).
     """
+    kinds = [root for root in ROOTS.values() if kind in (None, root.name)]
     prefix, _, short = name.rpartition('.')
     if prefix and '.' not in prefix and (prefix in _PACKAGES or _importable(prefix)):
-        found = [each for root in ROOTS.values() if (each := _in_scope(root, prefix, short))]
+        found = [each for root in kinds if (each := _in_scope(root, prefix, short))]
         return found or _dotted(name), bool(_importable(prefix))
     if prefix:
-        found = _dotted(name)
-        return found, False
+        return _dotted(name), False
     found = []
-    for root in ROOTS.values():
+    for root in kinds:
         hits = (_in_scope(root, scope, name) for scope in (*scopes, root.scope))
         found += [hit for hit in hits if hit is not None][:1]
     return found, all(scope == 'mmengine' or _importable(scope) for scope in scopes)
@@ -60,7 +63,8 @@ def _in_scope(root: Registry, scope: str, name: str) -> Callable | None:
     if registry is None:
         return None
     try:
-        registry.import_from_location()
+        with contextlib.redirect_stdout(sys.stderr):  # some say there what they do not find
+            registry.import_from_location()
     except Exception:  # whatever a package that is not whole raises; building it will say so
         return None
     return registry.module_dict.get(name)
@@ -74,7 +78,8 @@ def _importable(scope: str) -> bool:
     if scope not in MODULE2PACKAGE:
         return False
     try:
-        importlib.import_module(f'{scope}.registry')
+        with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(f'{scope}.registry')
     except Exception:  # not installed, or not whole
         return False
     return True
