@@ -95,7 +95,7 @@ def test_config_mistakes():
         load_config(str(CONFIGS / 'cascade_mambavision_tiny_coco.py'))
     with pytest.raises(UserError, match='Give one of them'):
         load_config(COCO, dict(data_root='a'), data_root='b')
-    with pytest.raises(UserError, match="modle=.*Did you mean 'model'"):
+    with pytest.raises(UserError, match="nothing reads this. Did you mean 'model'"):
         load_config(COCO, {'modle.backbone.arch': 'small'})
 
 
