@@ -61,4 +61,5 @@ def poisoned_empty(request, monkeypatch):
         return
     monkeypatch.setattr(torch, 'empty', _poisoned(torch.empty))
     monkeypatch.setattr(torch, 'empty_like', _poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, 'new_empty', _poisoned(torch.Tensor.new_empty))
+    for name in ('new_empty', 'new_empty_strided'):
+        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))

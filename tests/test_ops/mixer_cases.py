@@ -10,6 +10,8 @@ from mmhybrid.layers import MambaVisionMixer, recomputed
 from mmhybrid.ops.mambavision_mixer import fused
 from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
 from mmhybrid.ops.selective_scan import fused as scan
+from mmhybrid.ops.selective_scan import passes
+from mmhybrid.ops.selective_scan import plan as plans
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_mambavision_mixer.py instead'
 torch.set_num_threads(1)
@@ -96,18 +98,20 @@ def test_every_run_gives_the_same_bits():
 @pytest.mark.parametrize(('tokens', 'lean'), [(4, False), (4, True), (12, False)])
 def test_kept_states(tokens, lean, monkeypatch):
     """A scan that is cut: in chunks that are kept as they are, and in some that are thinned."""
-    plan = scan.launch_plan
+    plan = plans.launch_plan
 
     def cut(*sizes, gradients, chunk=0):
         return plan(*sizes, gradients=gradients, chunk=chunk or tokens)
 
-    monkeypatch.setattr(scan, 'launch_plan', cut)
+    scan.forget()
+    monkeypatch.setattr(plans, 'launch_plan', cut)
     monkeypatch.setattr(fused, '_MIN_CHUNK', 8)
     x = torch.randn(1, 13, 8)
     mixer = make_mixer(8, fused=True, lean=lean, state_dim=3)
     compare(mixer, x, 2e-6, state_dim=3)
     weights = [p.detach().flatten(1) if p.dim() == 3 else p.detach() for p in weights_of(mixer)]
     states = torch.ops.mmhybrid.mambavision_mixer(x, *weights, lean)[-1]
+    scan.forget()
     # Of four chunks every second one, or both of two.
     assert states.shape == ((0,) if lean else (1, 2, 3, 4))
 
@@ -178,7 +182,7 @@ def test_frozen_input_and_parameters():
 @pytest.mark.parametrize(('length', 'steps'), [(21, 1), (70, 2)])
 def test_convolutions_against_their_twin(length, steps, monkeypatch):
     """u and the gate half exactly where the concatenation wants them, and all gradients."""
-    monkeypatch.setattr(scan, '_processors', lambda _: 1 if steps > 1 else 132)
+    monkeypatch.setattr(passes, 'processors', lambda _: 1 if steps > 1 else 132)
     channels, shape = 35, fused._Shape(2, length, 0, 1, 0)
     assert fused._cut(shape, channels, torch.device('cpu'))['steps'] == steps
     xz = torch.randn(2 * length, 2 * channels)

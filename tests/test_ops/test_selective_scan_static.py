@@ -10,7 +10,7 @@ import pytest
 import torch
 from machine_code import Recorder, build, compiler, count, specialisation
 
-from mmhybrid.ops.selective_scan import fused
+from mmhybrid.ops.selective_scan import passes
 
 KERNELS = [
     'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
@@ -32,7 +32,8 @@ def launches(
     """The launches of one forward and backward pass: a list of (kernel, arguments)."""
     calls = []
 
-    monkeypatch.setattr(fused, '_COPY_ABOVE', 1 << 62)  # strides as they come
+    passes.forget()
+    monkeypatch.setattr(passes, '_COPY_ABOVE', 1 << 62)  # strides as they come
     for name in KERNELS:
         monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), calls))
 
@@ -52,10 +53,12 @@ def launches(
         u if gate else None, parameter(groups * heads) if bias else None,
         torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None,
     )  # fmt: skip
-    out, state_last, states = fused._forward(*inputs, softplus, reverse, True, 0)
+    flags = softplus, reverse, True
+    out, state_last, states = passes.forward(inputs, *flags)
     dlast = state_last if last else None
-    fused._backward(out, dlast, *inputs, states, softplus, reverse, True, 0)
+    passes.backward(out, dlast, inputs, states, *flags)
     monkeypatch.undo()
+    passes.forget()
     return calls
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmhybrid.ops import selective_scan
-from mmhybrid.ops.selective_scan import fused
+from mmhybrid.ops.selective_scan import fused, passes
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
@@ -295,13 +295,15 @@ def test_shared_tensor_and_strided_cotangent():
 def test_results_are_token_major_and_large_inputs_become_so(monkeypatch):
     case = SMALL | {'layout': 'channel', 'length': 6}
     direct = gradients(case)
-    monkeypatch.setattr(fused, '_COPY_ABOVE', 0)
+    fused.forget()
+    monkeypatch.setattr(passes, '_COPY_ABOVE', 0)
     copied = gradients(case)
+    fused.forget()
     for name, x in direct.items():
         assert torch.equal(copied[name], x), name
         assert name not in ('y', 'u', 'delta', 'z') or copied[name].stride(1) == 1, name
     shared = torch.zeros(2, 1, 3, 5).expand(-1, 4, -1, -1)
-    assert fused._lanes(shared).stride() == (15, 0, 1, 3)
+    assert passes.lanes(shared).stride() == (15, 0, 1, 3)
 
 
 def test_output_lands_in_a_view():
@@ -312,13 +314,12 @@ def test_output_lands_in_a_view():
     for dtype in (torch.float32, torch.bfloat16):
         buffer = torch.full((2, 13, 8), 7.0, dtype=dtype)
         view = buffer[..., :4].transpose(1, 2).unflatten(1, (1, 4))
-        last = fused.scan_into(view, *inputs.values(), None, True, False)
-        y, last_y = fused.scan_grouped(*inputs.values(), None, True, False)
+        laid = (*inputs.values(), None)
+        _, last, _ = passes.forward(laid, True, False, gradients=False, out=view)
+        y, last_y = fused.scan_grouped(*laid, True, False)
         assert_close('view', view, y, STORED[dtype])
         assert torch.equal(last, last_y)
         assert torch.equal(buffer[..., 4:], torch.full((2, 13, 4), 7.0, dtype=dtype))
-    with pytest.raises(ValueError, match='expects a view like u'):
-        fused.scan_into(view[..., :5], *inputs.values())
 
 
 def test_public_function_with_an_order():
@@ -358,8 +359,6 @@ def test_opcheck(chunk):
     torch.library.opcheck(forward.default, (*tensors, *rest))
     tensors = [x.detach() for x in tensors]
     y, last, states = forward(*tensors, *rest)
-    into = torch.ops.mmhybrid.selective_scan_triton_into.default
-    torch.library.opcheck(into, (torch.zeros_like(y), *tensors, *rest))
     backward = torch.ops.mmhybrid.selective_scan_triton_backward.default
     order, *flags = rest
     torch.library.opcheck(backward, (y, last, *tensors, order, states, *flags))

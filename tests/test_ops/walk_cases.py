@@ -19,7 +19,7 @@ from mmhybrid.layers import directional
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
-from mmhybrid.ops.selective_scan import fused
+from mmhybrid.ops.selective_scan import fused, passes
 from mmhybrid.ops.walk_conv import walk_conv
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_walks_triton.py instead'
@@ -60,6 +60,12 @@ CHOICES = [
 ]
 
 
+def counted_scans():
+    """Counts forward passes of the scan's kernels."""
+    run = passes.Forward.run
+    return mock.patch.object(passes.Forward, 'run', autospec=True, side_effect=run)
+
+
 @pytest.mark.parametrize(('directions', 'size', 'merge', 'restore'), CHOICES,
                          ids=lambda c: f'{len(c)}-{c[-1]}' if isinstance(c, tuple) else str(c))
 def test_cross_scan(directions, size, merge, restore):
@@ -78,7 +84,7 @@ def test_cross_scan(directions, size, merge, restore):
     for dtype, backend in ((torch.float32, 'triton'), (torch.float64, 'torch')):
         leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
         with mock.patch.object(scan, 'selective_scan', wraps=scan.selective_scan) as copies, \
-                mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+                counted_scans() as kernels:
             y = cross_selective_scan(*leaves.values(), plan, merge=merge, backend=backend)
         assert kernels.call_count == (backend == 'triton')
         assert bool(copies.call_count) == (backend == 'torch')
@@ -113,7 +119,7 @@ def test_vim(divide):
     torch.manual_seed(0)
     mixer = VimMixer(6, state_dim=3, divide=divide)
     with mock.patch.object(directional, 'walk_conv', wraps=walk_conv) as convolution, \
-            mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+            counted_scans() as kernels:
         compare(mixer, torch.randn(1, 11, 6))
     assert convolution.call_count == kernels.call_count == 1
 
@@ -133,7 +139,7 @@ def test_localvim(directions, size, class_token, v_restore):
     torch.manual_seed(0)
     mixer = LocalVimMixer(8, directions, state_dim=2, class_token=class_token, v_restore=v_restore)
     with mock.patch.object(directional, 'walk_conv', wraps=walk_conv) as convolution, \
-            mock.patch.object(fused, 'scan_grouped', wraps=fused.scan_grouped) as kernels:
+            counted_scans() as kernels:
         compare(mixer, torch.randn(1, size[0] * size[1] + class_token, 8), size)
     assert convolution.call_count == kernels.call_count == 1
 
@@ -258,16 +264,18 @@ class Allocations(TorchDispatchMode):
 @pytest.fixture
 def checked(monkeypatch):
     """What the launcher of the scan would copy if it lay badly in memory; that fails."""
-    lanes, seen = fused._lanes, []
+    lanes, seen = passes.lanes, []
+    fused.forget()
 
     def without_copy(x):
         seen.append(x)
         assert lanes(x) is x
         return x
 
-    monkeypatch.setattr(fused, '_COPY_ABOVE', 0)
-    monkeypatch.setattr(fused, '_lanes', without_copy)
-    return seen
+    monkeypatch.setattr(passes, '_COPY_ABOVE', 0)
+    monkeypatch.setattr(passes, 'lanes', without_copy)
+    yield seen
+    fused.forget()
 
 
 @pytest.mark.parametrize('mixer', [

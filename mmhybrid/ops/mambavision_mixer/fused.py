@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..selective_scan import fused as scan
+from ..selective_scan import passes
+from ..selective_scan import plan as plans
 
 __all__ = ['fused_mixer', 'refusal']
 
@@ -76,9 +78,8 @@ class _Shape(NamedTuple):
 def _shape(x: Tensor, weights: _Weights) -> _Shape:
     batch, length, _ = x.shape
     channels, state, _ = weights.sizes
-    plan = scan.launch_plan(
-        batch, 1, channels, length, state, scan._processors(x.device), gradients=True
-    )
+    processors = passes.processors(x.device)
+    plan = plans.launch_plan(batch, 1, channels, length, state, processors, gradients=True)
     if plan.n_chunks == 1:
         return _Shape(batch, length, plan.chunk, 1, 0)
     every = max(1, -(-_MIN_CHUNK // plan.chunk))
@@ -98,7 +99,7 @@ def _cut(shape: _Shape, channels: int, device: torch.device) -> dict[str, int]:
     tiles = shape.batch * -(-shape.length // _ROWS) * -(-channels // block)
     # More tiles in turn load the filters once for all of them, and leave fewer partial sums of
     # their gradients; fewer keep every multiprocessor busy.
-    steps = max(1, min(4, tiles // (4 * scan._processors(device))))
+    steps = max(1, min(4, tiles // (4 * passes.processors(device))))
     return dict(
         length=shape.length,
         n_tiles=-(-shape.length // (_ROWS * steps)),
@@ -208,7 +209,7 @@ def _forward(x: Tensor, *arguments):
         inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
         into = _as_scan(yz[:, :channels], shape.batch)
         # Without states to keep, the chunks are those of a forward pass alone.
-        states = scan._forward(*inputs, True, False, not lean, 0, out=into)[2]
+        states = passes.forward(inputs, True, False, not lean, out=into)[2]
         out = (yz @ weights.w_out.t()).view(x.shape)
     if lean:
         return out, yz, *(x.new_empty(0) for _ in range(3))
@@ -235,18 +236,21 @@ def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, st
         delta = x_dbl[:, :rank] @ weights.w_dt.t()
         inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
         if lean:
-            states = scan.chunk_starts(*inputs, True, False, True, shape.chunk)
+            states = passes.forward(
+                inputs, True, False, True, shape.chunk, out=inputs[0], starts=True
+            )[2]
 
         dyz = dout @ weights.w_out
         dw_out = dout.t() @ yz
         dx_dbl = torch.empty_like(x_dbl)
-        into = (
+        columns = (
             _as_scan(dx_dbl[:, rank : rank + state], shape.batch),
             _as_scan(dx_dbl[:, rank + state :], shape.batch),
         )
-        du, ddelta, dA, _, _, dD, _, dbias = scan._backward(
-            _as_scan(dyz[:, :channels], shape.batch), None, *inputs, states, True, False, True,
-            shape.chunk, into=into,
+        dD = torch.empty_like(inputs[5])  # goes out of here, so it shares no memory
+        du, ddelta, dA, *_, dbias = passes.backward(
+            _as_scan(dyz[:, :channels], shape.batch), None, inputs, states, True, False, True,
+            shape.chunk, given=(*(None,) * 3, *columns, dD, None, None),
         )  # fmt: skip
         du, ddelta = (g.squeeze(1).transpose(1, 2).flatten(0, 1) for g in (du, ddelta))
         dw_dt = ddelta.t() @ x_dbl[:, :rank]

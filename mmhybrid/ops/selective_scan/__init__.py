@@ -262,8 +262,18 @@ def selective_scan(
         ValueError: shapes or devices do not fit together, or the backend's name is unknown.
         RuntimeError: the backend that was asked for cannot be used; the message says what to do.
     """
+    tensors = (u, delta, A, B, C, D, z, delta_bias, None)
+    flags = bool(delta_softplus), bool(reverse), bool(return_last_state)
+    wish = _wish_of_environment() if backend == 'auto' else backend
+    ready = fused.prepared(tensors, 'scan', wish, *flags)
+    if ready is not None and ready.call is not None:  # has passed all of the below
+        return ready.call(tensors, ready.pointers)
+
     dtype = _check(u, delta, A, B, C, D, z, delta_bias)
     name = choose_backend(backend, u.device, dtype, A.shape[1])
+    ours = _BACKENDS[name].run is fused.selective_scan_triton
+    if ready is not None and ours and fused.takes(tensors):
+        return fused.scan(ready, *flags)
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     A, D, delta_bias = (x if x is None else x.to(dtype) for x in (A, D, delta_bias))
     if u.numel() == 0:  # nothing to cut into chunks
@@ -271,6 +281,6 @@ def selective_scan(
     # Autocast would lower the state to half precision in the middle of the recurrence.
     with autocast_off(u.device):
         y, last_state = _BACKENDS[name].run(
-            u, delta, A, B, C, D, z, delta_bias, bool(delta_softplus), bool(reverse)
+            u, delta, A, B, C, D, z, delta_bias, *flags[:2]
         )
     return (y, last_state) if return_last_state else y

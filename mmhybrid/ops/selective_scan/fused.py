@@ -1,4 +1,4 @@
-"""The Triton backend of the selective scan: launchers, heuristics and PyTorch operators.
+"""The Triton backend of the selective scan: where it can run, its calls and PyTorch operators.
 
 B batch, G groups, H channels per group, D = G H, L tokens, N state, NC chunks. Importing this
 file needs no Triton; the kernels are imported when they are first used.
@@ -6,14 +6,18 @@ file needs no Triton; the kernels are imported when they are first used.
 
 import functools
 import importlib.util
+import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .plan import RUN, LaunchPlan, launch_plan
+from . import passes
+from .launch import describe, eager, intercepted
+from .passes import state_major, token_major
 
-__all__ = ['LaunchPlan', 'launch_plan', 'scan_grouped', 'scan_into', 'selective_scan_triton']
+__all__ = ['Prepared', 'prepared', 'scan', 'scan_grouped', 'selective_scan_triton']
 
 #: The lowest Triton with which the tests of the kernels have passed.
 MINIMUM_TRITON = (3, 6)
@@ -21,8 +25,6 @@ MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (7, 0)
 #: States that one kernel keeps in registers; a larger N is computed in parts of this size.
 MAX_STATE = 16
-# Elements from which on a channel-major tensor is copied to token-major.
-_COPY_ABOVE = 1 << 18
 
 
 def interpreting() -> bool:
@@ -113,315 +115,166 @@ def _too_old_once(index: int) -> str | None:
     )
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 132  # the interpreter and meta tensors: any number, but always the same
+class Prepared(NamedTuple):
+    """A call from eager code, described.
 
-
-def _plan(u: Tensor, state: int, length: int, gradients: bool, chunk: int) -> LaunchPlan:
-    batch, groups, heads, _ = u.shape
-    processors = _processors(u.device)
-    return launch_plan(
-        batch, groups, heads, length, state, processors, gradients=gradients, chunk=chunk
-    )
-
-
-def _strides(name: str, x: Tensor | None, axes: str) -> dict[str, int]:
-    steps = x.stride() if x is not None else (0,) * len(axes)
-    return {f'{name}_s{axis}': step for axis, step in zip(axes, steps, strict=True)}
-
-
-def _dense(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised (B, ..., channels, L) whose channels are neighbours in memory."""
-    batch, *inner, length = shape
-    return like.new_empty((batch, length, *inner)).movedim(1, -1)
-
-
-def _lanes(x: Tensor | None) -> Tensor | None:
-    """Copy a large (B, G, H, L) whose channels are far apart.
-
-    A warp reads 32 channels at once; spread over memory they cost 32 accesses instead of one or
-    two, which is far more than a copy. Small tensors stay in the cache and gain nothing.
+    Attributes:
+        tensors: the inputs.
+        key: all that a call depends on but the values.
+        pointers: addresses of the inputs.
+        call: what has been worked out for this key, None at first.
     """
-    if x is None or x.stride(2) <= 1 or x.numel() < _COPY_ABOVE:
+
+    tensors: tuple[Tensor | None, ...]
+    key: tuple
+    pointers: list[int | None]
+    call: '_Call | None'
+
+
+_CALLS: dict[tuple, '_Call'] = {}
+
+
+def prepared(tensors: tuple[Tensor | None, ...], *flags) -> Prepared | None:
+    """Describe a call; None where the registered operator must take it.
+
+    That is where something compiles, exports, transforms or intercepts operations, and for tensors
+    that are not plain memory.
+
+    Args:
+        tensors: u, delta, A, B, C, D, z, delta_bias and the order, as the caller got them.
+        flags: everything else that decides what is computed and who computes it.
+    """
+    if not eager():
+        return None
+    found = describe(tensors)
+    if found is None:
+        return None
+    pointers, description = found
+    key = (flags, torch.is_grad_enabled(), *description)
+    return Prepared(tensors, key, pointers, _CALLS.get(key))
+
+
+class _Call:
+    """One kind of call: its forward pass, and its backward passes by what reaches them."""
+
+    def __init__(self, tensors, softplus, reverse, gradients, chunk, last):
+        self.flags = softplus, reverse, gradients, chunk
+        self.forward = passes.Forward(tensors, None, *self.flags, last=last)
+        self.backward: dict[tuple, passes.Backward] = {}
+        self.gradients = gradients
+        self.last = last
+
+    def __call__(self, tensors, pointers):
+        """y, or y and the last state."""
+        if self.gradients:
+            return _apply(self, pointers, *tensors)
+        y, last, _ = self.forward.run(tensors, pointers)
+        return (y, last) if self.last else y
+
+
+class _Scan(torch.autograd.Function):
+    """The scan where nothing looks into it: an operator's way through the dispatcher costs more
+    than the rest of a call."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, pointers, *tensors):
+        y, last, work = call.forward.run(tensors, pointers)
+        ctx.save_for_backward(*tensors, work)
+        ctx.call = call
+        if call.last:
+            ctx.set_materialize_grads(False)
+            return y, last
+        return y
+
+    @staticmethod
+    def backward(ctx, dout, dlast=None):
+        call = ctx.call
+        if dout is None and dlast is None:
+            return (None,) * 11
+        *inputs, work = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(inputs[0])
+        if dlast is not None:
+            dlast = dlast.contiguous()
+        tensors = (*inputs, dout, dlast, work)
+        found = None if torch.is_grad_enabled() or intercepted() else describe(tensors)
+        if found is None:
+            return None, None, *_backward_operator(call, *tensors), None
+        pointers, description = found
+        key = tuple(description)
+        one = call.backward.get(key)
+        if one is None:
+            one = passes.Backward(tensors, (None,) * 8, *call.flags)
+            passes.remember(call.backward, key, one)
+        return None, None, *one.run(tensors, pointers), None
+
+
+try:  # past the part of `apply` that looks for transforms, which `eager` has done
+    _apply = super(torch.autograd.Function, _Scan).apply
+except AttributeError:
+    _apply = _Scan.apply
+
+
+def _backward_operator(call: _Call, *tensors):
+    """The backward pass as an operator, which says no to a second derivative."""
+    *inputs, dout, dlast, work = tensors
+    groups = call.forward.shape.groups
+    apart = (_apart(x, groups) if i in (0, 1, 6) else x for i, x in enumerate(inputs[:8]))
+    u, delta, A, B, C, *rest = apart
+    B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
+    shape = call.forward.shape.states
+    states = work[: math.prod(shape)].view(shape)
+    grads = torch.ops.mmhybrid.selective_scan_triton_backward(
+        _apart(dout, groups), dlast, u, delta, A, B, C, *rest, inputs[8], states, *call.flags
+    )
+    return [
+        None if x is None else grad.reshape(x.shape)
+        for x, grad in zip(inputs[:8], grads, strict=True)
+    ]
+
+
+def _apart(x: Tensor | None, groups: int) -> Tensor | None:
+    """(B, D, L) as (B, G, H, L)."""
+    if x is None or x.dim() == 4:
         return x
-    copy = x[:, :1] if x.stride(1) == 0 else x  # groups that share a tensor share its copy
-    return copy.transpose(2, 3).contiguous().transpose(2, 3).expand(x.shape)
+    return x.unflatten(1, (groups, x.shape[1] // groups))
 
 
-def _length(u: Tensor, order: Tensor | None) -> int:
-    return u.shape[-1] if order is None else order.shape[-1]
-
-
-def _order_step(order: Tensor | None) -> int:
-    return 0 if order is None or order.shape[0] == 1 else order.stride(0)
-
-
-def _state_shape(
-    u: Tensor, A: Tensor, order: Tensor | None, gradients: bool, chunk: int
-) -> tuple[int, ...]:
-    n_chunks = _plan(u, A.shape[1], _length(u, order), gradients, chunk).n_chunks
-    return (u.shape[0], n_chunks if n_chunks > 1 else 0, A.shape[1], A.shape[0])
-
-
-def _forward(
-    u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, gradients, chunk, out=None,
-    starts=False,
-):  # fmt: skip
-    """Launch the forward kernels; out (B, G, H, L) may be any view of u's shape.
-
-    ``gradients``: a backward pass follows, whose time the chunks consider.
-    With ``starts`` only the states at the starts of the chunks are computed, not the output.
-    """
-    from . import triton_kernels as kernels
-
-    batch, groups, heads, _ = u.shape
-    channels, state = A.shape
-    length = _length(u, order)
-    if out is None:
-        out = _dense(u.shape, u)
-    last = A.new_empty(batch, channels, state)
-    states = A.new_empty(_state_shape(u, A, order, gradients, chunk))
-    if u.numel() == 0 or length == 0:
-        return out, last.zero_(), states
-    u, delta, z = _lanes(u), _lanes(delta), _lanes(z)
-    plan = _plan(u, state, length, gradients, chunk)
-    block = plan.forward.block
-    sums = A.new_empty(batch, states.shape[1], channels)
-
-    shared = dict(
-        p_u=u,
-        p_delta=delta,
-        p_A=A,
-        p_B=B,
-        p_C=C,
-        p_D=D,
-        p_z=z,
-        p_bias=delta_bias,
-        p_order=order,
-        p_out=out,
-        p_last=last,
-        p_state=states,
-        **_strides('u', u, 'bgdl'),
-        **_strides('delta', delta, 'bgdl'),
-        **_strides('B', B, 'bgnl'),
-        **_strides('C', C, 'bgnl'),
-        **_strides('z', z, 'bgdl'),
-        **_strides('out', out, 'bgdl'),
-        order_sg=_order_step(order),
-        heads=heads,
-        groups=groups,
-        length=length,
-        chunk=plan.chunk,
-        n_chunks=plan.n_chunks,
-        N=state,
-        HAS_D=D is not None,
-        HAS_Z=z is not None,
-        HAS_BIAS=delta_bias is not None,
-        SOFTPLUS=softplus,
-        ORDER=order is not None,
-        REVERSE=reverse,
-    )
-
-    def launch(mode):
-        n_blocks = -(-heads // block)
-        kernels.scan_forward_kernel[(batch * plan.n_chunks * groups * n_blocks,)](
-            p_sum=sums,
-            n_blocks=n_blocks,
-            BLOCK=block,
-            UNROLL=plan.forward.unroll,
-            MODE=mode,
-            EVEN=heads % block == 0,
-            num_warps=1,
-            **shared,
-        )
-
-    with torch.cuda.device_of(u):
-        if plan.n_chunks > 1:
-            launch(kernels.AGGREGATE.value)
-            _carry(kernels, states, sums, A, None)
-            if not starts:
-                launch(kernels.FINAL.value)
-        elif not starts:
-            launch(kernels.SINGLE.value)
-    return out, last, states
-
-
-def chunk_starts(*inputs) -> Tensor:
-    """The states that a forward pass with these inputs leaves for the backward pass.
-
-    At two thirds of the cost: for a backward pass that would rather compute than keep them.
-    """
-    return _forward(*inputs, out=inputs[0], starts=True)[2]
-
-
-def _carry(kernels, states, sums, A, first, backward=False):
-    batch, n_chunks, state, channels = states.shape
-    n_blocks = -(-channels // 32)
-    kernels.scan_carry_kernel[(batch * state * n_blocks,)](
-        p_state=states,
-        p_sum=sums,
-        p_A=A,
-        p_first=first,
-        channels=channels,
-        n_chunks=n_chunks,
-        n_blocks=n_blocks,
-        N=state,
-        BLOCK=32,
-        UNROLL=8,
-        HAS_FIRST=first is not None,
-        BACKWARD=backward,
-        num_warps=1,
-    )
-
-
-def _gradients_like(u, delta, A, B, C, D, z, delta_bias, into=None):
-    """Uninitialised gradients in the layouts that the kernels write; absent ones are empty."""
-    batch, groups, state, tokens = B.shape
-    none = A.new_empty(0)
-    if into is None:
-        # Token-major whatever B is: the kernels make the N values of a token together.
-        rows = (batch, groups, tokens, state)
-        into = tuple(x.new_empty(rows).transpose(2, 3) for x in (B, C))
+def takes(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call of these tensors needs nothing done to them before the kernels."""
+    u, _, A, _, _, D, _, bias, order = tensors
+    parameters = (A, D, bias)
+    length = u.shape[-1] if order is None else order.shape[-1]
     return (
-        _dense(u.shape, u),
-        _dense(delta.shape, delta),
-        torch.empty_like(A, memory_format=torch.contiguous_format),
-        *into,
-        none if D is None else D.new_empty(D.shape),
-        none.clone() if z is None else _dense(z.shape, z),
-        none.clone() if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+        u.numel() > 0
+        and length > 0
+        and A.shape[1] <= MAX_STATE
+        and all(
+            x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in parameters
+        )
+        and (order is None or (order.dtype == torch.int32 and order.is_contiguous()))
     )
 
 
-def _backward(
-    dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, gradients,
-    chunk, into=None,
-):  # fmt: skip
-    """Launch the backward kernels; ``states`` are those that the forward pass left.
+def scan(
+    ready: Prepared, softplus: bool, reverse: bool, last: bool, chunk: int = 0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y, or y and the last state, of a prepared call that the kernels take; remembers its kind.
 
-    ``into`` are places for dB and dC, (B, 1, N, L) with the N values of a token side by side and
-    sequences that follow one another, such as columns of the gradient of a projection.
+    Nothing is checked.
     """
-    from . import triton_kernels as kernels
-
-    grads = _gradients_like(u, delta, A, B, C, D, z, delta_bias, into)
-    du, ddelta, dA, dB, dC, dD, dz, dbias = grads
-    batch, groups, heads, tokens = u.shape
-    channels, state = A.shape
-    length = _length(u, order)
-    if u.numel() == 0 or length == 0:
-        for grad in grads:
-            grad.zero_()
-        return grads
-    u, delta, z, dout = _lanes(u), _lanes(delta), _lanes(z), _lanes(dout)
-    plan = _plan(u, state, length, gradients, chunk)
-    block = plan.backward.block
-    n_blocks = -(-heads // block)
-    dlast = None if dlast is None else dlast.contiguous()
-    chunked = plan.n_chunks > 1
-    scratch = A.new_empty(batch, -(-length // RUN), state, channels)
-    places = -(-length // RUN) * RUN
-    dbc = A.new_empty(2, n_blocks, batch, groups, places, state)
-    dchannel = A.new_empty(batch * plan.n_chunks, state + 2, channels)
-    gstates = A.new_empty(batch, plan.n_chunks, state, channels)
-
-    shared = dict(
-        p_delta=delta,
-        p_A=A,
-        p_C=C,
-        p_z=z,
-        p_bias=delta_bias,
-        p_order=order,
-        p_dout=dout,
-        **_strides('delta', delta, 'bgdl'),
-        **_strides('C', C, 'bgnl'),
-        **_strides('z', z, 'bgdl'),
-        **_strides('dout', dout, 'bgdl'),
-        order_sg=_order_step(order),
-        heads=heads,
-        groups=groups,
-        length=length,
-        chunk=plan.chunk,
-        n_chunks=plan.n_chunks,
-        n_blocks=n_blocks,
-        N=state,
-        BLOCK=block,
-        HAS_Z=z is not None,
-        HAS_BIAS=delta_bias is not None,
-        SOFTPLUS=softplus,
-        ORDER=order is not None,
-        REVERSE=reverse,
-        EVEN=heads % block == 0,
-        num_warps=1,
+    gradients = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in ready.tensors
     )
-    grid = (batch * plan.n_chunks * groups * n_blocks,)
-    with torch.cuda.device_of(u):
-        if chunked:
-            sums = A.new_empty(batch, plan.n_chunks, channels)
-            kernels.scan_backward_aggregate_kernel[grid](
-                p_state=gstates, p_sum=sums, UNROLL=plan.backward.unroll, **shared
-            )
-            _carry(kernels, gstates, sums, A, dlast, backward=True)
-        kernels.scan_backward_kernel[grid](
-            p_u=u,
-            p_B=B,
-            p_D=D,
-            p_state=states,
-            p_gstate=gstates,
-            p_dlast=dlast,
-            p_scratch=scratch,
-            p_du=du,
-            p_ddelta=ddelta,
-            p_dz=None if z is None else dz,
-            p_dbc=dbc,
-            p_dchannel=dchannel,
-            **_strides('u', u, 'bgdl'),
-            **_strides('B', B, 'bgnl'),
-            **_strides('du', du, 'bgdl'),
-            **_strides('ddelta', ddelta, 'bgdl'),
-            **_strides('dz', None if z is None else dz, 'bgdl'),
-            batch=batch,
-            K=RUN,
-            CHUNKED=chunked,
-            HAS_DLAST=dlast is not None,
-            HAS_D=D is not None,
-            **shared,
-        )
-        kernels.sum_over_blocks_kernel[(-(-length * state // 256) * batch * groups, 2)](
-            p_dbc=dbc,
-            p_dB=dB,
-            p_dC=dC,
-            p_order=order,
-            order_sg=_order_step(order),
-            batch=batch,
-            groups=groups,
-            length=length,
-            tokens=tokens,
-            n_blocks=n_blocks,
-            row=dB.stride(3),
-            N=state,
-            K=RUN,
-            COLS=256,
-            ORDER=order is not None,
-            REVERSE=reverse,
-        )
-        kernels.sum_over_chunks_kernel[(-(-channels // 32), state + 2)](
-            p_dchannel=dchannel,
-            p_dA=dA,
-            p_dD=None if D is None else dD,
-            p_dbias=None if delta_bias is None else dbias,
-            channels=channels,
-            rows=batch * plan.n_chunks,
-            state=state,
-            ROWS=32,
-            COLS=32,
-            HAS_D=D is not None,
-            HAS_BIAS=delta_bias is not None,
-        )
-    return grads
+    call = _Call(ready.tensors, softplus, reverse, gradients, chunk, last)
+    passes.remember(_CALLS, ready.key, call)
+    return call(ready.tensors, ready.pointers)
+
+
+def forget() -> None:
+    """Work every call out again, for tests that change how."""
+    _CALLS.clear()
+    passes.forget()
 
 
 # The operators. u, delta and z are (B, G, H, L) with any strides, so that directions may share a
@@ -440,18 +293,52 @@ _library.define(
     f'selective_scan_triton_backward(Tensor dout, Tensor? dlast, {_INPUTS}, Tensor states, '
     f'{_FLAGS}) -> ({", ".join(["Tensor"] * 8)})'
 )
-_library.define(
-    f'selective_scan_triton_into(Tensor(a!) into, {_INPUTS}, {_FLAGS}) -> Tensor last'
-)
 
 
-def _forward_into(into, *inputs):
-    return _forward(*inputs, out=into)[1]
+def _forward(*arguments):
+    inputs, flags = arguments[:9], arguments[9:]
+    u, order = inputs[0], inputs[8]
+    if u.numel() == 0 or (order is not None and order.shape[-1] == 0):
+        y, last, states = _forward_fake(*arguments)
+        return y, last.zero_(), states
+    return passes.forward(inputs, *flags)
+
+
+def _backward(dout, dlast, *arguments):
+    inputs, states, flags = arguments[:9], arguments[9], arguments[10:]
+    grads = _gradients_like(*inputs[:8])
+    if dout.numel() == 0 or (inputs[8] is not None and inputs[8].shape[-1] == 0):
+        for grad in grads:
+            grad.zero_()
+        return grads
+    given = [None if x is None else grad for x, grad in zip(inputs[:8], grads, strict=True)]
+    dlast = None if dlast is None else dlast.contiguous()
+    passes.backward(dout, dlast, inputs, states, *flags, given)
+    return grads
+
+
+def _dense(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised (B, ..., channels, L) whose channels are neighbours in memory."""
+    return like.new_empty_strided(shape, token_major(shape))
+
+
+def _gradients_like(u, delta, A, B, C, D, z, delta_bias):
+    """Uninitialised gradients in the layouts that the kernels write; absent ones are empty."""
+    none = A.new_empty(0)
+    return (
+        _dense(u.shape, u),
+        _dense(delta.shape, delta),
+        torch.empty_like(A, memory_format=torch.contiguous_format),
+        # Token-major whatever B is: the kernels make the N values of a token together.
+        *(x.new_empty_strided(x.shape, state_major(x.shape)) for x in (B, C)),
+        none if D is None else D.new_empty(D.shape),
+        none.clone() if z is None else _dense(z.shape, z),
+        none.clone() if delta_bias is None else delta_bias.new_empty(delta_bias.shape),
+    )
 
 
 for _device in ('CPU', 'CUDA', 'XPU'):
     _library.impl('selective_scan_triton', _forward, _device)
-    _library.impl('selective_scan_triton_into', _forward_into, _device)
     _library.impl('selective_scan_triton_backward', _backward, _device)
 
 
@@ -463,13 +350,8 @@ def _forward_fake(
     return (
         _dense(u.shape, u),
         A.new_empty(batch, *A.shape),
-        A.new_empty(_state_shape(u, A, order, gradients, chunk)),
+        A.new_empty(passes.state_shape(u, A, B, order, gradients, chunk)),
     )
-
-
-@torch.library.register_fake('mmhybrid::selective_scan_triton_into', lib=_library)
-def _forward_into_fake(into, u, delta, A, *_):
-    return A.new_empty(u.shape[0], *A.shape)
 
 
 @torch.library.register_fake('mmhybrid::selective_scan_triton_backward', lib=_library)
@@ -535,66 +417,31 @@ def scan_grouped(
     ``order`` is an int32 table of tokens, see README.md; ``chunk`` overrides the number of tokens
     per program. Nothing is checked.
     """
-    tensors = (u, delta, A, B, C, D, z, delta_bias)
-    gradients = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in tensors
-    )
-    flags = (delta_softplus, reverse, gradients, chunk)
+    tensors = (u, delta, A, B, C, D, z, delta_bias, order)
+    flags = delta_softplus, reverse
     if A.shape[1] <= MAX_STATE:
-        y, last, _ = torch.ops.mmhybrid.selective_scan_triton(
-            u, delta, A, B, C, D, z, delta_bias, order, *flags
+        ready = prepared(tensors, 'grouped', *flags, chunk) if takes(tensors) else None
+        if ready is not None:
+            if ready.call is not None:
+                return ready.call(tensors, ready.pointers)
+            return scan(ready, *flags, True, chunk)
+        gradients = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in tensors
         )
-        return y, last
+        return torch.ops.mmhybrid.selective_scan_triton(*tensors, *flags, gradients, chunk)[:2]
     # The output is a sum over states, so parts of a large N are scanned apart and added in float32.
     total, lasts = None, []
     for n in range(0, A.shape[1], MAX_STATE):
         part = slice(n, n + MAX_STATE)
-        y, last, _ = torch.ops.mmhybrid.selective_scan_triton(
+        y, last = scan_grouped(
             u.float(), delta, A[:, part].contiguous(), B[:, :, part], C[:, :, part],
-            D if n == 0 else None, None, delta_bias, order, *flags,
+            D if n == 0 else None, None, delta_bias, order, *flags, chunk,
         )  # fmt: skip
         total = y if total is None else total + y
         lasts.append(last)
     if z is not None:
         total = total * torch.nn.functional.silu(z.float())
     return total.to(u.dtype), torch.cat(lasts, dim=2)
-
-
-def scan_into(
-    into: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    order: Tensor | None = None,
-    delta_softplus: bool = False,
-    reverse: bool = False,
-) -> Tensor:
-    """Write y into a view of u's shape (B, G, H, L), such as half of a concat buffer.
-
-    For code that needs no gradient or supplies its own: autograd does not see the write. Arguments
-    as in :func:`selective_scan_ordered`, with float32 parameters and N up to ``MAX_STATE``.
-
-    Returns:
-        The last state, (B, D, N).
-
-    Raises:
-        ValueError: ``into`` has another shape, or N is too large.
-    """
-    if into.shape != u.shape:
-        raise ValueError(
-            f'scan_into expects a view like u, {tuple(u.shape)}, to write into, '
-            f'got {tuple(into.shape)}.'
-        )
-    if A.shape[1] > MAX_STATE:
-        raise ValueError(f'scan_into takes at most {MAX_STATE} states, got N = {A.shape[1]}.')
-    return torch.ops.mmhybrid.selective_scan_triton_into(
-        into, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse, False, 0
-    )
 
 
 def selective_scan_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):

@@ -6,7 +6,7 @@ B batch, G groups, H channels per group, D = G H, L tokens, L' places of the seq
 import torch
 from torch import Tensor
 
-from . import choose_backend, fused, selective_scan
+from . import _wish_of_environment, choose_backend, fused, selective_scan
 
 __all__ = ['reads_tables', 'selective_scan_ordered']
 
@@ -79,20 +79,29 @@ def selective_scan_ordered(
         ValueError: shapes or devices do not fit together.
         RuntimeError: the backend that was asked for cannot be used.
     """
+    tensors = (u, delta, A, B, C, D, z, delta_bias, order)
+    flags = bool(delta_softplus), bool(reverse), bool(return_last_state)
+    wish = _wish_of_environment() if backend == 'auto' else backend
+    ready = fused.prepared(tensors, 'ordered', wish, *flags)
+    if ready is not None and ready.call is not None:  # has passed all of the below
+        return ready.call(tensors, ready.pointers)
+
     _check(u, delta, z, B, order)
     groups, heads, tokens = u.shape[1:]
-    order = order.reshape(-1, order.shape[-1])
     dtype = torch.float32
     for x in (u, delta, A, B, C, D, z, delta_bias):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     name = choose_backend(backend, u.device, dtype, A.shape[1])
+    if ready is not None and name == 'triton' and order.dim() == 2 and fused.takes(tensors):
+        return fused.scan(ready, *flags)
+    order = order.reshape(-1, order.shape[-1])
     if name == 'triton' and u.numel():
         A, D, delta_bias = (
             x if x is None else x.to(dtype).contiguous() for x in (A, D, delta_bias)
         )
         y, last_state = fused.scan_grouped(
             u, delta, A, B, C, D, z, delta_bias, order.int().contiguous(),
-            bool(delta_softplus), bool(reverse),
+            *flags[:2],
         )  # fmt: skip
         return (y, last_state) if return_last_state else y
 

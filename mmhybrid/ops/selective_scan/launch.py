@@ -1,0 +1,300 @@
+"""Launches of Triton kernels that are prepared once and repeated with new pointers.
+
+An ordinary launch looks at every argument again: its type, its alignment, whether it is one or
+divisible by sixteen. Where all of that is known to be as before, only pointers and the stream are
+new, and a call of the launcher that Triton compiled is all that is left.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['Launch', 'Place', 'Program', 'describe', 'eager']
+
+logger = logging.getLogger(__name__)
+
+# Tensors of these classes are plain memory; others (fake, functional, distributed, ...) are not.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_watching = threading.Lock()
+#: Kinds of devices on which launchers are called at once.
+DIRECT = {'cuda'}
+
+
+def eager() -> bool:
+    """Whether operations run as they are called: nothing traces, transforms or intercepts them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def intercepted() -> bool:
+    """Whether something transforms or intercepts operations."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def describe(tensors: Sequence[Tensor | None]) -> tuple[list[int | None], list] | None:
+    """Addresses of tensors, and all else that a launch depends on; None for other than memory.
+
+    Equal descriptions take the same program. An address counts by its alignment alone.
+    """
+    # Written for few calls of functions: this runs at every call of the scan.
+    pointers, description = [], []
+    for x in tensors:
+        if x is None:
+            pointers += (None,)
+            description += (None,)
+            continue
+        if x.__class__ not in _PLAIN:
+            return None
+        try:
+            pointer = x.data_ptr()
+            # A view may negate what it shows.
+            if x.is_neg():
+                return None
+            description += (
+                (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, pointer & 15),
+            )
+        except RuntimeError:  # sparse, or a wrapper of C++
+            return None
+        pointers += (pointer,)
+    if 0 in pointers and not _may_be_nowhere(tensors, pointers):
+        return None
+    return pointers, description
+
+
+def _may_be_nowhere(tensors, pointers) -> bool:
+    """Whether every tensor without an address is empty or has none on purpose."""
+    return all(
+        x.is_meta or x.numel() == 0
+        for x, pointer in zip(tensors, pointers, strict=True)
+        if pointer == 0
+    )
+
+
+class Place(NamedTuple):
+    """A pointer argument: memory in one of a program's tensors.
+
+    Attributes:
+        tensor: index of the tensor.
+        offset: in bytes; other than 0 in flat float32 tensors only.
+        dtype: of what lies there, None for the tensor's own.
+    """
+
+    tensor: int
+    offset: int = 0
+    dtype: torch.dtype | None = None
+
+    def of(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The memory as a tensor."""
+        x = tensors[self.tensor]
+        if self.dtype is None:
+            return x
+        return x[self.offset // 4 :].view(self.dtype)
+
+
+class Launch(NamedTuple):
+    """One kernel with its arguments.
+
+    Attributes:
+        name: of the kernel in its module.
+        grid: one to three numbers of programs.
+        places: pointer arguments by name, None for absent ones.
+        constants: all other arguments and the options of the launch.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    places: dict[str, Place | None]
+    constants: dict[str, Any]
+
+    def arguments(self, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
+        """All arguments of an ordinary launch on these tensors, by name."""
+        pointers = {
+            name: None if place is None else place.of(tensors)
+            for name, place in self.places.items()
+        }
+        return pointers | self.constants
+
+
+class _Bound(NamedTuple):
+    """A compiled launcher with all that it takes; pointers and the stream are filled in."""
+
+    launch: Callable
+    kernel: Any
+    arguments: list
+    fills: tuple[tuple[int, int, int], ...]  # position, tensor, offset
+
+
+class Program:
+    """Launches that follow one another, for tensors of one description.
+
+    The first run launches as Triton does, which compiles. The second notes what Triton hands to its
+    launchers. From then on they are called at once, except while somebody listens to launches, and
+    where Triton works differently than expected.
+    """
+
+    def __init__(self, module, launches: Sequence[Launch]):
+        self.module = module
+        self.launches = launches
+        self.compiled: list | None = None
+        self.bound: list[_Bound] = []
+        self.knobs: tuple = ()
+        self.hooks: tuple = ()
+        self.settings: tuple | None = None
+        self.device = 0
+
+    def run(self, tensors: Sequence[Tensor | None], pointers: Sequence[int | None]) -> None:
+        """Launch on tensors, whose addresses are ``pointers``."""
+        if self.bound and self._direct(pointers):
+            return
+        some = next(x for x in tensors if x is not None)
+        with torch.cuda.device_of(some):
+            kernels = [getattr(self.module, launch.name) for launch in self.launches]
+            calls = [launch.arguments(tensors) for launch in self.launches]
+            if self.compiled is None or self.bound or some.device.type not in DIRECT:
+                self.compiled = [
+                    kernel[launch.grid](**arguments)
+                    for launch, kernel, arguments in zip(
+                        self.launches, kernels, calls, strict=True
+                    )
+                ]
+            else:
+                self._bind(kernels, calls)
+
+    def _direct(self, pointers) -> bool:
+        runtime, compilation = self.knobs
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if (
+            enter is not self.hooks[0]
+            or leave is not self.hooks[1]
+            or (enter is not None and enter.calls)
+            or (leave is not None and leave.calls)
+            or self.settings != (runtime.debug, compilation.instrumentation_mode)
+            or torch._C._cuda_getDevice() != self.device
+        ):
+            return False
+        for bound in self.bound:
+            if bound.kernel.pre_run_hooks:
+                return False
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        for launch, _, template, fills in self.bound:
+            arguments = [*template]
+            arguments[3] = stream
+            for position, tensor, offset in fills:
+                arguments[position] = pointers[tensor] + offset
+            launch(*arguments)
+        return True
+
+    def _bind(self, kernels, calls) -> None:
+        """Launch as Triton does, and keep what reaches its launchers."""
+        try:
+            from triton.knobs import compilation, runtime
+        except ImportError:
+            runtime = compilation = None
+        settings, found = _settings(runtime, compilation), []
+        for launch, kernel, arguments, compiled in zip(
+            self.launches, kernels, calls, self.compiled, strict=True
+        ):
+            seen = _launch_and_watch(kernel, launch.grid, arguments, compiled)
+            if settings is not None:
+                found.append(_as_bound(launch, kernel, arguments, compiled, seen, runtime))
+        if settings is None or any(kernel.pre_run_hooks for kernel in kernels):
+            return
+        if None in found:
+            _say_that_launches_stay_ordinary()
+            return
+        self.device = torch._C._cuda_getDevice()
+        self.knobs = runtime, compilation
+        self.hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+        self.settings, self.bound = settings, found
+
+
+def _launch_and_watch(kernel, grid, arguments, compiled) -> list[tuple]:
+    """Launch, and give what the launcher of a compiled kernel was called with meanwhile."""
+    runner = getattr(compiled, 'run', None)
+    launch = getattr(runner, 'launch', None)
+    if launch is None:
+        kernel[grid](**arguments)
+        return []
+    seen, here = [], threading.get_ident()
+
+    def watch(*values):
+        if threading.get_ident() == here:
+            seen.append((launch, values))
+        return launch(*values)
+
+    with _watching:
+        runner.launch = watch
+        try:
+            kernel[grid](**arguments)
+        finally:
+            runner.launch = launch
+    return seen
+
+
+def _as_bound(launch: Launch, kernel, arguments, compiled, seen, runtime) -> _Bound | None:
+    """The noted call, once every part of it has been recognised."""
+    if len(seen) != 1:
+        return None
+    ((launcher, values),) = seen
+    names = kernel.arg_names
+    head, tail = values[: -len(names)], values[-len(names) :]
+    expected = (
+        *launch.grid, *(1,) * (3 - len(launch.grid)),
+        torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()), compiled.function,
+    )  # fmt: skip
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # The grid, the stream, the function, two flags, two buffers of which the kernels need none,
+    # the launch's metadata for the compiled code and for hooks, and the hooks.
+    recognised = (
+        len(head) == 13
+        and head[:5] == expected
+        and head[7:10] == (None, None, compiled.packed_metadata)
+        and head[11] is hooks[0]
+        and head[12] is hooks[1]
+        and all(
+            value is arguments[name]
+            or (not isinstance(value, Tensor) and value == arguments[name])
+            for name, value in zip(names, tail, strict=True)
+        )
+    )
+    if not recognised:
+        return None
+    fills = tuple(
+        (len(head) + names.index(name), place.tensor, place.offset)
+        for name, place in launch.places.items()
+        if place is not None
+    )
+    return _Bound(launcher, kernel, [*head[:10], None, None, None, *tail], fills)
+
+
+def _settings(runtime, compilation) -> tuple | None:
+    """What changes how Triton launches; None while somebody listens, or where it is unknown."""
+    try:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if (enter is not None and enter.calls) or (leave is not None and leave.calls):
+            return None
+        return runtime.debug, compilation.instrumentation_mode
+    except AttributeError:
+        return None
+
+
+@functools.cache
+def _say_that_launches_stay_ordinary() -> None:
+    logger.warning(
+        'the installed Triton launches kernels in another way than 3.6 does; every launch takes '
+        "Triton's ordinary path, which is right and costs several times the host time"
+    )

@@ -1,0 +1,470 @@
+"""Both passes of the Triton scan: what a call allocates and launches, worked out once per kind.
+
+B batch, G groups, H channels per group, D = G H, L tokens, N state, NC chunks. Tensors over tokens
+are (B, G, H, L) or, with the groups side by side, (B, D, L); B and C are (B, G, N, L) or, for one
+group, (B, N, L). The inputs of a pass are u, delta, A, B, C, D, z, delta_bias and the order, in
+this sequence.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from . import plan as plans
+from .launch import Launch, Place, Program, describe
+
+__all__ = ['Backward', 'Forward', 'backward', 'forget', 'forward', 'processors']
+
+# Elements from which on a channel-major tensor is copied to token-major.
+_COPY_ABOVE = 1 << 18
+# Bytes that the start of everything in a shared buffer is a multiple of.
+_ALIGN = 128
+# Kinds of calls that are kept in mind; a training run over many image sizes meets hundreds.
+_MOST = 4096
+_INPUTS = 9
+_GRADIENTS = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132  # the interpreter and meta tensors: any number, but always the same
+
+
+class _Shape:
+    """Sizes and launch plan of a call."""
+
+    def __init__(self, inputs, gradients: bool, chunk: int):
+        u, _, A, B, *_, order = inputs
+        self.batch, self.tokens = u.shape[0], u.shape[-1]
+        self.groups = B.shape[1] if B.dim() == 4 else 1
+        self.channels, self.state = A.shape
+        self.heads = self.channels // self.groups
+        self.length = self.tokens if order is None else order.shape[-1]
+        self.plan = plans.launch_plan(
+            self.batch, self.groups, self.heads, self.length, self.state, processors(u.device),
+            gradients=gradients, chunk=chunk,
+        )  # fmt: skip
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Of the states at the starts of the chunks; none when there is one chunk."""
+        n_chunks = self.plan.n_chunks
+        return (self.batch, n_chunks if n_chunks > 1 else 0, self.state, self.channels)
+
+    def programs(self, cut: plans.Cut) -> int:
+        return self.batch * self.plan.n_chunks * self.groups * -(-self.heads // cut.block)
+
+    def strides(self, **tensors: Tensor | tuple[int, ...] | None) -> dict[str, int]:
+        """Kernel arguments: strides over batch, group, channel (or state) and token."""
+        found = {}
+        for name, x in tensors.items():
+            axes = 'bgnl' if name in 'BC' else 'bgdl'
+            steps = (0,) * 4 if x is None else x if isinstance(x, tuple) else self._steps(x)
+            found |= {f'{name}_s{axis}': step for axis, step in zip(axes, steps, strict=True)}
+        return found
+
+    def _steps(self, x: Tensor) -> tuple[int, ...]:
+        if x.dim() == 4:
+            return x.stride()
+        batch, channel, token = x.stride()
+        return batch, x.shape[1] // self.groups * channel, channel, token
+
+    def common(self, inputs, softplus: bool, reverse: bool, cut: plans.Cut) -> dict:
+        """Arguments that the kernels of both passes share."""
+        *_, z, bias, order = inputs
+        return dict(
+            order_sg=0 if order is None or order.shape[0] == 1 else order.stride(0),
+            heads=self.heads,
+            groups=self.groups,
+            length=self.length,
+            chunk=self.plan.chunk,
+            n_chunks=self.plan.n_chunks,
+            n_blocks=-(-self.heads // cut.block),
+            N=self.state,
+            BLOCK=cut.block,
+            HAS_Z=z is not None,
+            HAS_BIAS=bias is not None,
+            SOFTPLUS=softplus,
+            ORDER=order is not None,
+            REVERSE=reverse,
+            EVEN=self.heads % cut.block == 0,
+            num_warps=1,
+        )
+
+    def carry(self, kernels, states: Place, sums: Place, first: Place | None, backward: bool):
+        n_blocks = -(-self.channels // 32)
+        return Launch(
+            'scan_carry_kernel',
+            (self.batch * self.state * n_blocks,),
+            dict(p_state=states, p_sum=sums, p_A=Place(2), p_first=first),
+            dict(
+                channels=self.channels, n_chunks=self.plan.n_chunks, n_blocks=n_blocks,
+                N=self.state, BLOCK=32, UNROLL=8, HAS_FIRST=first is not None, BACKWARD=backward,
+                num_warps=1,
+            ),
+        )  # fmt: skip
+
+
+def state_shape(
+    u: Tensor, A: Tensor, B: Tensor, order: Tensor | None, gradients: bool, chunk: int
+) -> tuple[int, ...]:
+    """Of the states that a forward pass leaves for the backward pass, (B, NC, N, D)."""
+    return _Shape((u, None, A, B, *(None,) * 4, order), gradients, chunk).states
+
+
+def token_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense (B, ..., channels, L) whose channels are neighbours in memory."""
+    *inner, length = shape[1:]
+    row = math.prod(inner)
+    steps = [math.prod(inner[i + 1 :]) for i in range(len(inner))]
+    return (length * row, *steps, row)
+
+
+def state_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense (B, ..., N, L) whose states are neighbours in memory, token by token."""
+    *outer, state, length = shape
+    steps = [math.prod(outer[i + 1 :]) * state * length for i in range(len(outer))]
+    return (*steps, 1, state)
+
+
+def lanes(x: Tensor | None) -> Tensor | None:
+    """Copy a large (B, ..., channels, L) whose channels are far apart.
+
+    A warp reads 32 channels at once; spread over memory they cost 32 accesses instead of one or
+    two, which is far more than a copy. Small tensors stay in the cache and gain nothing.
+    """
+    if x is None or x.stride(-2) <= 1 or x.numel() < _COPY_ABOVE:
+        return x
+    # Groups that share a tensor share its copy.
+    copy = x[:, :1] if x.dim() == 4 and x.stride(1) == 0 else x
+    return copy.transpose(-2, -1).contiguous().transpose(-2, -1).expand(x.shape)
+
+
+class _Pass:
+    """What the passes have in common: inputs that are copied first, and the program."""
+
+    def __init__(self, tensors, may_copy: tuple[int, ...]):
+        copies = {i: lanes(tensors[i]) for i in may_copy}
+        self.copies = tuple(i for i, x in copies.items() if x is not tensors[i])
+        self.laid = [copies.get(i, x) for i, x in enumerate(tensors)]
+
+    def _copied(self, tensors, pointers):
+        """Neighbours for the lanes of a warp, where they are too far apart."""
+        tensors, pointers = list(tensors), list(pointers)
+        for i in self.copies:
+            tensors[i] = lanes(tensors[i])
+            pointers[i] = tensors[i].data_ptr()
+        return tensors, pointers
+
+
+class Forward(_Pass):
+    """One kind of forward pass."""
+
+    def __init__(
+        self, inputs, out: Tensor | None, softplus: bool, reverse: bool, gradients: bool,
+        chunk: int, *, last: bool = True, starts: bool = False,
+    ):  # fmt: skip
+        from . import triton_kernels as kernels
+
+        super().__init__(inputs, (0, 1, 6))
+        inputs = self.laid
+        u, delta, A, B, C, D, z, bias, order = inputs
+        shape = self.shape = _Shape(inputs, gradients, chunk)
+        plan, cut = shape.plan, shape.plan.forward
+        self.size, self.stride = tuple(u.shape), token_major(u.shape)
+        self.last = (shape.batch, *A.shape) if last else None
+        n_states = math.prod(shape.states)
+        n_sums = n_states // shape.state
+        self.work = n_states + n_sums + (0 if last else shape.batch * A.numel())
+        states, sums = Place(11), Place(11, 4 * n_states, torch.float32)
+        places = dict(
+            p_u=Place(0), p_delta=Place(1), p_A=Place(2), p_B=Place(3), p_C=Place(4),
+            p_D=None if D is None else Place(5), p_z=None if z is None else Place(6),
+            p_bias=None if bias is None else Place(7),
+            p_order=None if order is None else Place(8), p_out=Place(9),
+            p_last=Place(10) if last else Place(11, 4 * (n_states + n_sums), torch.float32),
+            p_state=states, p_sum=sums,
+        )  # fmt: skip
+        into = self._out_strides(out)
+        constants = (
+            shape.common(inputs, softplus, reverse, cut)
+            | shape.strides(u=u, delta=delta, B=B, C=C, z=z, out=into)
+            | dict(UNROLL=cut.unroll, HAS_D=D is not None)
+        )
+
+        def sweep(mode):
+            grid = (shape.programs(cut),)
+            return Launch('scan_forward_kernel', grid, places, constants | dict(MODE=mode.value))
+
+        launches = []
+        if plan.n_chunks > 1:
+            launches.append(sweep(kernels.AGGREGATE))
+            launches.append(shape.carry(kernels, states, sums, None, backward=False))
+        if not starts:
+            launches.append(sweep(kernels.FINAL if plan.n_chunks > 1 else kernels.SINGLE))
+        self.program = Program(kernels, launches)
+        del self.laid
+
+    def _out_strides(self, out):
+        if out is not None:
+            return out.stride()
+        if len(self.stride) == 4:
+            return self.stride
+        batch, channel, token = self.stride
+        return batch, self.shape.heads * channel, channel, token
+
+    def run(self, inputs, pointers, out=None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The output, the last state (None where it is not asked for), and the states at the
+        starts of the chunks with other values behind them, flat."""
+        if self.copies:
+            inputs, pointers = self._copied(inputs, pointers)
+        A = inputs[2]
+        if out is None:
+            out = inputs[0].new_empty_strided(self.size, self.stride)
+        last = None if self.last is None else A.new_empty(self.last)
+        work = A.new_empty(self.work)
+        mine = (out.data_ptr(), None if last is None else last.data_ptr(), work.data_ptr())
+        self.program.run((*inputs, out, last, work), (*pointers, *mine))
+        return out, last, work
+
+
+class Backward(_Pass):
+    """One kind of backward pass."""
+
+    def __init__(
+        self, tensors, given, softplus: bool, reverse: bool, gradients: bool, chunk: int
+    ):
+        from . import triton_kernels as kernels
+
+        super().__init__(tensors, (0, 1, 6, 9))
+        inputs, (dout, dlast, _) = self.laid[:_INPUTS], self.laid[_INPUTS:]
+        u, delta, A, B, C, D, z, bias, order = inputs
+        shape = self.shape = _Shape(inputs, gradients, chunk)
+        self.views: list[tuple | None] = []
+        self.sizes = [0, 0]  # bytes of the buffer over tokens with the scratch, and of parameters
+        where = self._gradients(inputs, given)
+        plan, cut = shape.plan, shape.plan.backward
+        n_blocks = -(-shape.heads // cut.block)
+        runs = -(-shape.length // plans.RUN)
+        rows = shape.batch * plan.n_chunks
+        width = shape.state * shape.channels
+        scratch = self._scratch(shape.batch * runs * width)
+        dbc = self._scratch(
+            2 * n_blocks * shape.batch * shape.groups * runs * plans.RUN * shape.state
+        )
+        dchannel = self._scratch(rows * (shape.state + 2) * shape.channels)
+        gstates = self._scratch(rows * width)
+        first = None if dlast is None else Place(10)
+
+        def present(x, place):
+            return None if x is None else place
+
+        ordered = present(order, Place(8))
+        places = dict(
+            p_delta=Place(1), p_A=Place(2), p_C=Place(4), p_z=present(z, Place(6)),
+            p_bias=present(bias, Place(7)), p_order=ordered, p_dout=Place(9),
+        )  # fmt: skip
+        common = shape.common(inputs, softplus, reverse, cut)
+        constants = common | shape.strides(delta=delta, C=C, z=z, dout=dout)
+        grid = (shape.programs(cut),)
+        launches = []
+        if plan.n_chunks > 1:
+            sums = self._scratch(rows * shape.channels)
+            launches += [
+                Launch(
+                    'scan_backward_aggregate_kernel', grid,
+                    places | dict(p_state=gstates, p_sum=sums),
+                    constants | dict(UNROLL=cut.unroll),
+                ),
+                shape.carry(kernels, gstates, sums, first, backward=True),
+            ]  # fmt: skip
+        launches += [
+            Launch(
+                'scan_backward_kernel', grid,
+                places | dict(
+                    p_u=Place(0), p_B=Place(3), p_D=present(D, Place(5)), p_state=Place(11),
+                    p_gstate=gstates, p_dlast=first, p_scratch=scratch, p_du=where['u'],
+                    p_ddelta=where['delta'], p_dz=where.get('z'), p_dbc=dbc, p_dchannel=dchannel,
+                ),
+                constants
+                | shape.strides(u=u, B=B, **self._token_strides(inputs, given))
+                | dict(
+                    batch=shape.batch, K=plans.RUN, CHUNKED=plan.n_chunks > 1,
+                    HAS_DLAST=dlast is not None, HAS_D=D is not None,
+                ),
+            ),
+            Launch(
+                'sum_over_blocks_kernel',
+                (-(-shape.length * shape.state // 256) * shape.batch * shape.groups, 2),
+                dict(p_dbc=dbc, p_dB=where['B'], p_dC=where['C'], p_order=ordered),
+                dict(
+                    order_sg=common['order_sg'], batch=shape.batch, groups=shape.groups,
+                    length=shape.length, tokens=shape.tokens, n_blocks=n_blocks,
+                    row=shape.state if given[3] is None else given[3].stride(-1),
+                    N=shape.state, K=plans.RUN, COLS=256, ORDER=order is not None,
+                    REVERSE=reverse,
+                ),
+            ),
+            Launch(
+                'sum_over_chunks_kernel', (-(-shape.channels // 32), shape.state + 2),
+                dict(p_dchannel=dchannel, p_dA=where['A'], p_dD=where.get('D'),
+                     p_dbias=where.get('delta_bias')),
+                dict(
+                    channels=shape.channels, rows=rows, state=shape.state, ROWS=32, COLS=32,
+                    HAS_D=D is not None, HAS_BIAS=bias is not None,
+                ),
+            ),
+        ]  # fmt: skip
+        self.program = Program(kernels, launches)
+        del self.laid
+
+    def _gradients(self, inputs, given) -> dict[str, Place]:
+        """Where each gradient goes; those over tokens and those of parameters in one buffer each.
+
+        Gradients of parameters live as long as the parameters: they must not hold a buffer over
+        tokens.
+        """
+        where = {}
+        for i, (name, x, own) in enumerate(zip(_GRADIENTS, inputs[:8], given, strict=True)):
+            if x is None or own is not None:
+                self.views.append(None)
+                if x is not None:
+                    where[name] = Place(14 + i)
+                continue
+            buffer = int(name in ('A', 'D', 'delta_bias'))
+            place = where[name] = self._reserve(buffer, x.numel(), x.dtype)
+            if buffer:
+                stride = (x.shape[-1], 1)[-x.dim() :]
+            else:
+                stride = (state_major if name in 'BC' else token_major)(x.shape)
+            dtype = None if x.dtype == torch.float32 else x.dtype
+            self.views.append((buffer, dtype, tuple(x.shape), stride, place.offset // x.itemsize))
+        return where
+
+    def _token_strides(self, inputs, given) -> dict[str, tuple[int, ...] | Tensor | None]:
+        found = {}
+        for i, name in ((0, 'du'), (1, 'ddelta'), (6, 'dz')):
+            x = inputs[i]
+            found[name] = given[i]
+            if x is not None and given[i] is None:
+                batch, *inner, token = token_major(x.shape)
+                found[name] = (
+                    batch, *(inner if len(inner) == 2 else (self.shape.heads, 1)), token
+                )  # fmt: skip
+        return found
+
+    def _reserve(self, buffer: int, numel: int, dtype: torch.dtype) -> Place:
+        offset = self.sizes[buffer]
+        self.sizes[buffer] += -(-numel * dtype.itemsize // _ALIGN) * _ALIGN
+        return Place(12 + buffer, offset, dtype)
+
+    def _scratch(self, numel: int) -> Place:
+        return self._reserve(0, numel, torch.float32)
+
+    def run(self, tensors, pointers, given=(None,) * 8, addresses=(None,) * 8):
+        """The eight gradients; None for absent inputs and for those written into ``given``."""
+        if self.copies:
+            tensors, pointers = self._copied(tensors, pointers)
+        A = tensors[2]
+        tokens = A.new_empty(self.sizes[0] // 4)
+        parameters = A.new_empty(self.sizes[1] // 4) if self.sizes[1] else None
+        buffers, kinds = (tokens, parameters), {}
+        mine = tokens.data_ptr(), None if parameters is None else parameters.data_ptr()
+        self.program.run((*tensors, *buffers, *given), (*pointers, *mine, *addresses))
+        grads = []
+        for view in self.views:
+            if view is None:
+                grads += (None,)
+                continue
+            buffer, dtype, size, stride, offset = view
+            kind = buffer, dtype
+            if kind not in kinds:
+                base = buffers[buffer]
+                kinds[kind] = base if dtype is None else base.view(dtype)
+            grads += (kinds[kind].as_strided(size, stride, offset),)
+        return grads
+
+
+_FORWARD: dict[tuple, Forward] = {}
+_BACKWARD: dict[tuple, Backward] = {}
+
+
+def forward(
+    inputs, softplus: bool, reverse: bool, gradients: bool, chunk: int = 0,
+    out: Tensor | None = None, starts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, last state (B, D, N) and states at the starts of the chunks (B, NC, N, D).
+
+    Args:
+        inputs: the nine inputs, parameters in float32 and contiguous.
+        softplus: pass delta (after its bias) through softplus.
+        reverse: visit the tokens from right to left.
+        gradients: whether a backward pass follows, whose time the chunks then consider.
+        chunk: tokens per chunk if not 0.
+        out: (B, G, H, L), any view of u's shape to write into.
+        starts: leave the output alone and compute the states only.
+    """
+    flags = softplus, reverse, gradients, chunk
+
+    def make():
+        return Forward(inputs, out, *flags, starts=starts)
+
+    known, pointers = _find(_FORWARD, (*inputs, out), (*flags, starts), make)
+    y, last, work = known.run(inputs, pointers[:_INPUTS], out)
+    states = known.shape.states
+    return y, last, work[: math.prod(states)].view(states)
+
+
+def backward(
+    dout: Tensor, dlast: Tensor | None, inputs, states: Tensor, softplus: bool, reverse: bool,
+    gradients: bool, chunk: int = 0, given=(None,) * 8,
+) -> list[Tensor | None]:  # fmt: skip
+    """The eight gradients; those that have a place in ``given`` are written there.
+
+    Args:
+        dout: of the output.
+        dlast: of the last state, contiguous, or None.
+        inputs: as in the forward pass.
+        states: what it left at the starts of the chunks.
+        softplus, reverse, gradients, chunk: as in the forward pass.
+        given: for each gradient a tensor or None; a (B, 1, N, L) for dB and dC has the N values of
+            a token side by side and sequences that follow one another, such as columns of the
+            gradient of a projection.
+    """
+    flags = softplus, reverse, gradients, chunk
+    tensors = (*inputs, dout, dlast, states)
+    known, pointers = _find(
+        _BACKWARD, (*tensors, *given), flags, lambda: Backward(tensors, given, *flags)
+    )
+    return known.run(tensors, pointers[:12], given, pointers[12:])
+
+
+def _find(known: dict, tensors, flags: tuple, make) -> tuple:
+    """The pass for tensors of this description, and their addresses."""
+    found = describe(tensors)
+    if found is None:
+        return make(), [None if x is None else x.data_ptr() for x in tensors]
+    pointers, description = found
+    key = (flags, *description)
+    one = known.get(key)
+    if one is None:
+        one = make()
+        remember(known, key, one)
+    return one, pointers
+
+
+def remember(known: dict, key: tuple, one) -> None:
+    if len(known) >= _MOST:
+        known.clear()
+    known[key] = one
+
+
+def forget() -> None:
+    """Work everything out again, for tests that change how."""
+    _FORWARD.clear()
+    _BACKWARD.clear()
