@@ -273,11 +273,14 @@ def seconds(runs: dict[str, Callable[[], None]], turns=30, calls=20) -> dict[str
 def as_operator(run: Callable[[], None]) -> Callable[[], None]:
     """The same through the dispatcher, with ordinary launches."""
 
+    eager, direct = fused.eager, launch.Program._direct
+
     def through():
-        with mock.patch.object(fused, 'eager', never), mock.patch.object(
-            launch.Program, '_direct', never
-        ):
+        fused.eager = launch.Program._direct = never
+        try:
             run()
+        finally:
+            fused.eager, launch.Program._direct = eager, direct
 
     return through
 
