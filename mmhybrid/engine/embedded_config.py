@@ -37,10 +37,14 @@ _NAMES = ('collate_fn', 'worker_init_fn', 'norm_layer', 'act_layer', 'auto_wrap_
 _HARMFUL = (
     ('warp_mode', r'(?!cv2\.MOTION_[A-Z]+\Z).*', 'is run as Python'),
     ('split_file', r'.*', 'names a file that is unpickled'),
-    ('checkpoint_path|sys_path|conf_path', r'.*', 'names a file that is read without our checks'),
-    ('model_name', r'.*(:|/).*', 'names a model elsewhere, which is read without our checks'),
+    ('checkpoint_path|sys_path|conf_path|(?i:weights)', r'.*',
+     'names a file that is read without our checks'),
+    (r'((\w+_)?model_|tokenizer_)?name', r'.*(:|/).*',
+     'names a model elsewhere, which is read without our checks'),
+    (r'(\w+_)?(config|cfg)', r'(?i).*\.(py|json|ya?ml)', 'names a config that is run'),
     (r'(\w+_)?save_(dir|file)', r'(/|~|[A-Za-z]:|.*\.\.).*', 'names a place to write to'),
     (r'.*', r'(?i)(.*\.)?(pkl|pickle|npy|np)', 'names a file that is unpickled'),
+    (r'.*', r'(?i)(.*\.)?ya?ml', 'names a file of YAML, which mmengine lets run code'),
 )
 
 

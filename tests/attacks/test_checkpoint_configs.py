@@ -90,6 +90,16 @@ DROPPED = {
     'data=dict(files=["y.pickle", "z.json"])': ('data.files[0]', dict(data=dict(files=['z.json']))),
     'data=dict(backend="pickle", hierarchy_file="a.np")': ('unpickled', dict(data={})),
     'data=dict(split_file="y.txt")': ('unpickled', dict(data={})),
+    # mmengine reads YAML with the loader that makes any object of Python
+    'model=dict(loss=dict(type="CrossEntropyLoss", class_weight="https://x/y.yaml"))': (
+        'YAML, which mmengine lets run code', dict(model=dict(loss=dict(type='CrossEntropyLoss')))),
+    'data=dict(files=["y.YML"], file_format="yaml")': ('YAML', dict(data=dict(files=[]))),
+    'model=dict(teacher_config="/tmp/evil.py", x=1)': (
+        'names a config that is run', dict(model=dict(x=1))),
+    'model=dict(MODEL=dict(WEIGHTS="/tmp/evil"))': ('without our checks', dict(
+        model=dict(MODEL={}))),
+    'model=dict(lang_model_name="/tmp/evil", name="evil/x", tokenizer_name="hf:y")': (
+        'names a model elsewhere', dict(model={})),
     'model=dict(warp_mode="print(1)", x="cv2.MOTION_X")': (
         'is run as Python', dict(model=dict(x='cv2.MOTION_X'))),
     'model=dict(checkpoint_path="a.pth", model_name="hf-hub:evil/x")': (
@@ -163,7 +173,9 @@ model = dict(
     roi=dict(type='RoIAlign', sampling_ratio=0), layer=dict(type='mmcv.ops.RoIAlign'),
     test_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), soft=dict(type='soft_nms')),
     fast=dict(type='mmcv.ops.nms'), other=dict(type='NotInstalledNet', x=1), track=dict(
-        warp_mode='cv2.MOTION_EUCLIDEAN'), net=dict(model_name='resnet50', pretrained=True))
+        warp_mode='cv2.MOTION_EUCLIDEAN'), net=dict(model_name='resnet50', pretrained=True), language_model=dict(
+        type='BertModel', name='bert-base-uncased'), lang_model_name='bert-base-uncased',
+    weights=[1., 2.], loss=dict(name='loss_ce', class_weight='weights.json'))
 optim_wrapper = dict(optimizer=dict(type='torch.optim.AdamW', lr=1e-4), type='OptimWrapper')
 other_optimizer = dict(type='torch.optim.adamw.AdamW')
 load = dict(collate_fn=dict(type='pseudo_collate'), norm_layer='ln2d')
