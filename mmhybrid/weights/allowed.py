@@ -168,13 +168,23 @@ def _latin(text: str) -> bytes:
         raise Damaged('bytes are given as text that stands for none') from error
 
 
-def checked_key(key: object) -> object:
+def checked_key(key: object, budget: Budget) -> object:
     """Let plain keys pass; others can be made so that they all collide, which takes for ever."""
-    plain = key if type(key) is tuple and len(key) <= 4 else (key,)
-    if not all(type(part) in (str, float, bool, bytes, type(None))
-               or type(part) is int and abs(part) < 2**60 for part in plain):
-        raise Damaged(f'a dictionary has {type(key).__name__} as a key, expected text or numbers')
+    parts = [key]
+    for part in parts:  # grows
+        if type(part) is tuple and len(parts) + len(part) <= 32:
+            parts += part
+            # these can be made to collide as well, but not so many
+            budget.spend(100 + 100 * len(part))
+        elif not _is_plain_key(part.item() if isinstance(part, np.generic) else part):
+            raise Damaged(f'a dictionary or set has {type(key).__name__} as a key, '
+                          'expected texts, numbers or short tuples of them')
     return key
+
+
+def _is_plain_key(key: object) -> bool:
+    return type(key) in (str, float, bool, bytes, type(None)) or type(
+        key) is int and abs(key) < 2**60
 
 
 # --- what the names lead to: each takes the budget and the arguments of the pickle ---
@@ -199,17 +209,23 @@ def _dictionary(kind: type) -> Callable:
         for pair in pairs:
             if type(pair) not in (tuple, list) or len(pair) != 2:
                 raise Damaged('a dictionary is made of something else than pairs')
-            result[checked_key(pair[0])] = pair[1]
+            result[checked_key(pair[0], budget)] = pair[1]
         return result
 
     return make
+
+
+def _default_dictionary(budget: Budget, *args) -> dict:
+    if args:  # what it would make of a new key
+        _taken(args, (Name, type(None)))
+    return {}
 
 
 def _set(kind: type) -> Callable:
     def make(budget: Budget, *args):
         given, = _taken(args, list) if args else ([],)
         budget.spend(len(given))
-        return kind(map(checked_key, given))
+        return kind(checked_key(each, budget) for each in given)
 
     return make
 
@@ -385,13 +401,28 @@ def _over(memory: torch.UntypedStorage, dtype: torch.dtype, offset, shape, strid
 
 
 def _parameter(budget: Budget, *args) -> torch.nn.Parameter:
-    if len(args) != 3 or type(args[0]) is not torch.Tensor:
+    # a fourth argument holds attributes such as the _no_weight_decay of many Mamba models
+    if len(args) not in (3, 4) or type(args[0]) is not torch.Tensor:
         raise Damaged('a parameter has other arguments than those that are ever written for it')
     kind = args[0].dtype
     return torch.nn.Parameter(args[0].detach(), requires_grad=args[1] is True and (
         kind.is_floating_point or kind.is_complex))
 
 
+def _with_attributes(budget: Budget, *args) -> torch.Tensor:
+    """Make a tensor without its attributes; buffers are such tensors, too."""
+    make, kind, given = args[:3] if len(args) == 4 else (None, None, None)
+    if not isinstance(make, Name) or make.call not in (_tensor, _typed_tensor) or not isinstance(
+            kind, Name) or kind.name not in _TENSORS or type(given) is not tuple:
+        raise NotPlain('a tensor of a class of its own')
+    return make.call(budget, *given)
+
+
+def _no_tensor(budget: Budget, *args):
+    raise NotPlain('a tensor of a form that torch.save does not write')
+
+
+_TENSORS = ('torch.Tensor', 'torch.nn.parameter.Parameter', 'torch.nn.parameter.Buffer')
 _CURVE = 'mmengine.logging.history_buffer.HistoryBuffer'
 _CALLS: dict[str, Callable] = {
     'argparse.Namespace': _namespace,
@@ -401,6 +432,9 @@ _CALLS: dict[str, Callable] = {
     'collections.OrderedDict': _dictionary(collections.OrderedDict),
     'collections.Counter': _dictionary(collections.Counter),
     # kinds of dictionaries become ordinary ones
+    'collections.defaultdict': _default_dictionary,
+    **{f'builtins.{kind}': _no_call(f'builtins.{kind}')
+       for kind in ('dict', 'list', 'int', 'float')},
     'yacs.config.CfgNode': _dictionary(collections.OrderedDict),
     'mmengine.config.config.ConfigDict': _dictionary(collections.OrderedDict),
     **{f'pathlib{place}.{kind}Path': _path for place in ('', '._local')
@@ -412,7 +446,11 @@ _CALLS: dict[str, Callable] = {
     'torch.Size': _size, 'torch.device': _device,
     'torch._utils._rebuild_tensor': _tensor, 'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._utils._rebuild_tensor_v3': _typed_tensor,
-    'torch._utils._rebuild_parameter': _parameter,
+    **dict.fromkeys(('torch._utils._rebuild_parameter',
+                     'torch._utils._rebuild_parameter_with_state'), _parameter),
+    **dict.fromkeys(('torch._tensor._rebuild_from_type', 'torch._tensor._rebuild_from_type_v2'),
+                    _with_attributes),
+    **dict.fromkeys(_TENSORS, _no_tensor),
 }
 # What torch.save writes as well, but nobody can use as weights.
 _NO_WEIGHTS = (
@@ -423,9 +461,8 @@ _NO_WEIGHTS = (
     (r'torch\._utils\._rebuild_meta_tensor_no_storage',
      "a tensor of the device 'meta', which has no values"),
     (r'torch\._utils\._rebuild_nested_tensor', 'a nested tensor'),
-    (r'torch\._utils\._rebuild_wrapper_subclass|torch\._tensor\._rebuild_from_type(_v2)?|'
-     r'torch\._utils\._rebuild_parameter_with_state|torch\.Tensor|torch\.nn\.parameter\.\w+',
-     'a tensor of a class of its own, or with attributes of its own'),
+    (r'torch\._utils\._rebuild_wrapper_subclass|torch\.nn\.parameter\.\w+',
+     'a tensor of a class of its own'),
 )
 
 

@@ -142,7 +142,7 @@ class _Machine:
         if type(target) not in (dict, OrderedDict, Counter) or len(pairs) % 2:
             raise Damaged('its pickle puts entries into something that is no dictionary')
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            target[checked_key(key)] = value
+            target[checked_key(key, self.budget)] = value
 
     def set_one(self, _) -> None:
         value, key = self.pop(), self.pop()
@@ -240,7 +240,7 @@ _HANDLERS: dict[str, Callable[[_Machine, object], None]] = {
     'NEWTRUE': lambda machine, _: machine.push(True),
     'NEWFALSE': lambda machine, _: machine.push(False),
     **dict.fromkeys(('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE',
-                     'SHORT_BINSTRING'), _Machine.push),
+                     'SHORT_BINSTRING', 'BINSTRING'), _Machine.push),
     **dict.fromkeys(('BINGET', 'LONG_BINGET'), _Machine.get),
     **dict.fromkeys(('BINPUT', 'LONG_BINPUT'), _Machine.put),
 }

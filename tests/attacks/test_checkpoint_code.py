@@ -190,6 +190,41 @@ def test_honest_views_come_back(legacy, tmp_path):
     assert back['view'].untyped_storage().data_ptr() == back['base'].untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize('legacy', [False, True])
+def test_tensors_with_attributes_come_back_without(legacy, tmp_path):
+    rate, noted = torch.nn.Parameter(torch.rand(3)), torch.rand(2, 3).t()
+    rate._no_weight_decay, noted.note = True, 'x'
+    buffer = torch.nn.Buffer(torch.arange(3)) if hasattr(torch.nn, 'Buffer') else torch.arange(3)
+    torch.save(dict(rate=rate, noted=noted, buffer=buffer), tmp_path / 'w.pth',
+               _use_new_zipfile_serialization=not legacy)
+    back = read_file(tmp_path / 'w.pth')
+    assert torch.equal(back['rate'], rate) and type(back['rate']) is torch.nn.Parameter
+    assert torch.equal(back['noted'], noted) and not hasattr(back['noted'], 'note')
+    assert torch.equal(back['buffer'], torch.arange(3)) and not vars(back['rate'])
+
+
+@pytest.mark.parametrize(('make', 'kind', 'args'), [
+    (Global('torch', 'Size'), Global('torch', 'Tensor'), ((1,),)),
+    (Global('torch._utils', '_rebuild_tensor_v2'), Global('torch', 'Size'), ()),
+    (Global('torch._utils', '_rebuild_tensor_v2'), Global('torch', 'Tensor'), [1]),
+    (Global('torch', 'Tensor'), Global('torch', 'Tensor'), (2**40,)),
+])
+def test_other_makers_of_tensors(make, kind, args, tmp_path):
+    path = hostile.archive(tmp_path / 'w.pth', hostile.program(
+        {'a': called('torch._tensor', '_rebuild_from_type_v2', make, kind, args, {})}))
+    refused(path, 'a tensor of a class of its own; expected ordinary dense tensors')
+    hostile.archive(path, hostile.program({'a': called('torch', 'Tensor', 2**40)}))
+    refused(path, 'a tensor of a form that torch.save does not write')
+
+
+def test_long_texts_of_python_2(tmp_path):
+    content = np.arange(100.).tobytes()
+    text = Raw(b'T' + len(content).to_bytes(4, 'little') + content)  # BINSTRING
+    path = hostile.archive(tmp_path / 'w.pth', hostile.program(
+        {'a': hostile.array((100,), hostile.DTYPE, text)}))
+    assert np.array_equal(read_file(path)['a'], np.arange(100.))
+
+
 @pytest.mark.parametrize(('value', 'what'), [
     (torch.eye(2).to_sparse(), 'a sparse tensor'), (torch.eye(2).to_sparse_csr(), 'a sparse'),
     (torch.quantize_per_tensor(torch.ones(2), 1., 0, torch.qint8), 'a quantized tensor'),

@@ -1,4 +1,5 @@
 """Damaged, cut off and odd files: one sentence each, with the right cause."""
+import collections
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import time
 import zipfile
 
 import hostile_files as hostile
+import numpy as np
 import pytest
 import torch
 from hostile_files import Raw, called, tensor
@@ -103,6 +105,21 @@ def _laughs():
         b']q' + bytes([i + 1]) + b'(' + 10 * (b'h' + bytes([i])) + b'e' for i in range(30)))
 
 
+def _colliding(count):
+    """Pairs of numbers with one hash: Python's way to hash a tuple, solved for the second."""
+    odd, even, start, mask = (11400714785074694791, 14029467366897019727, 2870177450012600261,
+                              2**64 - 1)
+    pairs, first = [], 0
+    while len(pairs) < count:
+        first += 1
+        lanes = (start + first * even) & mask
+        lanes = (lanes << 31 | lanes >> 33) * odd & mask
+        second = (12345 - lanes) * pow(even, -1, 2**64) & mask
+        if second < 2**60:
+            pairs.append((first, second))
+    return pairs
+
+
 LARGE = Budget.STEPS + 10
 BOMBS = {
     'values': (Raw(b'](' + LARGE * b'N' + b'e'), 'has more than 1,500,000 values'),
@@ -114,8 +131,9 @@ BOMBS = {
                   b'X\x06\x00\x00\x00latin1q\x02' + 200 * b'h\x01h\x00h\x02\x86R' + b't'),
               'many times larger than the file'),
     'numbers that collide': ({n * (2**61 - 1): None for n in range(30_000)}, 'as a key'),
-    'tuples that collide': (Raw(b'}(' + 1000 * (b'(' + 17 * b'J\xfe\xff\xff\xff' + b'tN') + b'u'),
-                            'has tuple as a key'),
+    'tuples that collide': (dict.fromkeys(_colliding(6000)), 'has more than 1,500,000 values'),
+    'long tuples': (Raw(b'}(' + 1000 * (b'(' + 32 * b'J\xfe\xff\xff\xff' + b'tN') + b'u'),
+                    'has tuple as a key'),
     'keys that end the process': (Raw(b'}N' + 100_000 * b'\x85' + b'Ns'), 'has tuple as a key'),
     'steps of 0': (tensor(shape=(2**28,), strides=(0,)), 'many times larger than the file'),
     'many times': ([tensor(shape=(2**22,), strides=(0,))] * 10, 'many times larger than the file'),
@@ -313,9 +331,14 @@ def test_states_that_are_shared_and_odd_but_plain_pass(tmp_path):
     shared = [1., 2.]
     value = dict(a=shared, b=[shared] * 100, c={(224, 224): 1, None: 2, 3.5: 4, True: 5},
                  text='x\ud800', long=2**200, deep=[[[[[[[[[[1]]]]]]]]]], namespace=None)
+    value['keys'] = {(1, 2, 3, 4, 5, 6): 1, ((1, 'x'), 2.): 2, np.int64(3): 3, np.float32(.5): 4}
+    value['by default'] = collections.defaultdict(list, {0: [1.]})
+    value['never made'] = collections.defaultdict(None, a=1)
+    value['set'] = {(1, 2), np.int64(7)}
     torch.save(value, tmp_path / 'w.pth')
     back = read_file(tmp_path / 'w.pth')
     assert back == value and back['a'] is back['b'][5]
+    assert type(back['by default']) is type(back['never made']) is dict
     empty = called('collections', 'OrderedDict', [['a', 1], ['b', 2]])
     hostile.archive(tmp_path / 'w.pth', hostile.program({'x': empty}))
     assert read_file(tmp_path / 'w.pth')['x'] == dict(a=1, b=2)
