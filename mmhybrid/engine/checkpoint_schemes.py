@@ -21,6 +21,7 @@ from mmhybrid.weights import (
     printable,
     read_checkpoint,
     read_file,
+    shown,
     trusted,
 )
 
@@ -37,6 +38,7 @@ def _inert(checkpoint: object, name: str) -> object:
     """
     if not isinstance(checkpoint, dict):
         return checkpoint
+    name = printable(shown(name))
     _check_entries(checkpoint, name)
     meta = checkpoint.get('meta') or {}
     meta.pop('config', None)
@@ -111,16 +113,16 @@ def load_from_openmmlab(filename: str, map_location=None) -> object:
     name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
     known = mmengine_checkpoint.get_external_models()
     if name not in known:
-        raise WeightsError(f'{filename} is not in the list of OpenMMLab; check the name')
+        raise WeightsError(f'{shown(filename)} is not in the list of OpenMMLab; check the name')
     address = known[name]
-    if not address.startswith(('http://', 'https://')):
+    if '://' not in address:
         address = osp.join(mmengine_checkpoint._get_mmengine_home(), address)
     return _inert(read_checkpoint(address, map_location), filename)
 
 
 def load_from_pavi(filename: str, map_location=None) -> object:
     """Refuse: what this service returns cannot be checked before it is read."""
-    raise WeightsError(f'{filename} cannot be read safely; download it and give its path')
+    raise WeightsError(f'{shown(filename)} cannot be read safely; download it and give its path')
 
 
 def install() -> None:

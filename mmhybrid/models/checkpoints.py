@@ -19,6 +19,7 @@ from mmhybrid.weights import (
     identify,
     kind_of,
     read_checkpoint,
+    shown,
     strip_parallel,
     strip_wrappers,
     unwrap,
@@ -84,7 +85,7 @@ class LoadReport:
     """What became of a file: its text is a table for people.
 
     Attributes:
-        source: as it was given.
+        source: as it was given, without the secrets of an address.
         module: name of the class that was loaded into.
         holds: what the file holds, in words.
         comparison: after fitting.
@@ -235,6 +236,7 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     Raises:
         WeightsError: if they do not fit.
     """
+    source = shown(source)
     found, where = unwrap(checkpoint, key)
     whole = hasattr(module, 'backbone') and not prefix
     state_dict, removed = strip_parallel(found) if whole else strip_wrappers(found, prefix)

@@ -47,22 +47,22 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | 
     Raises:
         WeightsError: if the source cannot be read or the target has another suffix.
     """
-    path, target = fetch(source), _checked_target(target)
-    found, where = unwrap(read_file(path, trust=trust, name=os.fspath(source)), key)
+    path, target, name = fetch(source), _checked_target(target), shown(os.fspath(source))
+    found, where = unwrap(read_file(path, trust=trust, name=name), key)
     kind = kind_of(found)
     # A whole detector stays whole; only what wraps the model is taken away.
     state_dict, prefix = strip_wrappers(found) if kind not in ('detector', 'segmentor') else (
         strip_parallel(found))
     aside = sorted(set(found) - {prefix + name for name in state_dict})
     if aside:
-        raise WeightsError(f'{source} holds tensors beside the model that would be lost '
+        raise WeightsError(f'{name} holds tensors beside the model that would be lost '
                            f'({", ".join(aside[:3])}); load the part that you want with '
                            'load_weights and save that')
     inner = strip_wrappers(state_dict)[0]
     identity = identify({name: tuple(t.shape) for name, t in inner.items()})
     row = _released(os.fspath(source), path)
     facts = dict(
-        source=path.name if os.path.isfile(source) else shown(os.fspath(source)),
+        source=path.name if os.path.isfile(source) else name,
         sha256=sha256_of(path),
         published=row.address if row else '',
         licence=licence or (row.licence if row else 'unknown'),
@@ -83,11 +83,11 @@ def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
         WeightsError: if the file was not written by :func:`convert`.
     """
     path = fetch(source)
-    facts = provenance_of(path)
+    facts, name = provenance_of(path), shown(os.fspath(source))
     if 'original' not in facts:
-        raise WeightsError(f'{source} does not say how it was named originally; expected a file '
+        raise WeightsError(f'{name} does not say how it was named originally; expected a file '
                            'that tools/convert_checkpoint.py wrote')
-    original = _noted(facts['original'], source)
+    original = _noted(facts['original'], name)
     state_dict = {original['prefix'] + name: tensor
                   for name, tensor in unwrap(read_file(path))[0].items()}
     for entry in reversed(original['entry'].split('.') if original['entry'] else []):
@@ -97,7 +97,7 @@ def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:
         os.replace(part, target)
 
 
-def _noted(text: str, source: str | os.PathLike) -> dict[str, str]:
+def _noted(text: str, name: str) -> dict[str, str]:
     """Entry and prefix that were noted, as JSON."""
     try:
         noted = json.loads(text)
@@ -105,7 +105,7 @@ def _noted(text: str, source: str | os.PathLike) -> dict[str, str]:
             return noted
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise WeightsError(f'{source} says in its note "original" {text[:80]!r}, expected the entry '
+    raise WeightsError(f'{name} says in its note "original" {text[:80]!r}, expected the entry '
                        'and the prefix that tools/convert_checkpoint.py notes; convert it again')
 
 

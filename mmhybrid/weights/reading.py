@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import torch
 
+from .addresses import shown
 from .allowed import Damaged, NotPlain, Refused
 from .containers import (
     Placement,
@@ -48,7 +49,7 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
         map_location: device of the tensors, as in ``torch.load``.
         trust: also read pickles that may run code.  The environment variable
             ``MMHYBRID_TRUST_CHECKPOINTS=1`` does the same for a whole program.
-        name: what messages call the file; its path by default.
+        name: what messages call the file, without the secrets of an address; its path by default.
 
     Returns:
         What was saved: dictionaries, lists, tuples, sets, texts, numbers, tensors, numpy arrays of
@@ -60,12 +61,12 @@ def read_file(file: str | os.PathLike | BinaryIO, map_location='cpu', trust: boo
         ImportError: for safetensors without that package.
     """
     if isinstance(file, (str, bytes, os.PathLike)):
-        path = os.path.expanduser(os.fsdecode(file))
-        shown = printable(name or os.fsdecode(file))
-        check_path(path, shown)
-        with _opened(path, shown) as opened:
-            return read_file(opened, map_location, trust, shown)
-    name = printable(name or 'the checkpoint')
+        path, name = os.path.expanduser(os.fsdecode(file)), name or os.fsdecode(file)
+        called = printable(shown(name))
+        check_path(path, called)
+        with _opened(path, called) as opened:
+            return read_file(opened, map_location, trust, called)
+    name = printable(shown(name or 'the checkpoint'))
     kind = file_format(file, name)
     if kind == 'safetensors':
         return _read_safetensors(file, map_location, name)

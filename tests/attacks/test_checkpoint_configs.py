@@ -1,4 +1,5 @@
 """Configs inside checkpoints are data: what could run code is taken out and named."""
+import io
 import logging
 import sys
 
@@ -11,7 +12,9 @@ from mmengine.runner import CheckpointLoader
 import mmhybrid  # noqa: F401  (its import installs what is tested)
 from mmhybrid.engine import embedded_config
 from mmhybrid.engine.embedded_config import plain_config, settled_text
-from mmhybrid.weights import WeightsError
+from mmhybrid.models.checkpoints import load_weights
+from mmhybrid.weights import WeightsError, read_checkpoint
+from mmhybrid.weights.conversion import convert, publish, restore
 
 
 @pytest.fixture
@@ -173,9 +176,10 @@ model = dict(
     roi=dict(type='RoIAlign', sampling_ratio=0), layer=dict(type='mmcv.ops.RoIAlign'),
     test_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), soft=dict(type='soft_nms')),
     fast=dict(type='mmcv.ops.nms'), other=dict(type='NotInstalledNet', x=1), track=dict(
-        warp_mode='cv2.MOTION_EUCLIDEAN'), net=dict(model_name='resnet50', pretrained=True), language_model=dict(
-        type='BertModel', name='bert-base-uncased'), lang_model_name='bert-base-uncased',
-    weights=[1., 2.], loss=dict(name='loss_ce', class_weight='weights.json'))
+        warp_mode='cv2.MOTION_EUCLIDEAN'), net=dict(model_name='resnet50', pretrained=True),
+    language_model=dict(type='BertModel', name='bert-base-uncased'),
+    lang_model_name='bert-base-uncased', weights=[1., 2.],
+    loss=dict(name='loss_ce', class_weight='weights.json'))
 optim_wrapper = dict(optimizer=dict(type='torch.optim.AdamW', lr=1e-4), type='OptimWrapper')
 other_optimizer = dict(type='torch.optim.adamw.AdamW')
 load = dict(collate_fn=dict(type='pseudo_collate'), norm_layer='ln2d')
@@ -238,3 +242,56 @@ def test_a_record_in_place_of_meta_runs_nothing(tmp_path):
             {'state_dict': {}, 'meta': hostile.RECORDS[kind]}))
         with pytest.raises(WeightsError, match='w.pth was not loaded: meta is a numpy'):
             CheckpointLoader.load_checkpoint(str(tmp_path / 'w.pth'))
+
+
+# --- addresses in messages, and in the lists of models ---
+
+REFUSED = slice(3)
+
+
+def test_secrets_of_addresses_are_not_shown(tmp_path, monkeypatch, logged):
+    address, path = 'https://me:secret@h/w.pth?token=secret#secret', tmp_path / 'w.pth'
+    monkeypatch.setattr('mmhybrid.weights.fetch', lambda source: path)
+    monkeypatch.setattr('mmhybrid.weights.conversion.fetch', lambda source: path)
+    for content, act in (
+            ('import os', lambda: read_checkpoint(address)),
+            (dict(a=REFUSED), lambda: read_checkpoint(address)),
+            (dict(meta=3), lambda: CheckpointLoader.load_checkpoint(address)),
+            (dict(state_dict={'x': torch.ones(1)}), lambda: load_weights(torch.nn.ReLU(), address)),
+            (dict(state_dict={'x': torch.ones(1)}), lambda: restore(address, tmp_path / 'r.pth')),
+            (dict(a=REFUSED), lambda: convert(address, tmp_path / 'c.pth')),
+            (dict(a=REFUSED), lambda: publish(address, tmp_path / 'c.pth'))):
+        path.write_bytes(b'zz' if isinstance(content, str) else _saved(content))
+        with pytest.raises(WeightsError) as caught:
+            act()
+        assert 'https://***@h/w.pth?...' in str(caught.value) and 'secret' not in str(caught.value)
+    path.write_bytes(_saved(dict(state_dict={}, meta=dict(cfg='import os'))))
+    CheckpointLoader.load_checkpoint(address)
+    (_, line), = logged
+    assert 'meta.cfg of https://***@h/w.pth?...' in line and 'secret' not in line
+
+
+def _saved(content):
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize('address', ['http://h/w.pth', 'HTTPS://H/w.pth', 'hf://a/b/w.pth'])
+def test_lists_of_models_hold_addresses_in_any_case(address, monkeypatch):
+    asked = []
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'x': address})
+    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.read_checkpoint',
+                        lambda *args: asked.append(args[0]))
+    CheckpointLoader.load_checkpoint('open-mmlab://x')
+    assert asked == [address]
+
+
+def test_lists_of_models_hold_paths_below_their_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'x': 'a/w.pth'})
+    monkeypatch.setattr('mmengine.runner.checkpoint._get_mmengine_home', lambda: '/home/of/mm')
+    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.read_checkpoint',
+                        lambda *args: asked.append(args[0]))
+    CheckpointLoader.load_checkpoint('openmmlab://x')
+    assert asked == ['/home/of/mm/a/w.pth']
