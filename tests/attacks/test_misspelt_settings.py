@@ -3,11 +3,14 @@ import copy
 import functools
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.dataset import BaseDataset
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.errors import UserError, run_command
@@ -427,6 +430,77 @@ def test_keywords_of_a_class_through_its_bases(registered, kind, valid, wrong):
     for name in wrong.split():
         with pytest.raises(UserError, match=f'model.neck.{name}=1'):
             neck(name)
+
+
+# --- classes of the user's own ------------------------------------------------------------------
+
+class OwnData(BaseDataset):
+    """A data set of a project."""
+
+
+class OwnRules(DefaultOptimWrapperConstructor):
+    """A constructor of a project."""
+
+
+class OwnPair(NamedTuple):
+    first: int
+    second: int = 1
+
+
+class OwnNet(torch.nn.Module):
+    def __init__(self, encoder=None, test_cfg=None, train_cfg=None, data_preprocessor=None):
+        super().__init__()
+
+
+@pytest.fixture
+def own():
+    registered = ((MODELS, OwnNet), (MODELS, OwnPair), (DATASETS, OwnData),
+                  (OPTIM_WRAPPER_CONSTRUCTORS, OwnRules))
+    for registry, cls in registered:
+        registry.register_module(module=cls)
+    yield
+    for registry, cls in registered:
+        registry.module_dict.pop(cls.__name__)
+
+
+def refuse_own(**settings):
+    check_settings(Config(dict(default_scope='mmdet', **settings)), 'mine.py', set(settings), {})
+
+
+@pytest.mark.parametrize('settings', [
+    dict(model=dict(type='OwnNet', test_cfg=dict(my_thr=0.5, rcnn=dict(mine=1)),
+                    train_cfg=dict(steps=[1]))),
+    dict(model=dict(type=OwnNet, test_cfg=dict(my_thr=0.5))),
+    dict(model=dict(type=functools.partial(OwnNet), test_cfg=dict(my_thr=0.5))),
+    # of a registry of the user's own, with names as elsewhere
+    dict(model=dict(type='OwnNet', encoder=dict(type='ResNet', layers=50, norm_cfg=dict(
+        type='BN', width=3)), data_preprocessor=dict(type='DetDataPreprocessors'))),
+    dict(model=dict(type='OwnPair', first=1)),
+    dict(train_dataloader=dict(batch_size=2, dataset=dict(
+        type='OwnData', filter_cfg=dict(mine=1), metainfo=dict(classes2=('a',)), data_prefix=dict(
+            img='a', img2='b', img_path1='c')))),
+    dict(optim_wrapper=dict(constructor='OwnRules', optimizer=dict(type='SGD', lr=1.),
+                            paramwise_cfg=dict(mine=3, custom_keys=dict(a=dict(wd=3))))),
+    dict(model2=dict(type='OwnNet'), val_dataloader1=dict(), val_evaluator_2=dict()),
+    dict(default_hooks=dict(checkpoint2=dict(type='CheckpointHook', interval=3))),
+])
+def test_what_classes_of_the_user_read_is_not_known(own, settings):
+    refuse_own(**settings)
+
+
+@pytest.mark.parametrize('settings, wrong', [
+    (dict(model=dict(type='OwnNet', test_cfgs=3)), 'model.test_cfgs'),
+    (dict(model=dict(type='OwnNet', test_cfg=dict(score_thrs=3))), 'model.test_cfg.score_thrs'),
+    (dict(model=dict(type='OwnNet', encoder=dict(type='ResNet', dept=3))), 'model.encoder.dept'),
+    (dict(optim_wrapper=dict(constructor='OwnRules', paramwise_cfg=dict(norm_decay_mlt=3))),
+     'optim_wrapper.paramwise_cfg.norm_decay_mlt'),
+    (dict(optim_wrapper=dict(paramwise_cfg=dict(mine=3))), 'optim_wrapper.paramwise_cfg.mine'),
+    (dict(train_dataloader=dict(dataset=dict(type='CocoDataset', filter_cfg=dict(mine=1)))),
+     'train_dataloader.dataset.filter_cfg.mine'),
+])
+def test_slips_are_told_there_too(own, settings, wrong):
+    with pytest.raises(UserError, match=rf'\n  {wrong}=.*nothing reads this'):
+        refuse_own(**settings)
 
 
 # --- names of parameters --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from .tables import (
     UNREGISTERED,
     VARIABLES,
 )
-from .types import find, known_types
+from .types import PACKAGES, find, known_types
 
 __all__ = ['Unknown', 'check_settings', 'unknown_settings']
 
@@ -136,10 +136,15 @@ def unknown_settings(cfg: Config) -> list[Unknown]:
 
 
 def _visit(node: object, path: tuple, place: tuple[str, ...], scopes: tuple[str, ...],
-           found: list[Unknown]) -> None:
+           found: list[Unknown], own: bool = False) -> None:
+    """Look at a dictionary and those below; ``own`` if a class of the user's gets it.
+
+    What such a class reads from it, and by which registry it builds it, nobody knows: only names
+    that nearly are known ones are wrong there.
+    """
     if isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
-            _visit(item, (*path, index), place, scopes, found)
+            _visit(item, (*path, index), place, scopes, found, own)
     if not isinstance(node, Mapping):
         return
     try:
@@ -152,18 +157,36 @@ def _visit(node: object, path: tuple, place: tuple[str, ...], scopes: tuple[str,
             isinstance(value, Mapping) and 'optimizer' in value for _, value in items):
         return  # several wrappers, of a constructor of the user's
     known = _known(place, kind, scopes)
+    if own:
+        known = known | ANYTHING if isinstance(known, Keywords) else ANYTHING
     if isinstance(known, str):
         what = _at(KINDS, place) or 'class'
         found.append(Unknown(_text(path, 'type'), kind, known, what))
     if not isinstance(known, Keywords):
         return
     found += _unknown_names(node, path, known)
+    own = own or any(map(_is_own, _readers(node, place, scopes)))
     if isinstance(kind, str) and kind.count('.') == 1:
         scopes = (*scopes, kind.partition('.')[0])
     if not (isinstance(kind, str) and kind in OPAQUE):
         for key, value in items:
             below = (*place, 'two_stage', str(key)) if 'roi_head' in node else (*place, str(key))
-            _visit(value, (*path, key), below, scopes, found)
+            _visit(value, (*path, key), below, scopes, found, own)
+
+
+def _readers(node: Mapping, place: tuple[str, ...], scopes: tuple[str, ...]) -> Iterator[Callable]:
+    """Classes and functions that get a dictionary."""
+    if isinstance(node.get('type'), str):
+        yield from _targets(node['type'], place, scopes)[0]
+    elif callable(node.get('type')):
+        yield node['type']
+    if place == ('^', 'optim_wrapper') and isinstance(node.get('constructor'), str):
+        yield from find(node['constructor'], scopes, 'optimizer wrapper constructor')[0]
+
+
+def _is_own(reader: Callable) -> bool:
+    reader = reader.func if isinstance(reader, functools.partial) else reader
+    return (getattr(reader, '__module__', None) or '').partition('.')[0] not in PACKAGES
 
 
 def _unknown_names(node: Mapping, path: tuple, known: Keywords) -> Iterator[Unknown]:

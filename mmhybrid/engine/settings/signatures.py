@@ -43,6 +43,10 @@ def keywords(target: Callable) -> Keywords:
         return keywords(target.func)
     if not inspect.isclass(target):
         return _own(target)[0]
+    if type(target).__call__ is not type.__call__ or any(
+            '__new__' in vars(cls) for cls in target.__mro__ if cls is not object):
+        # __init__ is not all that takes them: a named tuple, a metaclass of the user's
+        return Keywords(_through_bases(target.__mro__).names, True)
     return _through_bases(target.__mro__)
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = ['is_slip', 'nearest']
@@ -23,6 +24,8 @@ def edits(left: str, right: str) -> int:
 def is_slip(name: str, valid: str, most: int | None = None) -> bool:
     """Whether ``name`` is so near to ``valid`` that it is hardly a name of its own.
 
+    Who numbers names, such as ``img`` and ``img2``, means every one of them.
+
     Args:
         name: what came.
         valid: a known name.
@@ -30,9 +33,13 @@ def is_slip(name: str, valid: str, most: int | None = None) -> bool:
     """
     if most is None:
         most = 2 if min(len(name), len(valid)) >= 8 else 1
-    if name == valid or abs(len(name) - len(valid)) > most or len(valid) < 2:
+    if abs(len(name) - len(valid)) > most or len(valid) < 2:
         return False
-    return edits(name, valid) <= most
+    return _unnumbered(name) != _unnumbered(valid) and edits(name, valid) <= most
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r'_?\d+', '', name)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:

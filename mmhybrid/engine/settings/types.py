@@ -11,11 +11,11 @@ from mmengine import registry as roots
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import Registry
 
-__all__ = ['find', 'known_types']
+__all__ = ['PACKAGES', 'find', 'known_types']
 
 ROOTS = {each.name: each for each in vars(roots).values() if isinstance(each, Registry)}
-# Packages that may be looked into by the dotted name of a class.
-_PACKAGES = ('mmhybrid', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'torch')
+#: Packages whose classes are known, and may be looked into by the dotted name of a class.
+PACKAGES = ('mmhybrid', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'torch')
 
 
 def find(name: str, scopes: tuple[str, ...], kind: str | None = None
@@ -33,7 +33,7 @@ def find(name: str, scopes: tuple[str, ...], kind: str | None = None
     """
     kinds = [root for root in ROOTS.values() if kind in (None, root.name)]
     prefix, _, short = name.rpartition('.')
-    if prefix and '.' not in prefix and (prefix in _PACKAGES or _importable(prefix)):
+    if prefix and '.' not in prefix and (prefix in PACKAGES or _importable(prefix)):
         found = [each for root in kinds if (each := _in_scope(root, prefix, short))]
         return found or _dotted(name), bool(_importable(prefix))
     if prefix:
@@ -88,7 +88,7 @@ def _importable(scope: str) -> bool:
 def _dotted(name: str) -> list[Callable]:
     """A class by the name of its module, if that is imported already."""
     module, _, attribute = name.rpartition('.')
-    if name.partition('.')[0] not in _PACKAGES or module not in sys.modules:
+    if name.partition('.')[0] not in PACKAGES or module not in sys.modules:
         return []
     found = getattr(sys.modules[module], attribute, None)
     return [found] if callable(found) else []
