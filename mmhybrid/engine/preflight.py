@@ -243,8 +243,7 @@ def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
         return []
     metrics = [evaluator for evaluator in _coco_metrics(cfg, split).values()
                if osp.realpath(evaluator['ann_file']) == osp.realpath(path)]
-    loads = [step for step in dataset.get('pipeline') or [] if isinstance(step, dict)
-             and str(step.get('type')).endswith('LoadAnnotations') and step.get('with_mask')]
+    loads = [step for step in _label_loaders(dataset.get('pipeline')) if step.get('with_mask')]
     masks = bool(loads) or any(map(_scores_masks, metrics))
     folder = osp.join(dataset.get('data_root') or '',
                       (dataset.get('data_prefix') or {}).get('img') or '')
@@ -375,11 +374,8 @@ def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:
                       for key in ('img_path', 'seg_map_path'))
     if is_remote(images) or labels and is_remote(labels):
         return []
-    defaults = {name: parameter.default for cls in reversed(kind.__mro__) if '__init__' in vars(cls)
-                for name, parameter in inspect.signature(cls.__init__).parameters.items()}
-    image_suffix, label_suffix, zero, ann_file = (
-        dataset.get(name, defaults[name])
-        for name in ('img_suffix', 'seg_map_suffix', 'reduce_zero_label', 'ann_file'))
+    image_suffix, label_suffix, zero, ann_file = _own_settings(
+        kind, dataset, ('img_suffix', 'seg_map_suffix', 'reduce_zero_label', 'ann_file'))
     pairs = pair_files(images, labels, image_suffix, label_suffix,
                        osp.join(root, ann_file) if ann_file else None)
     if pairs.problems:
@@ -405,9 +401,36 @@ def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:
     return [f'{note}.' for note in notes]
 
 
+def _own_settings(kind, dataset, names) -> list:
+    """Settings of a data set: the config's, what its class hands to its base, or defaults."""
+    try:
+        built = kind(**{key: value for key, value in dataset.items()
+                        if key not in ('type', '_scope_')} | dict(pipeline=[], lazy_init=True))
+    except Exception:  # building it later tells what is wrong
+        built = None
+    defaults = {name: parameter.default for cls in reversed(kind.__mro__) if '__init__' in vars(cls)
+                for name, parameter in inspect.signature(cls.__init__).parameters.items()}
+    return [dataset.get(name, getattr(built, name, defaults[name])) for name in names]
+
+
 def _loads_labels(dataset) -> bool:
     """Whether mmseg's own transform reads the label images, as far as the config shows."""
-    return not dataset.get('pipeline') or 'LoadAnnotations' in str(dataset['pipeline'])
+    return not dataset.get('pipeline') or any(_label_loaders(dataset['pipeline']))
+
+
+def _label_loaders(node):
+    """Yield mmdet's and mmseg's own transforms for annotations, also inside other transforms."""
+    if isinstance(node, (list, tuple)):
+        for item in node:
+            yield from _label_loaders(item)
+    elif isinstance(node, dict):
+        kind = node.get('type')
+        home, _, name = (f'{kind.__module__}.{kind.__qualname__}' if inspect.isclass(kind)
+                         else str(kind)).rpartition('.')
+        if name == 'LoadAnnotations' and home.partition('.')[0] in ('', 'mmcv', 'mmdet', 'mmseg'):
+            yield node
+        for value in node.values():
+            yield from _label_loaders(value)
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:

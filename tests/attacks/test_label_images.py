@@ -468,3 +468,40 @@ def test_colours_to_numbers(tmp_path):
 def test_bad_mappings(entries, words):
     with pytest.raises(ValueError, match=words):
         parse_mapping(entries)
+
+
+# --- classes of the user's own ------------------------------------------------------------------
+
+def test_suffixes_that_a_class_hands_to_its_base(tmp_path):
+    from mmseg.datasets import BaseSegDataset
+
+    class OwnData(BaseSegDataset):  # as mmseg's tutorial writes it
+        METAINFO = dict(classes=('no', 'yes'), palette=[[0, 0, 0], [9, 9, 9]])
+
+        def __init__(self, **kwargs):
+            super().__init__(img_suffix='.tif', seg_map_suffix='_m.png', reduce_zero_label=True,
+                             **kwargs)
+
+    folders(tmp_path, {'a_m': grey(1, 2)})
+    (tmp_path / 'images' / 'a_m.jpg').rename(tmp_path / 'images' / 'a.tif')
+    cfg = config(tmp_path)
+    cfg.train_dataloader.dataset.update(type=OwnData)
+    facts = []
+    assert check_classes(cfg, ['train'], facts) == []
+    assert facts[0].startswith(f'The train data: 1 images of {tmp_path}/images are used')
+    Image.fromarray(grey(3)).save(tmp_path / 'labels' / 'a_m.png')
+    assert 'has label 3, but with 2 classes and reduce_zero_label=True' in refusal(cfg)
+
+
+@pytest.mark.parametrize('kind', ['OwnLoadAnnotations', 'mine.LoadAnnotations'])
+def test_colours_that_a_transform_of_the_user_reads(tmp_path, kind):
+    from mmseg.datasets.transforms import LoadAnnotations
+    cfg = config(folders(tmp_path, {'a': np.zeros((4, 4, 3), np.uint8)}))
+    assert 'is a colour picture' in refusal(cfg)
+    step = cfg.train_dataloader.dataset.pipeline[1]
+    for nested in (dict(type='RandomApply', transforms=[dict(step)]),
+                   dict(step, type=LoadAnnotations)):
+        cfg.train_dataloader.dataset.pipeline[1] = nested
+        assert 'is a colour picture' in refusal(cfg)
+    cfg.train_dataloader.dataset.pipeline[1] = dict(type=kind)
+    assert check_classes(cfg, ['train']) == []
