@@ -148,6 +148,21 @@ class _Machine:
         value, key = self.pop(), self.pop()
         self.set([key, value])
 
+    def add_to_set(self, _) -> None:
+        items, target = self.since_mark(), self.stack[-1]
+        if type(target) is not set:
+            raise Damaged('its pickle adds to something that is no set')
+        target.update(checked_key(each, self.budget) for each in items)
+
+    def frozen_set(self, _) -> None:
+        self.push(frozenset(checked_key(each, self.budget) for each in self.since_mark()))
+
+    def name(self, _) -> None:
+        name, module = self.pop(), self.pop()
+        if type(name) is not str or type(module) is not str:
+            raise Damaged('its pickle looks up something that is no name')
+        self.push(look_up(module, name))
+
     def call(self, _) -> None:
         args, called = self.pop(), self.pop()
         if type(args) is not tuple:
@@ -216,7 +231,7 @@ def _with_curve(buffer, state: object):
 
 
 def _protocol(machine: _Machine, number: int) -> None:
-    if number != 2:
+    if not 2 <= number <= 5:
         raise Refused(f'pickle protocol {number}')
 
 
@@ -241,6 +256,12 @@ _HANDLERS: dict[str, Callable[[_Machine, object], None]] = {
     'NEWFALSE': lambda machine, _: machine.push(False),
     **dict.fromkeys(('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE',
                      'SHORT_BINSTRING', 'BINSTRING'), _Machine.push),
+    # of the newer protocols, which torch.save takes as an option
+    'FRAME': lambda machine, _: None, 'STACK_GLOBAL': _Machine.name,
+    'MEMOIZE': lambda machine, _: machine.put(len(machine.memo)),
+    'ADDITEMS': _Machine.add_to_set, 'FROZENSET': _Machine.frozen_set,
+    **dict.fromkeys(('SHORT_BINUNICODE', 'BINUNICODE8', 'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8'),
+                    _Machine.push),
     **dict.fromkeys(('BINGET', 'LONG_BINGET'), _Machine.get),
     **dict.fromkeys(('BINPUT', 'LONG_BINPUT'), _Machine.put),
 }

@@ -217,6 +217,35 @@ def test_other_makers_of_tensors(make, kind, args, tmp_path):
     refused(path, 'a tensor of a form that torch.save does not write')
 
 
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('protocol', [3, 4, 5])
+def test_newer_protocols(protocol, legacy, tmp_path):
+    weights = torch.rand(3, 4)
+    value = dict(a=weights, b=weights.t(), bytes=bytes(300), set={1, (2, 'x')}, none=set(),
+                 frozen=frozenset([3]), text='x' * 300, size=torch.Size([1, 2]), half=np.float16(2),
+                 kind=torch.float16, tuple=(1, 2, 3, 4), namespace=argparse.Namespace(x=[1]))
+    if protocol < 5:  # there numpy writes arrays in another way
+        value['array'] = np.arange(3.)
+    torch.save(value, tmp_path / 'w.pth', pickle_protocol=protocol,
+               _use_new_zipfile_serialization=not legacy)
+    back = read_file(tmp_path / 'w.pth')
+    assert back['a'].untyped_storage().data_ptr() == back['b'].untyped_storage().data_ptr()
+    for name in {'a', 'b', 'array'} & set(value):
+        assert np.array_equal(back.pop(name), value.pop(name))
+    assert back == value and type(back['half']) is np.float16
+
+
+@pytest.mark.parametrize(('code', 'message'), [
+    (b'\x80\x06N.', 'pickle protocol 6'), (b'\x80\x04NN\x93.', 'something that is no name'),
+    (b'\x80\x04](N\x90.', 'adds to something that is no set'),
+    (b'\x80\x04(]\x91.', 'has list as a key'), (b'\x80\x04\x8f(]\x90.', 'has list as a key'),
+    (b'\x80\x04\x94.', 'contradicts itself'),
+    (b'\x80\x04\x8e' + b'\xff' * 7 + b'\x0fx.', 'has no instruction|ends in the middle'),
+])
+def test_newer_protocols_that_break_the_rules(code, message, tmp_path):
+    refused(hostile.archive(tmp_path / 'w.pth', code), message)
+
+
 def test_long_texts_of_python_2(tmp_path):
     content = np.arange(100.).tobytes()
     text = Raw(b'T' + len(content).to_bytes(4, 'little') + content)  # BINSTRING
