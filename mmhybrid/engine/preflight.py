@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import os.path as osp
+import reprlib
 import sys
 
 import torch
@@ -44,6 +45,7 @@ __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'che
 
 LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
            'test': ('test_dataloader', 'test_evaluator')}
+COCO_METHODS = ('load_data_list', 'parse_data_info')
 OWN_CLASSES = ('rpn_head', 'semantic_head', 'backbone', 'train_cfg', 'test_cfg')
 
 
@@ -119,17 +121,26 @@ def _paths(node):
     """Yield (path, is a folder) for data sets, or for the annotation file of evaluators."""
     if isinstance(node, (list, tuple)) or isinstance(node, dict) and 'type' in node:
         for evaluator in node if isinstance(node, (list, tuple)) else [node]:
-            if evaluator.get('ann_file'):
-                yield evaluator['ann_file'], False
+            for path in _named(evaluator.get('ann_file') if isinstance(evaluator, dict) else None):
+                yield path, False
         return
     for dataset in _datasets(node):
-        root = dataset.get('data_root') or ''
-        if dataset.get('ann_file'):
-            yield osp.join(root, dataset['ann_file']), False
-        prefix = dataset.get('data_prefix') or {}
-        for folder in (prefix.values() if isinstance(prefix, dict) else [prefix]):
-            if folder:
-                yield osp.join(root, folder).rstrip('/'), True
+        root = next(_named(dataset.get('data_root')), '')
+        for path in _named(dataset.get('ann_file')):
+            yield osp.join(root, path), False
+        for folder in _named(dataset.get('data_prefix')):
+            yield osp.join(root, folder).rstrip('/'), True
+
+
+def _named(value):
+    """Yield the paths in a setting; data sets of the user's own may hold several, or no path."""
+    if isinstance(value, (str, os.PathLike)) and str(value):
+        yield os.fspath(value)
+    elif isinstance(value, dict):
+        yield from _named(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _named(item)
 
 
 def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
@@ -219,7 +230,10 @@ def _check_folders(seen: dict, split: str, classes: tuple) -> None:
 
 
 def _classes(dataset, scope) -> tuple | None:
-    names = (dataset.get('metainfo') or {}).get('classes')
+    described = dataset.get('metainfo') or {}
+    if not isinstance(described, dict):
+        return None  # building it tells what is wrong
+    names = described.get('classes')
     if names is None:
         kind = _kind(dataset, scope)
         names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
@@ -230,11 +244,14 @@ def _classes(dataset, scope) -> tuple | None:
             raise UserError(f'metainfo.classes names the file {names}, which does not exist.')
         with open(names, encoding='utf-8') as file:
             names = [line.strip() for line in file if line.strip()]
-    return tuple(names) if names is not None else None
+    return tuple(names) if isinstance(names, (list, tuple)) else None
 
 
 def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
     """Check what mmdet's CocoDataset would read; notes on what it leaves out."""
+    if not _reads_like_coco(dataset, cfg, *COCO_METHODS):
+        return []
+    _check_settings(dataset, split)
     path = _coco_file(dataset, cfg)
     if path is None:
         return []
@@ -262,8 +279,7 @@ def _check_instances(dataset, classes, split, cfg, facts) -> list[str]:
 
 def _coco_file(dataset, cfg) -> str | None:
     """Path of the annotation file that mmdet's CocoDataset would read; None if it is another."""
-    if not dataset.get('ann_file') or not _reads_like_coco(dataset, cfg, 'load_data_list',
-                                                           'parse_data_info'):
+    if not dataset.get('ann_file') or not _reads_like_coco(dataset, cfg, *COCO_METHODS):
         return None
     path = osp.join(dataset.get('data_root') or '', dataset['ann_file'])
     return None if is_remote(path) else path
@@ -272,6 +288,25 @@ def _coco_file(dataset, cfg) -> str | None:
 def _reads_like_coco(dataset, cfg, *methods) -> bool:
     scope = cfg.get('default_scope')
     return _reads_like(_kind(dataset, scope), dict(type='mmdet.CocoDataset'), scope, *methods)
+
+
+def _check_settings(dataset, split) -> None:
+    """What mmengine's data sets take; their own errors do not name the setting."""
+    for key, fits, expected in (
+            ('ann_file', lambda value: isinstance(value, (str, os.PathLike)), 'one path'),
+            ('data_root', lambda value: isinstance(value, (str, os.PathLike)), 'one path'),
+            ('data_prefix', lambda value: isinstance(value, dict) and all(
+                folder is None or isinstance(folder, str) for folder in value.values()),
+             "the folders by name, such as dict(img='images/')"),
+            ('filter_cfg', lambda value: isinstance(value, dict),
+             'a dictionary, such as dict(filter_empty_gt=True)'),
+            ('indices', lambda value: isinstance(value, int) or isinstance(
+                value, (list, tuple, range)) and all(isinstance(each, int) for each in value),
+             'a number of images or a list of their numbers')):
+        value = dataset.get(key)
+        if value is not None and not fits(value):
+            raise UserError(f'{key} of the {split} data is {reprlib.repr(value)}; expected '
+                            f'{expected}.')
 
 
 def _filter(dataset, split) -> dict:
@@ -326,7 +361,7 @@ def _coco_metrics(cfg, split) -> dict:
     else:
         named = {f'{split}_evaluator': evaluators}
     return {key: evaluator for key, evaluator in named.items()
-            if str(evaluator.get('type')).rpartition('.')[2] == 'CocoMetric'
+            if isinstance(evaluator, dict) and _type_name(evaluator)[1] == 'CocoMetric'
             and evaluator.get('ann_file') and not evaluator.get('format_only')}
 
 
@@ -366,8 +401,10 @@ def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:
     """Check the folders that mmseg's BaseSegDataset would read; warnings. Counts go to facts."""
     scope = cfg.get('default_scope')
     kind, prefix = _kind(dataset, scope), dataset.get('data_prefix') or {}
-    if (not prefix.get('img_path')
-            or not _reads_like(kind, dict(type='mmseg.BaseSegDataset'), scope, 'load_data_list')):
+    if not _reads_like(kind, dict(type='mmseg.BaseSegDataset'), scope, 'load_data_list'):
+        return []
+    _check_settings(dataset, split)
+    if not prefix.get('img_path'):
         return []
     root = dataset.get('data_root') or ''
     images, labels = (osp.join(root, prefix[key]) if prefix.get(key) else None
@@ -424,13 +461,19 @@ def _label_loaders(node):
         for item in node:
             yield from _label_loaders(item)
     elif isinstance(node, dict):
-        kind = node.get('type')
-        home, _, name = (f'{kind.__module__}.{kind.__qualname__}' if inspect.isclass(kind)
-                         else str(kind)).rpartition('.')
+        home, name = _type_name(node)
         if name == 'LoadAnnotations' and home.partition('.')[0] in ('', 'mmcv', 'mmdet', 'mmseg'):
             yield node
         for value in node.values():
             yield from _label_loaders(value)
+
+
+def _type_name(node) -> tuple[str, str]:
+    """Where a type is from, as far as the config says it, and its name."""
+    kind = node.get('type')
+    home, _, name = (f'{kind.__module__}.{kind.__qualname__}' if inspect.isclass(kind)
+                     else str(kind)).rpartition('.')
+    return home, name
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:

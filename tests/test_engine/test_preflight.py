@@ -115,3 +115,55 @@ def test_classes_from_a_file(tmp_path):
     each.metainfo.classes = str(tmp_path / 'gone.txt')
     with pytest.raises(UserError, match='gone.txt, which does not exist'):
         check_classes(cfg, ['train'])
+
+
+@pytest.mark.parametrize(('settings', 'message'), [
+    (dict(ann_file=3), 'ann_file of the train data is 3; expected one path'),
+    (dict(ann_file=['a.json']), r"ann_file of the train data is \['a.json'\]; expected one path"),
+    (dict(data_root=3), 'data_root of the train data is 3; expected one path'),
+    (dict(data_prefix='images/'), "data_prefix of the train data is 'images/'; expected the fold"),
+    (dict(data_prefix=dict(img=3)), "data_prefix of the train data is {'img': 3}; expected"),
+    (dict(filter_cfg=3), 'filter_cfg of the train data is 3; expected a dictionary'),
+    (dict(filter_cfg=dict(min_size='3')), "filter_cfg.min_size of the train data is '3'; expected"),
+    (dict(indices='all'), "indices of the train data is 'all'; expected a number of images or"),
+    (dict(indices=[0, 'a']), 'indices of the train data is .*; expected a number of images or'),
+])
+def test_settings_of_another_type(tmp_path, settings, message):
+    cfg = config(tmp_path)
+    cfg.train_dataloader.dataset.dataset.datasets[1].update(settings)
+    with pytest.raises(UserError, match=message):
+        check_classes(cfg, ['train'])
+
+
+@pytest.mark.parametrize('settings', [
+    dict(indices=1), dict(indices=range(1)), dict(indices=[0]), dict(filter_cfg=None),
+    dict(data_prefix=dict(img='images/', seg=None)), dict(metainfo=dict(classes=['cat', 'dog'])),
+    dict(metainfo=('cat', 'dog')), dict(metainfo=dict(classes=3)),  # building them tells
+])
+def test_odd_settings_pass(tmp_path, settings):
+    cfg = config(tmp_path)
+    cfg.train_dataloader.dataset.dataset.datasets[1].update(settings)
+    assert check_classes(cfg, ['train']) == []
+
+
+def test_data_sets_of_the_user_may_take_several_paths(tmp_path):
+    for name in ('a.json', 'b.json', 'c/x'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    dataset = dict(type='Mine', data_root=str(tmp_path), ann_file=['a.json', 'b.json', None],
+                   data_prefix=dict(img=['c'], scale=3))
+    cfg = Config(dict(train_dataloader=dict(dataset=dataset), val_evaluator=[None]))
+    check_data(cfg, ['train', 'val'])
+    assert check_classes(cfg, ['train', 'val']) == []
+    (tmp_path / 'b.json').unlink()
+    with pytest.raises(UserError, match='b.json does not exist'):
+        check_data(cfg, ['train'])
+
+
+def test_metrics_given_as_classes_are_checked(tmp_path):
+    from mmdet.evaluation import CocoMetric
+    cfg = config(tmp_path)
+    cfg.val_dataloader = cfg.train_dataloader
+    cfg.val_evaluator = dict(type=CocoMetric, ann_file=str(tmp_path / 'a.json'), metric='segm')
+    with pytest.raises(UserError, match='without a segmentation'):
+        check_classes(cfg, ['val'])
