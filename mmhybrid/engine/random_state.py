@@ -168,6 +168,8 @@ class RandomStateHook(Hook):
         sampler, seed = _sampler(loader), loaded['sampler_seed']
         if seed is not None and getattr(sampler, 'seed', seed) != seed:
             sampler.seed = seed
+        if state is not None:
+            set_random_state(state)  # a validation may come before the first batch
         # Without positions to count, mmengine's own way is left in place.
         countable = (not isinstance(loader.dataset, IterableDataset)
                      and loader.batch_sampler is not None)
@@ -186,9 +188,6 @@ class RandomStateHook(Hook):
                           'skipped without loading them.', logger='current')
                 self._original_loader = loader
                 loop.dataloader = _ResumedLoader(loader, done, state)
-                return
-        if state is not None:
-            set_random_state(state)
 
     def before_train_epoch(self, runner) -> None:
         """Return to the ordinary loader once the interrupted epoch is complete."""

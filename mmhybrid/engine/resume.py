@@ -18,6 +18,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from ..registry import HOOKS
 from .errors import UserError
 from .random_state import KEY as RANDOM_STATE
+from .stop_signals import VALIDATING
 
 __all__ = ['NothingLeft', 'ResumeSettingsHook']
 
@@ -47,7 +48,8 @@ class ResumeSettingsHook(Hook):
     Raises:
         UserError: on resume, if the checkpoint holds no state of a run, or one of another optimizer
             or of other schedules.
-        NothingLeft: if the checkpoint is that of the last epoch or iteration.
+        NothingLeft: if the checkpoint is that of the last epoch or iteration, unless a signal cut
+            the last validation short.
     """
 
     priority = 'BELOW_NORMAL'  # after CheckpointCheckHook, before RandomStateHook
@@ -89,7 +91,8 @@ class ResumeSettingsHook(Hook):
             return
         loop = runner.train_loop
         whole = isinstance(loop, EpochBasedTrainLoop)
-        if loop.epoch >= loop.max_epochs or not whole and loop.iter >= loop.max_iters:
+        ended = loop.epoch >= loop.max_epochs or not whole and loop.iter >= loop.max_iters
+        if ended and not runner.message_hub.runtime_info.get(VALIDATING):
             raise NothingLeft(_nothing_left(runner._load_from, loop, whole))
         if self._replay is not None:
             epochs, iterations, per_epoch = self._replay

@@ -5,6 +5,7 @@ SIGTERM is what a cluster sends before it kills, SIGUSR1 what Slurm sends before
 """
 from __future__ import annotations
 
+import bisect
 import os
 import os.path as osp
 import signal
@@ -15,17 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.runner import IterBasedTrainLoop
 
 from ..registry import HOOKS
 from .checkpointing import INTERRUPTED, RECORD, write_aside
 from .random_state import RandomStateHook
 
-__all__ = ['StopSignalHook', 'Stopped', 'any_rank', 'stop_signals', 'train']
+__all__ = ['VALIDATING', 'StopSignalHook', 'Stopped', 'any_rank', 'stop_signals', 'train']
 
 NAMES = ('SIGTERM', 'SIGUSR1', 'SIGINT')
-VALIDATING = 'stopped_in_validation'
+VALIDATING = 'stopped_in_validation'  # in a checkpoint's message hub: it is still to be done
 # torchrun passes on the Ctrl-C that its processes have got from the terminal already.
 ECHO = 1.0  # seconds
 
@@ -143,6 +145,7 @@ class StopSignalHook(Hook):
         if runner.message_hub.runtime_info.get(VALIDATING):
             runner.message_hub.update_info(VALIDATING, False)
             if runner.val_loop is not None:
+                runner.logger.info('The validation that a signal cut short comes first.')
                 runner.val_loop.run()
 
     def after_train(self, runner) -> None:
@@ -163,7 +166,8 @@ class StopSignalHook(Hook):
             return
         for hook in _random_states(runner):
             hook.gather(runner)
-        self._stop(runner, number, runner.iter + 1, self._save(runner, runner.iter + 1))
+        path = self._save(runner, runner.iter + 1, _validation_follows(runner))
+        self._stop(runner, number, runner.iter + 1, path)
 
     def before_val(self, runner) -> None:
         """Let rank 0 know the other ranks' random states, to save without them."""
@@ -216,10 +220,23 @@ class StopSignalHook(Hook):
         return path
 
     def _stop(self, runner, number: int, iteration: int, path: str) -> None:
+        barrier()  # torchrun and srun kill a process that still saves when another one has ended
         runner.logger.warning(
             f'Stopped by {signal.Signals(number).name} after iteration {iteration}. The same '
             f'command with --resume continues from {path}')
         raise Stopped(128 + number)
+
+
+def _validation_follows(runner) -> bool:
+    """Whether an iteration loop would validate after this iteration.
+
+    Resumed behind it, it would not. An epoch loop comes to the end of its epoch again.
+    """
+    loop, done = runner.train_loop, runner.iter + 1
+    if not isinstance(loop, IterBasedTrainLoop) or runner.val_loop is None or done < loop.val_begin:
+        return False
+    interval = loop.dynamic_intervals[bisect.bisect(loop.dynamic_milestones, done + 1) - 1]
+    return done % interval == 0 or done == loop.max_iters
 
 
 def _exchange_averages(runner) -> None:

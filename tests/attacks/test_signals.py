@@ -49,7 +49,9 @@ class SendSignal(Hook):
 
 
 def hooks(monkeypatch, *more):
-    monkeypatch.setattr(toy, 'HOOKS', [dict(type='mmhybrid.StopSignalHook'), *more])
+    monkeypatch.setattr(toy, 'HOOKS', [
+        dict(type='mmhybrid.StopSignalHook'), dict(type='mmhybrid.ResumeSettingsHook'),
+        dict(type='mmhybrid.FiniteLossHook'), *more])
 
 
 def stopped(folder, monkeypatch, train, checkpoint=EVERY, sampler='DefaultSampler', more=(),
@@ -77,6 +79,14 @@ CASES = {
                    dict(moment='before_train_iter', at=6), 7),
     'iterations, validation': (ITERS, dict(EVERY, by_epoch=False, interval=5), 'InfiniteSampler',
                                dict(moment='before_val_iter', at=8), 8),
+    'just before a validation': (ITERS, dict(EVERY, by_epoch=False, interval=4), 'InfiniteSampler',
+                                 dict(moment='before_train_iter', at=7), 8),
+    'in the last validation': (EPOCHS, EVERY, 'DefaultSampler',
+                               dict(moment='before_val_iter', at=18), 18),
+    'iterations, last validation': (ITERS, dict(EVERY, by_epoch=False, interval=5),
+                                    'InfiniteSampler', dict(moment='before_val_iter', at=17), 17),
+    'last iteration': (ITERS, dict(EVERY, by_epoch=False, interval=5), 'InfiniteSampler',
+                       dict(moment='before_train_iter', at=16), 17),
 }
 
 
@@ -99,6 +109,41 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, name):
     left, right = (len(run.message_hub.get_scalar('val/toy/mean').data[0])
                    for run in (whole, resumed))
     assert left == right
+
+
+@pytest.mark.parametrize('train, checkpoint, sampler, at', [
+    (EPOCHS, EVERY, 'DefaultSampler', 7),
+    (ITERS, dict(EVERY, by_epoch=False, interval=5), 'InfiniteSampler', 6)],
+    ids=['epochs', 'iterations'])
+def test_gradients_that_wait_for_their_step(tmp_path, monkeypatch, train, checkpoint, sampler, at):
+    given = dict(sampler=sampler, optim=dict(accumulative_counts=5))
+    hooks(monkeypatch)
+    whole = toy.run(tmp_path / 'a', train, checkpoint, **given)
+    hooks(monkeypatch, dict(type='SendSignal', moment='before_train_iter', at=at))
+    with pytest.raises(Stopped), stop_signals():
+        toy.run(tmp_path / 'b', train, checkpoint, **given)
+    path = str(tmp_path / 'b/interrupted.pth')
+    assert read_checkpoint(path)['pending_gradients']['ranks']
+    hooks(monkeypatch)
+    resumed = toy.run(tmp_path / 'b', train, checkpoint, resume=path, **given)
+    assert toy.difference(whole, resumed) == []
+
+
+def test_the_same_validation_is_cut_short_twice(tmp_path, monkeypatch):
+    checkpoint, path = dict(EVERY, by_epoch=False, interval=5), str(tmp_path / 'b/interrupted.pth')
+    hooks(monkeypatch)
+    whole = toy.run(tmp_path / 'a', ITERS, checkpoint, sampler='InfiniteSampler')
+    for resume in (None, path):
+        hooks(monkeypatch, dict(type='SendSignal', moment='before_val_iter', at=8))
+        with pytest.raises(Stopped), stop_signals():
+            toy.run(tmp_path / 'b', ITERS, checkpoint, sampler='InfiniteSampler', resume=resume)
+    hooks(monkeypatch)
+    resumed = toy.run(tmp_path / 'b', ITERS, checkpoint, sampler='InfiniteSampler', resume=path)
+    assert toy.difference(whole, resumed) == []
+    # What is written after it is what --resume continues now.
+    assert newest_whole(str(tmp_path / 'b'))[0] == str(tmp_path / 'b/iter_17.pth')
+    (tmp_path / 'b/last_checkpoint').unlink()
+    assert newest_whole(str(tmp_path / 'b'))[0] == str(tmp_path / 'b/iter_17.pth')
 
 
 def test_no_second_checkpoint_where_one_was_written(tmp_path, monkeypatch):
@@ -291,7 +336,7 @@ def test_other_errors_are_not_hidden(tmp_path):
 
 
 WORKER = """
-import os, signal, sys, torch, toy
+import os, signal, sys, time, torch, toy
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -314,16 +359,21 @@ class Send(Hook):
 drop = lambda names: [name for name in names if 'running' not in name]
 stop = dict(type='mmhybrid.StopSignalHook'); finite = dict(type='mmhybrid.FiniteLossHook')
 toy.HOOKS = [stop, finite]
+class Slow(toy.Runner):
+    def save_checkpoint(self, *a, **k):
+        if rank == 0: time.sleep(0.5)
+        super().save_checkpoint(*a, **k)
 whole = toy.run(folder + '/a', EPOCHS, dict(interval=1), **common)
 for name, moment, at, n in (('b', 'before_train_iter', 4, 5), ('c', 'before_val_iter', 6, 6)):
     toy.HOOKS = [stop, finite, dict(type='Send', moment=moment, at=at)]
+    quick, toy.Runner = toy.Runner, Slow
     try:
         with stop_signals():
             toy.run(folder + '/' + name, EPOCHS, dict(interval=1), **common)
         raise SystemExit('was not stopped')
     except Stopped as error:
         assert error.code == 138, error.code
-    torch.distributed.barrier()
+    toy.Runner = quick
     path = open(f'{folder}/{name}/last_checkpoint').read()
     assert torch.load(path, weights_only=False)['meta']['iter'] == n, path
     toy.HOOKS = [stop, finite]
