@@ -14,7 +14,9 @@ launch() {
     local tool=$1
     shift
     # One thread each is torchrun's own default; setting it here spares its warning.
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$(python_of "$tools/..")" "$tools/dist_launch.py" \
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    # exec: a signal to the script has to reach torchrun, not a shell that waits for it.
+    exec "$(python_of "$tools/..")" "$tools/dist_launch.py" \
         "${where[@]}" --nproc_per_node="$processes" "$tools/$tool" "$@"
 }
 

@@ -9,8 +9,9 @@ launch() {
     local tasks_per_node=$((per_node > 0 ? per_node : gpus))
     local gres=()
     if [ "$per_node" -gt 0 ]; then gres=(--gres="gpu:$per_node"); fi
+    # exec: a signal to the script has to reach srun.
     # shellcheck disable=SC2086  # SRUN_ARGS holds several words on purpose
-    srun -p "$partition" --job-name="$job" "${gres[@]+"${gres[@]}"}" --ntasks="$gpus" \
+    exec srun -p "$partition" --job-name="$job" "${gres[@]+"${gres[@]}"}" --ntasks="$gpus" \
         --ntasks-per-node="$tasks_per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" \
         --kill-on-bad-exit=1 ${SRUN_ARGS:-} "$(python_of "$tools/..")" -u "$tools/$tool" "$@"
 }

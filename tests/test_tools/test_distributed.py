@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -162,3 +163,34 @@ def test_error_in_all_processes_is_told_once(tmp_path):
     output = finish(start('dist_train.sh', tmp_path / 'gone.py', 2), code=1)
     assert output.count('There is no config') == 1 and 'Traceback' not in output
     assert 'Process 0 ended with code 1' in output
+
+
+WAITING = """
+import signal, sys
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: sys.exit(128 + number))
+print('ready', flush=True)
+if sys.argv[1:]:
+    sys.exit(138)
+signal.pause()
+"""
+
+
+def test_signals_and_exit_codes_pass_through(tmp_path):
+    """To the script alone, as `kill` and a batch script send them; or to a process of training."""
+    (tmp_path / 'tool.py').write_text(WAITING)
+    tool = os.path.relpath(tmp_path / 'tool.py', ROOT / 'tools')
+    cases = [('', signal.SIGTERM, 143, 'Stopped by SIGTERM'),
+             ('', signal.SIGUSR1, 138, 'Stopped by SIGUSR1'),
+             ('end', None, 138, 'Process 0 ended with code 138')]
+    runs = [subprocess.Popen(
+        ['bash', '-c', f'source {ROOT}/tools/dist_launch.sh; launch 1 {tool} {end}'], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=dict(os.environ, PYTHON=sys.executable)) for end, *_ in cases]
+    for run, (_, number, code, said) in zip(runs, cases, strict=True):
+        while run.stdout.readline() != 'ready\n':
+            assert run.poll() is None
+        if number:
+            run.send_signal(number)
+        output = run.stdout.read()
+        assert run.wait(60) == code and said in output and 'Traceback' not in output
