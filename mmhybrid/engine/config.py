@@ -321,8 +321,8 @@ def apply_show(cfg: Config, show: bool, folder: str | None, wait: float) -> list
         raise UserError('--show and --show-dir draw detections and segmentations. Predictions of '
                         'a classifier are numbers: --out FILE.pkl writes them.')
     det = cfg.get('default_scope') == 'mmdet'
-    hooks = cfg.setdefault('default_hooks', ConfigDict())
-    hook = hooks.setdefault('visualization', ConfigDict(
+    cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
+    hook = cfg.default_hooks.setdefault('visualization', ConfigDict(
         type='DetVisualizationHook' if det else 'SegVisualizationHook'))
     hook.draw, hook.interval = True, 1
     if show:
@@ -340,19 +340,37 @@ def apply_show(cfg: Config, show: bool, folder: str | None, wait: float) -> list
     return [f'Pictures of the predictions go to {osp.join(folder, "vis_data", "vis_image")}']
 
 
+def _custom_hooks(cfg: Config) -> list:
+    hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)):
+        raise UserError(f'custom_hooks must be a list such as [dict(type="EMAHook")], got {hooks}.')
+    return list(hooks)
+
+
+def _kind(hook) -> str:
+    """Name of a hook's class; a config in pure Python has the class itself."""
+    kind = hook.get('type') if isinstance(hook, dict) else type(hook)
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
+
+
 def ensure_hooks(cfg: Config, *hooks: str) -> None:
     """Add hooks that the tools rely on to ``custom_hooks`` unless they are there."""
-    present = list(cfg.get('custom_hooks') or [])
-    names = {str(hook.get('type')).rpartition('.')[2] for hook in present if isinstance(hook, dict)}
+    present = _custom_hooks(cfg)
+    names = {_kind(hook) for hook in present}
     cfg.custom_hooks = present + [
         dict(type=hook) for hook in hooks if hook.rpartition('.')[2] not in names]
 
 
 def ensure_finite_loss(cfg: Config) -> None:
     """Watch the loss, with the settings of ``default_hooks.finite_loss``; None there does not."""
-    if any(str(hook.get('type')).endswith('FiniteLossHook')
-           for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict)):
+    if any(_kind(hook) == 'FiniteLossHook' for hook in _custom_hooks(cfg)):
         return
-    hooks = cfg.setdefault('default_hooks', ConfigDict())
-    if hooks.setdefault('finite_loss', ConfigDict()) is not None:
-        hooks.finite_loss.setdefault('type', 'mmhybrid.FiniteLossHook')
+    cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
+    setting = cfg.default_hooks.setdefault('finite_loss', ConfigDict())
+    if setting is None or setting is False:
+        del cfg.default_hooks.finite_loss  # mmengine switches off its own hooks only
+    elif isinstance(setting, dict):
+        setting.setdefault('type', 'mmhybrid.FiniteLossHook')
+    else:
+        raise UserError('default_hooks.finite_loss must be a dict of settings such as '
+                        f'dict(patience=3), or None to switch it off, got {setting!r}.')

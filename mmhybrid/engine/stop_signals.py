@@ -43,7 +43,7 @@ class _Request:
         self.pid = os.getpid()
         self.signal: signal.Signals | None = None
         self.since = 0.0
-        self.training = False
+        self.training = self.trained = False
         self.of_children = None  # the handler of SIGCHLD that was there before the request
 
     def __call__(self, number: int, frame) -> None:
@@ -52,7 +52,8 @@ class _Request:
             return  # a data loading worker; this process ends it when it is time
         name = signal.Signals(number).name
         if not self.training:
-            print(f'\nStopped by {name} before the training began; nothing was lost.',
+            when = 'after the training ended' if self.trained else 'before the training began'
+            print(f'\nStopped by {name} {when}; nothing was lost.',
                   file=sys.stderr, flush=True)
             raise Stopped(128 + number)
         if self.signal is None:
@@ -151,7 +152,7 @@ class StopSignalHook(Hook):
     def after_train(self, runner) -> None:
         """What comes now is short and saves nothing."""
         if _request is not None:
-            _request.training = False
+            _request.training, _request.trained = False, True
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Note where the run was when this checkpoint was written (rank 0)."""

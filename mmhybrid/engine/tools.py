@@ -105,7 +105,9 @@ def _run_training(args, change) -> Runner:
     splits = ['train', 'val'] if cfg.get('val_cfg') is not None else ['train']
     ensure_hooks(cfg, *TRAINING_HOOKS)
     ensure_finite_loss(cfg)
-    with closing(WorkDirLock(cfg.work_dir, launched_rank())) as lock:
+    # Several that were started without --launcher work alone: each needs a folder of its own.
+    alone = _launcher(args) == 'none' and 'RANK' not in os.environ
+    with closing(WorkDirLock(cfg.work_dir, 0 if alone else launched_rank())) as lock:
         runner = _build(cfg, args, splits, notes, warnings, lock)
         loader = runner.train_loop.dataloader
         if not len(loader):
@@ -113,7 +115,8 @@ def _run_training(args, change) -> Runner:
                 f'{len(loader.dataset)} training images make no batch of {loader.batch_size}, and '
                 'train_dataloader.drop_last leaves incomplete batches out. Use --cfg-options '
                 'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
-        check_single_images(runner)
+        if isinstance(runner, Runner):
+            check_single_images(runner)
         try:
             with building(args.config, cfg, LATE):
                 train_until_stopped(runner)
@@ -133,7 +136,7 @@ def _apply_resume_settings(cfg: Config, args: argparse.Namespace) -> None:
     ensure_hooks(cfg, 'mmhybrid.ResumeSettingsHook')
     if args.resume_settings:
         hook = next(hook for hook in cfg.custom_hooks if isinstance(hook, dict)
-                    and str(hook.get('type')).endswith('ResumeSettingsHook'))
+                    and 'ResumeSettingsHook' in str(hook.get('type')))  # text or the class
         hook['settings'] = args.resume_settings
 
 
@@ -242,11 +245,10 @@ def _build(cfg, args, splits, notes, warnings, lock=None) -> Runner:
     notes += prepare_launch(cfg, _launcher(args))
     with building(args.config, cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        if 'train' in splits:
-            warnings += check_custom_keys(
-                cfg, args.config, (name for name, _ in runner.model.named_parameters()))
         if isinstance(runner, Runner):  # its other forms build in an order of their own
             if 'train' in splits:
+                warnings += check_custom_keys(
+                    cfg, args.config, (name for name, _ in runner.model.named_parameters()))
                 prepare_training(runner)
             else:
                 runner._test_loop = runner.build_test_loop(runner._test_loop)

@@ -29,7 +29,8 @@ class WorkDirLock:
     On the same machine the number and the start of the process decide whether its holder lives. On
     another one it is dead after three minutes without a sign of life: the time of the file, which
     is set every 30 seconds and compared with that of a new file, so that clocks may differ. A
-    restart by the same torchrun or Slurm job need not wait.
+    restart by the same torchrun or Slurm job need not wait, and the lock in a copy of the folder is
+    nobody's.
 
     Args:
         work_dir: an existing folder by the time of :meth:`acquire`.
@@ -51,7 +52,7 @@ class WorkDirLock:
         """
         if self._rank:
             return []
-        own, notes = _this_run(), []
+        own, notes = _this_run(self._work_dir), []
         try:
             for _ in range(3):
                 if self._create(own):
@@ -124,7 +125,7 @@ class WorkDirLock:
             os.remove(aside)
             return []
         os.remove(aside)
-        return [self._taken_over(held, age)]
+        return [self._taken_over(held, own, age)]
 
     def _age(self, own: dict) -> float:
         """Seconds since the last sign of life, by the clock that dates the files here."""
@@ -148,10 +149,13 @@ class WorkDirLock:
         return (f"{who}. Two would overwrite each other's checkpoints. Give this one another "
                 f'--work-dir, or remove {self.path} if you are sure that the other has ended.')
 
-    def _taken_over(self, held: dict | None, age: float) -> str:
+    def _taken_over(self, held: dict | None, own: dict, age: float) -> str:
         if held is None:
             return (f'The lock of a training in {self._work_dir} was damaged and {age:.0f} seconds '
                     'old; it was taken over.')
+        if _copied(held, own):
+            return (f'The lock in {self._work_dir} came with a copy of {held["folder"][0]}; it was '
+                    'replaced.')
         return (f'Process {held["pid"]} on {held["host"]}, which worked in {self._work_dir} since '
                 f'{held["since"]}, has ended without giving its lock back; it was taken over.')
 
@@ -178,7 +182,7 @@ class WorkDirLock:
         return True
 
 
-def _this_run() -> dict:
+def _this_run(work_dir: str) -> dict:
     job = None
     for name in ('TORCHELASTIC_RUN_ID', 'SLURM_JOB_ID'):
         value = os.environ.get(name)
@@ -187,7 +191,8 @@ def _this_run() -> dict:
     pid = os.getpid()
     return dict(host=processes.host(), namespace=processes.namespace(), pid=pid,
                 start=processes.started(pid), job=job, token=uuid.uuid4().hex,
-                since=time.strftime('%Y-%m-%d %H:%M:%S %z'))
+                since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
+                folder=[osp.realpath(work_dir), os.stat(work_dir).st_ino])
 
 
 def _read(path: str) -> dict | None:
@@ -205,9 +210,22 @@ def _read(path: str) -> dict | None:
     return held
 
 
+def _copied(held: dict, own: dict) -> bool:
+    """Whether the lock was made in another folder.
+
+    One folder may have several paths (mounts, containers), and on some network drives a number that
+    changes; a copy differs in both.
+    """
+    folder = held.get('folder')
+    return (isinstance(folder, list) and len(folder) == 2
+            and all(mine != theirs for mine, theirs in zip(own['folder'], folder, strict=True)))
+
+
 def _alive(held: dict | None, own: dict, age: float) -> str:
     """Why the holder must be taken for alive; empty if it is dead or this is its restart."""
     if held is not None:
+        if _copied(held, own):
+            return ''
         if (held['host'], held['namespace']) == (own['host'], own['namespace']):
             lives = processes.lives(held['pid'], held['start'])
             if lives is not None:

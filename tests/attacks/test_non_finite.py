@@ -10,7 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
-from mmhybrid.engine.config import ensure_finite_loss
+from mmhybrid.engine.config import ensure_finite_loss, ensure_hooks
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.finite_loss import FiniteLossHook
 from mmhybrid.weights import read_checkpoint
@@ -281,9 +281,23 @@ def test_the_tools_watch_unless_they_are_told_not_to():
     cfg = Config(dict(default_hooks=dict(finite_loss=dict(stop=False))))
     ensure_finite_loss(cfg)
     assert cfg.default_hooks.finite_loss == dict(type='mmhybrid.FiniteLossHook', stop=False)
-    cfg = Config(dict(default_hooks=dict(finite_loss=None)))
+    cfg = Config(dict(default_hooks=None))
     ensure_finite_loss(cfg)
-    assert cfg.default_hooks.finite_loss is None
-    cfg = Config(dict(custom_hooks=[dict(type='FiniteLossHook')]))
-    ensure_finite_loss(cfg)
-    assert 'default_hooks' not in cfg
+    assert cfg.default_hooks.finite_loss == dict(type='mmhybrid.FiniteLossHook')
+    for off in (None, False):  # mmengine would raise an AssertionError at None
+        cfg = Config(dict(default_hooks=dict(finite_loss=off)))
+        ensure_finite_loss(cfg)
+        assert cfg.default_hooks == {}
+    for kind in ('FiniteLossHook', 'mmhybrid.FiniteLossHook', FiniteLossHook):
+        cfg = Config(dict(custom_hooks=[dict(type=kind)]))
+        ensure_finite_loss(cfg)
+        ensure_hooks(cfg, 'mmhybrid.FiniteLossHook')
+        assert 'default_hooks' not in cfg and len(cfg.custom_hooks) == 1
+
+
+@pytest.mark.parametrize('settings, part', [
+    (dict(default_hooks=dict(finite_loss=7)), 'default_hooks.finite_loss must be a dict.*got 7'),
+    (dict(custom_hooks=dict(type='EMAHook')), r'custom_hooks must be a list.*EMAHook')])
+def test_hooks_that_are_none(settings, part):
+    with pytest.raises(UserError, match=part):
+        ensure_finite_loss(Config(settings))

@@ -1,6 +1,7 @@
 """Two trainings in one work directory."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ def _no_job(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def hold(folder, age=0.0, **changes):
+def hold(folder, /, age=0.0, **changes):
     """A lock as another training would have left it ``age`` seconds ago."""
     path = Path(folder) / LOCK
     path.write_text(json.dumps(dict(
@@ -130,6 +131,41 @@ def test_the_same_job_may_restart_elsewhere(tmp_path, monkeypatch, name, value, 
         with pytest.raises(UserError, match='elsewhere'):
             lock.acquire()
     lock.release()
+
+
+def test_a_copy_of_a_work_directory_is_free(tmp_path):
+    """Also while the original is in use, and with a fresh lock of another machine."""
+    source, target = tmp_path / 'a', tmp_path / 'b'
+    source.mkdir()
+    lock = WorkDirLock(str(source))
+    lock.acquire()
+    shutil.copytree(source, target)
+    hold(target, **dict(holder(source), host='elsewhere'))
+    copy = WorkDirLock(str(target))
+    assert copy.acquire() == [f'The lock in {target} came with a copy of {source}; it was '
+                              'replaced.']
+    copy.release()
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    copy = WorkDirLock(str(target))
+    assert len(copy.acquire()) == 1
+    copy.release()
+    lock.release()
+
+
+@pytest.mark.parametrize('path, number', [('/elsewhere', None), (None, 1)])
+def test_another_path_or_number_alone_is_no_copy(tmp_path, path, number):
+    """Mounts give one folder several paths; some network drives number anew."""
+    hold(tmp_path, host='elsewhere', folder=[path or str(tmp_path.resolve()),
+                                             number or tmp_path.stat().st_ino])
+    with pytest.raises(UserError, match='elsewhere'):
+        WorkDirLock(str(tmp_path)).acquire()
+
+
+@pytest.mark.parametrize('folder', [None, 'x', [], ['a', 1, 2], 7])
+def test_locks_without_a_folder(tmp_path, folder):
+    hold(tmp_path, host='elsewhere', folder=folder)
+    with pytest.raises(UserError, match='elsewhere'):
+        WorkDirLock(str(tmp_path)).acquire()
 
 
 def test_twice_in_one_allocation_is_twice(tmp_path, monkeypatch):

@@ -1,0 +1,71 @@
+"""Parts of tools/train.py that know nothing of each other, together."""
+import json
+import os
+
+import pytest
+import small_runs
+import torch
+from mmengine.registry import MODELS
+
+from mmhybrid.engine import processes
+from mmhybrid.engine.errors import UserError, explain
+from mmhybrid.engine.tools import train
+from mmhybrid.engine.work_dir_lock import LOCK
+from mmhybrid.mmcv_ops import _missing_op
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+
+
+@pytest.fixture
+def attempt(tmp_path, capfd):
+    """Train the small model with lines added to its config."""
+    def run(extra, *argv):
+        return small_runs.run(capfd, train, small_runs.write(tmp_path, extra), '--work-dir',
+                              tmp_path / 'w', *argv)
+    return run
+
+
+def test_a_runner_that_builds_in_an_order_of_its_own(tmp_path, attempt):
+    result = attempt("runner_type = 'FlexibleRunner'\nenv_cfg = dict(cudnn_benchmark=False)\n"
+                     'custom_hooks = None\n')
+    assert result.code == 0, result.output
+    assert (tmp_path / 'w/epoch_3.pth').exists() and not (tmp_path / 'w' / LOCK).exists()
+
+
+@pytest.mark.parametrize('options', [
+    ['default_hooks.finite_loss=None'], ['default_hooks.finite_loss=False']])
+def test_the_watch_over_the_loss_is_switched_off(attempt, options):
+    result = attempt('', '--cfg-options', *options, 'train_cfg.max_epochs=1')
+    assert result.code == 0 and 'FiniteLossHook' not in result.output
+
+
+@MODELS.register_module(force=True)
+class NeedsCompiledMmcv(small_runs.SmallModel):
+    def forward(self, inputs, target, mode='tensor'):
+        return _missing_op('deform_conv_forward')(inputs)
+
+
+def test_an_operator_that_only_compiled_mmcv_has(tmp_path, attempt):
+    """In a training, and as a worker or a wrapper hands it on."""
+    result = attempt("model['type'] = 'NeedsCompiledMmcv'\n")
+    assert result.code == 1 and "mmcv's operator 'deform_conv_forward' was called" in result.error
+    assert len(result.error.splitlines()) == 1
+    assert not (tmp_path / 'w' / LOCK).exists()  # given back after an error, too
+    with pytest.raises(NotImplementedError) as caught:
+        _missing_op('deform_conv_forward')(torch.zeros(1))
+    assert explain(caught.value) == str(caught.value)
+
+
+def test_tasks_of_srun_without_a_launcher_work_alone(tmp_path, monkeypatch):
+    """The second one shares no training with the first, and so no folder."""
+    monkeypatch.setenv('SLURM_PROCID', '1')
+    (tmp_path / 'w').mkdir()
+    own = os.getpid()
+    (tmp_path / 'w' / LOCK).write_text(json.dumps(dict(
+        host=processes.host(), namespace=processes.namespace(), pid=own,
+        start=processes.started(own), job=None, token='t', since='today')))
+    with small_runs.quick(), pytest.raises(UserError, match='Another training works in'):
+        train([small_runs.write(tmp_path), '--work-dir', str(tmp_path / 'w')])
