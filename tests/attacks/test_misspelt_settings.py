@@ -113,6 +113,8 @@ SLIPS = {
         env_cfg.dist_cfg.[backed>backend]
         auto_scale_lr.[enabled>enable]
         auto_scale_lr.[base_batchsize>base_batch_size]
+        default_hooks.[finite_los>finite_loss].stop
+        default_hooks.finite_loss.[pacience>patience]
         train_cfg.[max_epoch>max_epochs]
         train_cfg.[val_intervall>val_interval]
         val_cfg.[fp61>fp16]

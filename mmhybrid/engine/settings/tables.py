@@ -29,6 +29,8 @@ from mmengine.visualization import Visualizer
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
+from ..finite_loss import FiniteLossHook
+
 __all__ = ['DEFAULT_TYPES', 'EXTRA', 'KINDS', 'KWARGS', 'OPAQUE', 'OPERATORS', 'PLACES', 'SETTINGS',
            'UNREGISTERED', 'VARIABLES']
 
@@ -75,7 +77,7 @@ PLACES = {
     '^.compile': 'target ' + _arguments(torch.compile),
     '^.published_checkpoint': 'name url licence ...',
     '^.default_hooks': 'timer logger param_scheduler checkpoint sampler_seed runtime_info '
-                       'visualization ...',
+                       'visualization finite_loss ...',
     '^.train_dataloader': _LOADER,
     '^.val_dataloader': _LOADER,
     '^.test_dataloader': _LOADER,
@@ -162,6 +164,7 @@ DEFAULT_TYPES = {
     '^.visualizer': (Visualizer,),
     '^.optim_wrapper': (OptimWrapper,),
     '^.model_wrapper_cfg': (MMDistributedDataParallel,),
+    '^.default_hooks.finite_loss': (FiniteLossHook,),
 }
 
 #: Kind of registry that builds what stands at a place, to judge an unknown type by.
