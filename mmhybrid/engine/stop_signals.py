@@ -9,11 +9,10 @@ import bisect
 import os
 import os.path as osp
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
@@ -53,8 +52,7 @@ class _Request:
         name = signal.Signals(number).name
         if not self.training:
             when = 'after the training ended' if self.trained else 'before the training began'
-            print(f'\nStopped by {name} {when}; nothing was lost.',
-                  file=sys.stderr, flush=True)
+            _say(f'Stopped by {name} {when}; nothing was lost.')
             raise Stopped(128 + number)
         if self.signal is None:
             self.signal, self.since = signal.Signals(number), time.monotonic()
@@ -62,10 +60,15 @@ class _Request:
             if hasattr(signal, 'SIGCHLD'):
                 self.of_children = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             again = ' Once more stops at once.' if number == signal.SIGINT else ''
-            print(f'\n{name}: finishing this iteration, then saving a checkpoint.{again}',
-                  file=sys.stderr, flush=True)
+            _say(f'{name}: finishing this iteration, then saving a checkpoint.{again}')
         elif number == signal.SIGINT and time.monotonic() - self.since > ECHO:
             raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    """print() may fail where the signal came in the middle of another one."""
+    with suppress(OSError):
+        os.write(2, f'\n{text}\n'.encode())
 
 
 _request: _Request | None = None

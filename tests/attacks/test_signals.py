@@ -224,6 +224,34 @@ def test_before_the_training_there_is_nothing_to_save(tmp_path, capfd):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_in_the_middle_of_a_print(tmp_path, monkeypatch, capfd):
+    """Python refuses a second write while a first one waits; the request must not be lost."""
+    class Busy:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def write(self, text):
+            if 'SIGTERM: finishing' in text:
+                raise RuntimeError('reentrant call inside <_io.BufferedWriter>')
+            return self.stream.write(text)
+
+    monkeypatch.setattr(sys, 'stderr', Busy(sys.stderr))
+    assert stopped(tmp_path, monkeypatch, EPOCHS, moment='before_train_iter', at=8) == 143
+    assert 'SIGTERM: finishing this iteration' in capfd.readouterr().err
+
+
+def test_a_signal_after_the_training(tmp_path, monkeypatch, capfd):
+    hooks(monkeypatch)
+    with pytest.raises(Stopped), stop_signals():
+        toy.run(tmp_path, dict(EPOCHS, max_epochs=1), EVERY)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+    assert 'Stopped by SIGTERM after the training ended' in capfd.readouterr().err
+
+
 def test_after_the_training_handlers_are_as_before(tmp_path, monkeypatch):
     hooks(monkeypatch)
     with stop_signals():
