@@ -151,6 +151,7 @@ class StopSignalHook(Hook):
             if runner.val_loop is not None:
                 runner.logger.info('The validation that a signal cut short comes first.')
                 runner.val_loop.run()
+                self._save(runner, runner.iter)  # that it is done, and which is the best one
 
     def after_train(self, runner) -> None:
         """What comes now is short and saves nothing."""

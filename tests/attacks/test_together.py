@@ -1,17 +1,20 @@
 """Parts of tools/train.py that know nothing of each other, together."""
 import json
 import os
+import signal
 
 import pytest
 import small_runs
 import torch
-from mmengine.registry import MODELS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
 
 from mmhybrid.engine import processes
 from mmhybrid.engine.errors import UserError, explain
 from mmhybrid.engine.tools import train
 from mmhybrid.engine.work_dir_lock import LOCK
 from mmhybrid.mmcv_ops import _missing_op
+from mmhybrid.weights import read_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,40 @@ def test_a_runner_that_builds_in_an_order_of_its_own(tmp_path, attempt):
 def test_the_watch_over_the_loss_is_switched_off(attempt, options):
     result = attempt('', '--cfg-options', *options, 'train_cfg.max_epochs=1')
     assert result.code == 0 and 'FiniteLossHook' not in result.output
+
+
+@HOOKS.register_module(force=True)
+class SendSignalAt(Hook):
+    def __init__(self, moment, at):
+        def send(runner, *_, **__):
+            if runner.iter == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        setattr(self, moment, send)
+
+
+@pytest.mark.parametrize('moment, at, last', [
+    ('before_train_iter', 8, 'epoch_3.pth'), ('before_val_iter', 18, 'interrupted.pth')])
+def test_stopped_resumed_and_resumed_again(tmp_path, attempt, moment, at, last):
+    """By the tools, with gradients that wait for their step; last_checkpoint moves on."""
+    waiting = ("optim_wrapper['accumulative_counts'] = 4\n"
+               "default_hooks['checkpoint'].update(save_best='toy/mean', rule='greater')\n")
+    assert attempt(waiting, '--work-dir', tmp_path / 'whole').code == 0
+    stop = f"custom_hooks = [dict(type='SendSignalAt', moment='{moment}', at={at})]\n"
+    work = '--work-dir', tmp_path / 'b'
+    first = attempt(waiting + stop, *work)
+    assert first.code == 143 and 'continues from' in first.output
+    assert not (tmp_path / 'b' / LOCK).exists()
+    assert 'interrupted.pth' in (tmp_path / 'b/last_checkpoint').read_text()
+    assert attempt(waiting, '--resume', *work).code == 0
+    assert (tmp_path / 'b/last_checkpoint').read_text() == str(tmp_path / 'b' / last)
+    whole, resumed = (read_checkpoint(tmp_path / name)
+                      for name in ('whole/epoch_3.pth', f'b/{last}'))
+    assert all(torch.equal(value, resumed['state_dict'][key])
+               for key, value in whole['state_dict'].items())
+    assert (whole['message_hub']['runtime_info']['best_score']
+            == resumed['message_hub']['runtime_info']['best_score'])
+    again = attempt(waiting, '--resume', *work)
+    assert again.code == 0 and 'Nothing is left to train' in again.output
 
 
 @MODELS.register_module(force=True)
