@@ -10,7 +10,7 @@ from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
 from ..registry import HOOKS
@@ -194,9 +194,10 @@ class FiniteLossHook(Hook):
             wrong = next(_tensors_not_finite(self._batch), None)
             found = wrong and f'the batch itself ({wrong})'
         # From here on processes depend on each other (SyncBN, shared losses): all or none.
-        if any_rank(found is not None) or self._batch is None or not hasattr(model, '_run_forward'):
+        wrapper = next(iter(_wrappers(runner).values()), None)
+        if (any_rank(found is not None) or self._batch is None or wrapper is None
+                or not hasattr(model, '_run_forward')):
             return found
-        wrapper = next(iter(_wrappers(runner).values()))
         with _no_trace(model, self._random), torch.no_grad():
             found, _ = _run(model, wrapper, self._batch)
         if any_rank(found is not None):
@@ -331,8 +332,10 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _wrappers(runner) -> dict:
+    """Wrappers whose steps can be watched; others (DeepSpeed's) look after theirs."""
     wrapper = runner.optim_wrapper
-    return (dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {'': wrapper})
+    wrappers = dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {'': wrapper}
+    return {name: each for name, each in wrappers.items() if isinstance(each, OptimWrapper)}
 
 
 def _scaler(wrapper):

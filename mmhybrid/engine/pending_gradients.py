@@ -83,8 +83,10 @@ def _listed(counts: dict) -> str:
 
 
 def _wrappers(runner) -> dict[str, OptimWrapper]:
+    """Those that count; others (DeepSpeed's) keep their gradients to themselves."""
     wrapper = runner.optim_wrapper
-    return dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {'': wrapper}
+    wrappers = dict(wrapper.items()) if isinstance(wrapper, OptimWrapperDict) else {'': wrapper}
+    return {name: each for name, each in wrappers.items() if isinstance(each, OptimWrapper)}
 
 
 def _parameters(runner) -> dict[str, torch.nn.Parameter]:

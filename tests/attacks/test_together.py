@@ -2,12 +2,14 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import small_runs
 import torch
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS
+from mmengine.optim import BaseOptimWrapper
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
 from mmhybrid.engine import processes
 from mmhybrid.engine.errors import UserError, explain
@@ -31,9 +33,31 @@ def attempt(tmp_path, capfd):
     return run
 
 
-def test_a_runner_that_builds_in_an_order_of_its_own(tmp_path, attempt):
+@OPTIM_WRAPPERS.register_module(force=True)
+class WrapperOfItsOwn(BaseOptimWrapper):
+    """As DeepSpeed's: no counts, and steps that nobody else can watch."""
+
+    def update_params(self, loss):
+        loss.backward()
+        self.step()
+        self.zero_grad()
+
+    backward = None
+
+    def step(self):
+        self.optimizer.step()
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def optim_context(self, model):
+        return nullcontext()
+
+
+@pytest.mark.parametrize('wrapper', ['OptimWrapper', 'WrapperOfItsOwn'])
+def test_a_runner_that_builds_in_an_order_of_its_own(tmp_path, attempt, wrapper):
     result = attempt("runner_type = 'FlexibleRunner'\nenv_cfg = dict(cudnn_benchmark=False)\n"
-                     'custom_hooks = None\n')
+                     f"custom_hooks = None\noptim_wrapper['type'] = '{wrapper}'\n")
     assert result.code == 0, result.output
     assert (tmp_path / 'w/epoch_3.pth').exists() and not (tmp_path / 'w' / LOCK).exists()
 
