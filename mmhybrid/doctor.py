@@ -264,6 +264,9 @@ def _scan_rows(facts):
     for name, (usable, reason) in scan['backends'].items():
         if not usable:
             rows.append(Row(f"scan '{name}'", 'not usable', NOTE, reason))
+    if not scan.get('direct', True):
+        found = "left to Triton's ordinary path (MMHYBRID_DIRECT_LAUNCH=0)"
+        rows.append(Row('scan launches', found, NOTE, 'unset it for calls with less host time'))
     return rows
 
 

@@ -156,6 +156,13 @@ def test_old_triton_is_a_note_with_the_reason():
     assert 'torch on cuda' in row_of(old, 'scan backend').found
 
 
+def test_launches_that_are_left_to_triton():
+    row = row_of(facts(scan=HEALTHY['scan'] | {'direct': False}), 'scan launches')
+    assert row.state == doctor.NOTE and 'MMHYBRID_DIRECT_LAUNCH=0' in row.found
+    rows = doctor.diagnose(facts(scan=HEALTHY['scan'] | {'direct': True}), doctor.TASKS)
+    assert 'scan launches' not in [row.what for row in rows]
+
+
 def test_no_triton_is_a_note():
     row = row_of(facts(importable={'triton': False}, triton=missing('triton')), 'triton')
     assert row.state == doctor.NOTE and row.found == 'not installed'

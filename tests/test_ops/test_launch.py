@@ -5,9 +5,13 @@ kernel a function of its own; all Python of Triton's between them runs.
 """
 
 import contextlib
+import gc
 import importlib.util
 import logging
 import sys
+import threading
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,13 +42,19 @@ class Machine(host.Stub):
 
     def __init__(self):
         super().__init__()
-        self.notes, self.functions = [], 0
+        self.notes, self.functions, self.notice = [], 0, None
         self.metadata = SimpleNamespace(
             global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, num_ctas=1,
         )  # fmt: skip
 
     def launch(self, *arguments):
+        if self.notice is not None:
+            notice, self.notice = self.notice, None
+            try:
+                return notice(*arguments)
+            finally:
+                self.notice = notice
         head, tail = arguments[:13], arguments[13:]
         assert head[3] == self.stream and head[9] == (1, 1, 0)
         tail = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tail]
@@ -333,10 +343,26 @@ def test_a_change_of_how_kernels_are_compiled(machine, monkeypatch):
 
 
 def test_another_current_device(machine, monkeypatch):
+    """Launches happen on the device of the tensors, and leave the current one as it was."""
     run = both_passes(selective_scan, **inputs())
     check(machine, run)
-    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 1)
-    assert noted(machine, run)[1]
+    expected, _ = noted(machine, run)
+    current, launch_here = [1], machine.launch
+
+    def exchange(device):
+        before, current[0] = current[0], device
+        return before
+
+    def launched(*arguments):
+        assert current == [0]
+        launch_here(*arguments)
+
+    monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: current[0])
+    monkeypatch.setattr(torch.cuda, '_exchange_device', exchange)
+    monkeypatch.setattr(torch.cuda, '_maybe_exchange_device', exchange)
+    machine.notice = launched
+    assert noted(machine, run) == (expected, 0)
+    assert current == [1]
 
 
 def test_another_stream(machine, monkeypatch):
@@ -365,6 +391,91 @@ def test_a_triton_that_launches_in_another_way(machine, caplog):
     assert all(through == len(notes) == 8 for notes, through in runs)
     assert all(notes == runs[0][0] for notes, _ in runs)
     assert len(caplog.records) == 1 and 'another way' in caplog.text
+    watched = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, '_launch_and_watch', lambda *_: watched.append(1))
+        noted(machine, run)
+    assert not watched  # it is left in peace afterwards
+
+
+@pytest.mark.parametrize('mode', ['forward', 'both passes'])
+def test_records_hold_no_tensors(mode, machine):
+    """A record outlives its call; the memory of the call that it was made in goes back."""
+    machine.arena.new_empty = lambda size: torch.empty(size)
+    machine.arena.take = lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    alive = []
+    take = machine.launch
+
+    def note(*arguments):
+        alive.extend(weakref.ref(x) for x in arguments if isinstance(x, torch.Tensor))
+        take(*arguments)
+
+    machine.notice = note
+    run = both_passes(selective_scan, **inputs())
+    with torch.set_grad_enabled(mode == 'both passes'):
+        for _ in range(4):
+            run()
+    del run
+    gc.collect()
+    assert len(alive) > 20 and fused._CALLS
+    assert not [x() for x in alive if x() is not None]
+
+
+def test_two_threads_that_watch_one_kernel(machine):
+    """Neither takes the other's watch for the launcher."""
+    kernel, together = _Kernel(), threading.Barrier(2)
+    found = []
+
+    def watch():
+        together.wait()
+        found.append(launch._launch_and_watch(kernel, (1,), {}, kernel.compiled))
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[launcher for launcher, _ in seen] for _, seen in found] == [[kernel.launch]] * 2
+    assert kernel.compiled.run.launch == kernel.launch
+
+
+class _Kernel:
+    """A kernel whose launches take a while."""
+
+    def __init__(self):
+        self.compiled = SimpleNamespace(run=SimpleNamespace(launch=self.launch))
+
+    def launch(self, *values):
+        time.sleep(0.1)
+
+    def __getitem__(self, grid):
+        return lambda: self.compiled.run.launch(*grid) or self.compiled
+
+
+def test_a_change_between_the_first_two_runs(machine, monkeypatch, caplog):
+    from triton.knobs import runtime
+
+    run = both_passes(selective_scan, **inputs())
+    run()
+    monkeypatch.setattr(runtime, 'debug', True)
+    runs = [noted(machine, run) for _ in range(4)]
+    assert [bool(passed) for _, passed in runs] == [True, True, False, False]
+    assert all(notes == runs[0][0] for notes, _ in runs) and not caplog.records
+
+
+def test_the_environment_variable_leaves_launches_to_triton(machine, monkeypatch):
+    run = both_passes(selective_scan, **inputs())
+    monkeypatch.setenv('MMHYBRID_DIRECT_LAUNCH', '0')
+    runs = [noted(machine, run) for _ in range(4)]
+    assert all(passed == len(notes) > 0 for notes, passed in runs)
+    assert all(notes == runs[0][0] for notes, _ in runs)
+    fused.forget()
+    monkeypatch.setenv('MMHYBRID_DIRECT_LAUNCH', '1')
+    check(machine, run)
+    monkeypatch.setenv('MMHYBRID_DIRECT_LAUNCH', 'no')
+    fused.forget()
+    with pytest.raises(ValueError, match='MMHYBRID_DIRECT_LAUNCH=no.*0 .*set one'):
+        run()
 
 
 def unready():

@@ -7,6 +7,7 @@ new, and a call of the launcher that Triton compiled is all that is left.
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,24 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _watching = threading.Lock()
 #: Kinds of devices on which launchers are called at once.
 DIRECT = {'cuda'}
+#: Environment variable that leaves every launch to Triton when it is 0; read when a kind of call is
+#: first met.
+VARIABLE = 'MMHYBRID_DIRECT_LAUNCH'
+
+
+def wanted() -> bool:
+    """Whether launches may go past Triton's ordinary path.
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    wish = os.environ.get(VARIABLE, '1')
+    if wish not in ('0', '1'):
+        raise ValueError(
+            f'{VARIABLE}={wish}, and it may be 1 (launch kernels directly once they are known, as '
+            "without it) or 0 (leave every launch to Triton's ordinary path); set one of them."
+        )
+    return wish == '1'
 
 
 def eager() -> bool:
@@ -142,8 +161,8 @@ class Program:
     """Launches that follow one another, for tensors of one description.
 
     The first run launches as Triton does, which compiles. The second notes what Triton hands to its
-    launchers. From then on they are called at once, except while somebody listens to launches, and
-    where Triton works differently than expected.
+    launchers. From then on they are called at once, except while somebody listens to launches,
+    where Triton works differently than expected, and where MMHYBRID_DIRECT_LAUNCH is 0.
     """
 
     def __init__(self, module, launches: Sequence[Launch]):
@@ -155,6 +174,7 @@ class Program:
         self.hooks: tuple = ()
         self.settings: tuple | None = None
         self.device = 0
+        self.ordinary = not wanted()  # for good
 
     def run(self, tensors: Sequence[Tensor | None], pointers: Sequence[int | None]) -> None:
         """Launch on tensors, whose addresses are ``pointers``."""
@@ -164,15 +184,16 @@ class Program:
         with torch.cuda.device_of(some):
             kernels = [getattr(self.module, launch.name) for launch in self.launches]
             calls = [launch.arguments(tensors) for launch in self.launches]
-            if self.compiled is None or self.bound or some.device.type not in DIRECT:
-                self.compiled = [
-                    kernel[launch.grid](**arguments)
-                    for launch, kernel, arguments in zip(
-                        self.launches, kernels, calls, strict=True
-                    )
-                ]
-            else:
+            direct = not self.ordinary and some.device.type in DIRECT
+            if self.compiled is not None and not self.bound and direct:
                 self._bind(kernels, calls)
+                return
+            launched = [
+                kernel[launch.grid](**arguments)
+                for launch, kernel, arguments in zip(self.launches, kernels, calls, strict=True)
+            ]
+            if not self.bound:  # bound launchers need the kernels that they were bound with
+                self.compiled = launched
 
     def _direct(self, pointers) -> bool:
         runtime, compilation = self.knobs
@@ -183,9 +204,11 @@ class Program:
             or (enter is not None and enter.calls)
             or (leave is not None and leave.calls)
             or self.settings != (runtime.debug, compilation.instrumentation_mode)
-            or torch._C._cuda_getDevice() != self.device
         ):
             return False
+        if torch._C._cuda_getDevice() != self.device:
+            with torch.cuda.device(self.device):
+                return self._direct(pointers)
         for bound in self.bound:
             if bound.kernel.pre_run_hooks:
                 return False
@@ -204,16 +227,22 @@ class Program:
             from triton.knobs import compilation, runtime
         except ImportError:
             runtime = compilation = None
-        settings, found = _settings(runtime, compilation), []
+        settings, found, now = _settings(runtime, compilation), [], []
+        before = self.compiled
         for launch, kernel, arguments, compiled in zip(
-            self.launches, kernels, calls, self.compiled, strict=True
+            self.launches, kernels, calls, before, strict=True
         ):
-            seen = _launch_and_watch(kernel, launch.grid, arguments, compiled)
+            launched, seen = _launch_and_watch(kernel, launch.grid, arguments, compiled)
+            now.append(launched)
             if settings is not None:
                 found.append(_as_bound(launch, kernel, arguments, compiled, seen, runtime))
         if settings is None or any(kernel.pre_run_hooks for kernel in kernels):
             return
+        if any(new is not old for new, old in zip(now, before, strict=True)):
+            self.compiled = now  # compiled again, for other settings; the next run sees more
+            return
         if None in found:
+            self.ordinary = True
             _say_that_launches_stay_ordinary()
             return
         self.device = torch._C._cuda_getDevice()
@@ -222,27 +251,26 @@ class Program:
         self.settings, self.bound = settings, found
 
 
-def _launch_and_watch(kernel, grid, arguments, compiled) -> list[tuple]:
-    """Launch, and give what the launcher of a compiled kernel was called with meanwhile."""
+def _launch_and_watch(kernel, grid, arguments, compiled) -> tuple[Any, list[tuple]]:
+    """Launch; the kernel that ran, and what the launcher of ``compiled`` was called with."""
     runner = getattr(compiled, 'run', None)
-    launch = getattr(runner, 'launch', None)
-    if launch is None:
-        kernel[grid](**arguments)
-        return []
+    if not hasattr(runner, 'launch'):
+        return kernel[grid](**arguments), []
     seen, here = [], threading.get_ident()
-
-    def watch(*values):
-        if threading.get_ident() == here:
-            seen.append((launch, values))
-        return launch(*values)
-
     with _watching:
+        launch = runner.launch  # not before: it could be another thread's `watch`
+
+        def watch(*values):
+            if threading.get_ident() == here:
+                seen.append((launch, values))
+            return launch(*values)
+
         runner.launch = watch
         try:
-            kernel[grid](**arguments)
+            launched = kernel[grid](**arguments)
         finally:
             runner.launch = launch
-    return seen
+    return launched, seen
 
 
 def _as_bound(launch: Launch, kernel, arguments, compiled, seen, runtime) -> _Bound | None:
@@ -278,6 +306,8 @@ def _as_bound(launch: Launch, kernel, arguments, compiled, seen, runtime) -> _Bo
         for name, place in launch.places.items()
         if place is not None
     )
+    # Tensors stay out: a record outlives the call, and would keep their memory.
+    tail = [None if isinstance(value, Tensor) else value for value in tail]
     return _Bound(launcher, kernel, [*head[:10], None, None, None, *tail], fills)
 
 
