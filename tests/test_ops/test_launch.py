@@ -27,7 +27,9 @@ if tuple(int(x) for x in triton.__version__.split('.')[:2]) < fused.MINIMUM_TRIT
 if fused.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 
+from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402
 from mmhybrid.ops.selective_scan import triton_kernels  # noqa: E402
+from mmhybrid.ops.walk_conv import triton_kernels as walk_kernels  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmark'
 _spec = importlib.util.spec_from_file_location('host', FOLDER / 'host.py')
@@ -35,6 +37,7 @@ host = importlib.util.module_from_spec(_spec)
 sys.modules['host'] = host
 _spec.loader.exec_module(host)
 pytestmark = pytest.mark.plain_empty
+_NEW = {name: getattr(torch.Tensor, name) for name in ('new_empty', 'new_empty_strided')}
 
 
 class Machine(host.Stub):
@@ -95,7 +98,10 @@ class Arena:
 def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(triton.compiler, 'compile', machine.compile)
-    kernels = [x for x in vars(triton_kernels).values() if isinstance(x, triton.JITFunction)]
+    kernels = [
+        x for module in (triton_kernels, mixer_kernels, walk_kernels)
+        for x in vars(module).values() if isinstance(x, triton.JITFunction)
+    ]  # fmt: skip
     arena = machine.arena = Arena()
     monkeypatch.setattr(torch.Tensor, 'new_empty', lambda x, size: arena.new_empty(size))
     monkeypatch.setattr(
@@ -535,3 +541,14 @@ def test_no_transform_meets_a_record(transform, machine):
         patch.setattr(fused._Call, '__call__', lambda *_: pytest.fail('a record was used'))
         with contextlib.suppress(RuntimeError, NotImplementedError):
             transform(lambda u: selective_scan(u, **x, backend='triton'))(given)
+
+
+@pytest.mark.parametrize('name', host.WORKS)
+def test_every_call_that_host_py_measures_runs(name, machine, monkeypatch):
+    for method, own in _NEW.items():
+        monkeypatch.setattr(torch.Tensor, method, own)
+    work = host.WORKS[name]('cpu')
+    for _ in range(3):
+        y = work.run()
+        torch.autograd.grad(y, work.leaves, torch.ones_like(y), allow_unused=True)
+    assert machine.notes
