@@ -89,6 +89,12 @@ def test_the_table_decides_what_the_state_has_seen():
         ({'u': torch.zeros(2, 3, 4)}, ValueError, r'unflatten'),
         ({'z': torch.zeros(2, 1, 3, 5)}, ValueError, 'expects z like u'),
         ({'B': torch.zeros(2, 4, 4)}, ValueError, r'B of shape \(B, G, N, L\)'),
+        ({'B': torch.zeros(2, 1, 4, 3)}, ValueError, r'expects B of shape \(2, 1, 4, 4\)'),
+        ({'C': torch.zeros(2, 4, 4)}, ValueError, r'expects C of shape .*got \(2, 4, 4\)'),
+        ({'A': torch.zeros(2, 4)}, ValueError, r'expects A of shape \(3, .*got \(2, 4\)'),
+        ({'D': torch.zeros(2)}, ValueError, r'expects D of shape \(3,\)'),
+        ({'delta_bias': torch.zeros(4)}, ValueError, r'expects delta_bias of shape \(3,\)'),
+        ({'A': torch.zeros(3, 4, device='meta')}, ValueError, 'expects A on cpu like u, got meta'),
     ],
 )
 def test_errors_say_what_was_expected(change, error, message):

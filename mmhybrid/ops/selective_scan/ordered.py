@@ -86,7 +86,7 @@ def selective_scan_ordered(
     if ready is not None and ready.call is not None:  # has passed all of the below
         return ready.call(tensors, ready.pointers)
 
-    _check(u, delta, z, B, order)
+    _check(u, delta, A, B, C, D, z, delta_bias, order)
     groups, heads, tokens = u.shape[1:]
     dtype = torch.float32
     for x in (u, delta, A, B, C, D, z, delta_bias):
@@ -131,7 +131,7 @@ def selective_scan_ordered(
     return (y, last_state) if return_last_state else y
 
 
-def _check(u, delta, z, B, order) -> None:
+def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
     if u.dim() != 4:
         raise ValueError(
             f'selective_scan_ordered expects u of shape (B, G, H, L), got {tuple(u.shape)}; '
@@ -148,6 +148,24 @@ def _check(u, delta, z, B, order) -> None:
             f'selective_scan_ordered expects B of shape (B, G, N, L) with G = {u.shape[1]}, '
             f'got {tuple(B.shape)}.'
         )
+    # Kernels take addresses from these sizes, so nothing else would notice.
+    batch, groups, heads, tokens = u.shape
+    channels, state = groups * heads, B.shape[2]
+    for name, x, shape in (
+        ('B', B, (batch, groups, state, tokens)), ('C', C, (batch, groups, state, tokens)),
+        ('A', A, (channels, state)), ('D', D, (channels,)), ('delta_bias', delta_bias, (channels,)),
+    ):  # fmt: skip
+        if x is not None and x.shape != shape:
+            raise ValueError(
+                f'selective_scan_ordered expects {name} of shape {shape} with u of shape '
+                f'{tuple(u.shape)} and B of shape {tuple(B.shape)}, got {tuple(x.shape)}.'
+            )
+    for name, x in (('delta', delta), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z),
+                    ('delta_bias', delta_bias)):  # fmt: skip
+        if x is not None and x.device != u.device:
+            raise ValueError(
+                f'selective_scan_ordered expects {name} on {u.device} like u, got {x.device}.'
+            )
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             f'selective_scan_ordered expects order of dtype int32 or int64, got {order.dtype}.'
