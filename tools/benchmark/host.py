@@ -102,8 +102,10 @@ class Stub:
             mock.patch.object(torch._C, '_cuda_getDevice', self.get_device, create=True),
             mock.patch.object(torch._C, '_cuda_getCurrentRawStream', self.get_stream, create=True),
         ):
-            yield
-        driver._active = before
+            try:
+                yield
+            finally:
+                driver._active = before
 
     @staticmethod
     def get_device():
