@@ -552,3 +552,29 @@ def test_every_call_that_host_py_measures_runs(name, machine, monkeypatch):
         y = work.run()
         torch.autograd.grad(y, work.leaves, torch.ones_like(y), allow_unused=True)
     assert machine.notes
+
+
+def test_threads_share_a_record(machine, monkeypatch):
+    """Whoever comes first, every call launches once what it would alone, on its own tensors."""
+    for method, own in _NEW.items():
+        monkeypatch.setattr(torch.Tensor, method, own)
+    given = [{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs().items()}
+             for _ in range(4)]  # fmt: skip
+    together, failures = threading.Barrier(4), []
+
+    def work(x):
+        try:
+            together.wait()
+            for _ in range(5):
+                selective_scan(**x, backend='triton')
+        except Exception as error:  # shown by the assertion
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and len(machine.notes) == 4 * 5 * 3
+    for x in given:
+        assert sum(x['u'].data_ptr() in arguments for _, _, arguments in machine.notes) == 5 * 2
