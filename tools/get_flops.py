@@ -8,13 +8,12 @@ from pathlib import Path
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmhybrid.engine.options import OptionsAction  # noqa: E402
-
 with contextlib.redirect_stdout(sys.stderr):  # what this logs is no part of a CSV or JSON
     import mmhybrid  # noqa: F401
 from mmhybrid.analysis import CONVENTIONS, format_cost  # noqa: E402
 from mmhybrid.engine.complexity import measure  # noqa: E402
 from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.engine.published import compare, markdown, read_published  # noqa: E402
 from mmhybrid.engine.whole_models import checked_shape, find_model  # noqa: E402
 

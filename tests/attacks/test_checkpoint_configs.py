@@ -81,10 +81,10 @@ DROPPED = {
     'custom_imports=dict(imports=["mmhybrid\\nimport os"])': ('custom_imports=', {}),
     'custom_imports=["mmhybrid"]': ('custom_imports=', {}),
     'custom_imports=dict(imports=[["os"]])': ('custom_imports=', {}),
-    '_base_="/tmp/evil.py"': ("_base_='/tmp/evil.py' (runs a file)", {}),
+    '_base_="/elsewhere/evil.py"': ("_base_='/elsewhere/evil.py' (runs a file)", {}),
     '_base_=["mmdet::a.py", "evil.py"]': ('runs a file', {}),
-    '_base_="mmdet::../../../tmp/evil.py"': ('runs a file', {}),
-    '_base_="mmdet::/tmp/evil.py"': ('runs a file', {}),
+    '_base_="mmdet::../../../elsewhere/evil.py"': ('runs a file', {}),
+    '_base_="mmdet::/elsewhere/evil.py"': ('runs a file', {}),
     '_base_="evil::a.py"': ('runs a file', {}), '_base_=5': ('runs a file', {}),
     'default_scope="evil"': ("default_scope='evil' (imports", {}),
     'default_scope="os.path"': ("default_scope='os.path'", {}),
@@ -97,7 +97,7 @@ DROPPED = {
     'model=dict(loss=dict(type="CrossEntropyLoss", class_weight="https://x/y.yaml"))': (
         'YAML, which mmengine lets run code', dict(model=dict(loss=dict(type='CrossEntropyLoss')))),
     'data=dict(files=["y.YML"], file_format="yaml")': ('YAML', dict(data=dict(files=[]))),
-    'model=dict(teacher_config="/tmp/evil.py", x=1)': (
+    'model=dict(teacher_config="/elsewhere/evil.py", x=1)': (
         'names a config that is run', dict(model=dict(x=1))),
     'model=dict(MODEL=dict(WEIGHTS="/tmp/evil"))': ('without our checks', dict(
         model=dict(MODEL={}))),
@@ -107,7 +107,7 @@ DROPPED = {
         'is run as Python', dict(model=dict(x='cv2.MOTION_X'))),
     'model=dict(checkpoint_path="a.pth", model_name="hf-hub:evil/x")': (
         'without our checks', dict(model={})),
-    'load=dict(backend_args=dict(backend="memcached", sys_path="/tmp/x"))': (
+    'load=dict(backend_args=dict(backend="memcached", sys_path="/elsewhere/x"))': (
         'sys_path', dict(load=dict(backend_args=dict(backend='memcached')))),
     'test_dataloader=dict(collate_fn="os.system", x=1)': (
         "collate_fn='os.system'", dict(test_dataloader=dict(x=1))),
@@ -138,7 +138,7 @@ def test_what_could_run_code_is_named_and_left_out(text, place, tmp_path, logged
     # mmengine replaces {{ }} before Python reads the text, so that strings end elsewhere
     "x = ['{{$A:\\\\}}', ', __import__(\"os\").mkdir(\"ran\")] #']\n",
     "x = '{{ fileDirname }}'\n", "x = '{{_base_.y}}'\n", "x = {'a': '{{$HOME:}}'}\n",
-    "_base_ = '/tmp/x.py'\n_base_ = 'mmdet::a.py'\n", 'a = _base_ = "x"\na = 1\n',
+    "_base_ = '/elsewhere/x.py'\n_base_ = 'mmdet::a.py'\n", 'a = _base_ = "x"\na = 1\n',
     'import os\n', 'from mmhybrid import x\n', 'with read_base():\n    pass\n', "f'{x}'\n",
     "x = f'{1}'\n", "x = rf'{open(1)}'\n", 'x = 1 + 1\n', 'x = "a" * 9\n', 'x = a\n', 'x = a.b\n',
     'x: int = 1\n', 'x += 1\n', 'x = (y := 1)\n', 'x = lambda: 1\n', 'x = [i for i in ()]\n',

@@ -213,7 +213,7 @@ def change_header(data, rng):
 
 
 LINES = ('model = dict(type="os.system", command="x")', 'custom_imports = dict(imports=["evil"])',
-         '_base_ = "/tmp/x.py"', 'import os', 'x = "{{$A:1}}"', 'x = open("y")',
+         '_base_ = "/elsewhere/x.py"', 'import os', 'x = "{{$A:1}}"', 'x = open("y")',
          'default_scope = "os"',
          'x = dict(type="mmengine.fileio.load", file="x.pkl")', 'x = [', 'x = "', 'x = f"{y}"',
          'x = dict(_scope_="subprocess", type="Popen")', 'x = __import__("os").system("true")')

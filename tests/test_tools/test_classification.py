@@ -131,7 +131,7 @@ def test_mistakes(toy, tmp_path, capfd):
     victim.write_bytes(b'no picture')
     try:
         cfg = ('--cfg-options', 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1')
-        assert f'{victim} cannot be decoded (10 bytes' in fails(run_train, *data, *cfg)
+        assert f'{victim} is text inside, which cannot be decoded' in fails(run_train, *data, *cfg)
     finally:
         victim.unlink()
 
