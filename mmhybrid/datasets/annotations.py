@@ -16,7 +16,7 @@ import numpy as np
 from .coco_file import in_json
 from .coco_records import Records, several
 
-__all__ = ['check_coco']
+__all__ = ['check_coco', 'spread']
 
 SAMPLES = 1000  # image files looked for; on a network disk all of them can take minutes
 
@@ -265,7 +265,7 @@ def _count(records: Records, there: np.ndarray) -> str:
 def _absent(records: Records, folder: str | None) -> list[str]:
     if folder is None:
         return []
-    some = _spread(list(zip(records.image_ids, records.names, strict=True)), SAMPLES)
+    some = spread(list(zip(records.image_ids, records.names, strict=True)), SAMPLES)
     absent = [(number, name) for number, name in some if not osp.isfile(osp.join(folder, name))]
     if not absent:
         return []
@@ -275,7 +275,8 @@ def _absent(records: Records, folder: str | None) -> list[str]:
             'with file_name: their sum must be the path']
 
 
-def _spread(items: list, count: int) -> list:
+def spread(items: list, count: int) -> list:
+    """At most `count` items, evenly spread, the first and the last among them."""
     if len(items) <= count:
         return items
     return [items[i] for i in np.linspace(0, len(items) - 1, count).astype(int)]

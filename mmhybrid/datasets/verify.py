@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .annotations import spread
 from .categories import COCO_CATEGORIES
 from .coco_file import AnnotationError
 from .coco_records import Records, forget_records, load_records
@@ -54,13 +55,6 @@ def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     shown = ', '.join(names[:_NAMED])
     return shown if len(names) <= _NAMED else f'{shown} and {len(names) - _NAMED} more'
-
-
-def _spread(names: list[str], count: int) -> list[str]:
-    """At most `count` names, evenly spread, the first and the last among them."""
-    if len(names) <= count:
-        return names
-    return [names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)]
 
 
 def _files(folder: Path) -> set[str]:
@@ -119,7 +113,7 @@ def verify_coco(folder: str | Path, counts: dict[str, int] | None = None, sample
                 f'{folder / split}: {len(present)} files, expected {expected} images. '
                 f'{_remedy(urls[split])}.')
         broken, opened = [], 0
-        for name in _spread(sorted(wanted.keys() & present), samples):
+        for name in spread(sorted(wanted.keys() & present), samples):
             broken += _check_coco_image(folder / split / name, wanted[name])
             opened += 1
             if progress is not None:
@@ -263,7 +257,7 @@ def verify_ade20k(folder: str | Path, counts: dict[str, int] | None = None, samp
         elif not lonely:
             report.facts.append(f'{split}: all {expected} pairs of image and annotation are there')
         broken, opened = [], 0
-        for stem in _spread(pairs, samples):
+        for stem in spread(pairs, samples):
             broken += _check_ade20k_pair(images / f'{stem}.jpg', labels / f'{stem}.png')
             opened += 1
             if progress is not None:
