@@ -342,7 +342,8 @@ def _is_first_of_node() -> bool:
 
     If it finds something, torchrun ends them all.
     """
-    return int(os.environ.get('WORLD_SIZE', 1)) == 1 or os.environ.get('LOCAL_RANK', '0') == '0'
+    # As text: what is no number is told when the processes are connected.
+    return os.environ.get('WORLD_SIZE', '1') == '1' or os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def _reads_like(kind, base, scope, *methods) -> bool:

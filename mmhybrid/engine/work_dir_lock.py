@@ -52,8 +52,9 @@ class WorkDirLock:
         """
         if self._rank:
             return []
-        own, notes = _this_run(self._work_dir), []
+        notes = []
         try:
+            own = _this_run(self._work_dir)
             for _ in range(3):
                 if self._create(own):
                     self._own = own

@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
-from mmhybrid.engine import processes
+from mmhybrid.engine import preflight, processes
 from mmhybrid.engine.errors import UserError, explain
 from mmhybrid.engine.tools import train
 from mmhybrid.engine.work_dir_lock import LOCK
@@ -101,6 +101,24 @@ def test_stopped_resumed_and_resumed_again(tmp_path, attempt, moment, at, last):
             == resumed['message_hub']['runtime_info']['best_score'])
     again = attempt(waiting, '--resume', *work)
     assert again.code == 0 and 'Nothing is left to train' in again.output
+
+
+def test_a_signal_between_building_and_training(tmp_path, attempt):
+    result = attempt("custom_hooks = [dict(type='SendSignalAt', moment='before_train', at=0)]\n")
+    assert result.code == 143 and 'before the training began; nothing was lost' in result.output
+    assert not list((tmp_path / 'w').glob('*.pth')) and not (tmp_path / 'w' / LOCK).exists()
+
+
+@pytest.mark.parametrize('size, rank, first', [
+    (None, '0', True), ('1', '0', True), ('2', '0', True), ('2', '1', False), ('two', '0', True)])
+def test_who_checks_the_data(monkeypatch, size, rank, first):
+    """A size that is no number is refused later, in a sentence."""
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    if size is None:
+        monkeypatch.delenv('WORLD_SIZE', raising=False)
+    else:
+        monkeypatch.setenv('WORLD_SIZE', size)
+    assert preflight._is_first_of_node() is first
 
 
 @MODELS.register_module(force=True)
