@@ -367,6 +367,22 @@ def test_odd_but_valid(tmp_path, source):
     load(tmp_path, source)
 
 
+def test_variables_of_bases_in_pure_python(tmp_path):
+    (tmp_path / 'below').mkdir()
+    (tmp_path / 'below' / 'part.py').write_text('models = dict(num_outs=5)\n')
+    (tmp_path / 'base.py').write_text(
+        'from mmengine.config import read_base\nwith read_base():\n'
+        '    from .below.part import *\nmodel = dict(type="Mine", neck=models)\n')
+    path = tmp_path / 'mine.py'
+    head = 'from mmengine.config import read_base\nwith read_base():\n    from .base import *\n'
+    path.write_text(head + 'model.update(width=3)\n')
+    cfg, notes = load_config(str(path))
+    assert cfg.model.neck == dict(num_outs=5) and notes == []
+    path.write_text(head + 'val_evaluators = dict()\n')
+    with pytest.raises(UserError, match='val_evaluators={}: nothing reads this. Did you mean'):
+        load_config(str(path))
+
+
 def test_options_name_what_the_file_has(tmp_path):
     _, (note,) = load(tmp_path, 'side = 3', dict(side=4))
     assert note.startswith('--cfg-options side: this is a variable of the config files')

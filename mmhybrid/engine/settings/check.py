@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -112,7 +113,8 @@ def _names_read(path: str) -> set[str]:
     """Variables that a config file or one of its bases reads."""
     names, files = set(), [path]
     for file in files:  # grows
-        for node in ast.walk(ast.parse(Path(file).read_text(encoding='utf-8'))):
+        tree = ast.parse(Path(file).read_text(encoding='utf-8'))
+        for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 names.add(node.id)
             elif isinstance(node, ast.Attribute):
@@ -120,8 +122,25 @@ def _names_read(path: str) -> set[str]:
             elif isinstance(node, ast.Constant) and '_base_.' in str(node.value):
                 names.update(str(node.value).strip('{} ').split('.'))  # '{{_base_.name}}'
         bases = [Config._get_cfg_path(base, file)[0] for base in Config._get_base_files(file)]
-        files += [base for base in bases if base.endswith('.py') and base not in files]
+        bases += _imported(tree, Path(file))
+        files += [base for base in bases if base.endswith('.py') and base not in files
+                  and Path(base).is_file()]
     return names
+
+
+def _imported(tree: ast.AST, file: Path) -> Iterator[str]:
+    """Bases of a config of pure Python: what it imports below ``with read_base()``."""
+    for block in (node for node in ast.walk(tree) if isinstance(node, ast.With)):
+        for line in block.body:
+            if not isinstance(line, ast.ImportFrom):
+                continue
+            if not line.level:
+                spec = importlib.util.find_spec(line.module)
+                yield spec.origin if spec and spec.origin else ''
+                continue
+            folder = file.resolve().parents[line.level - 1]
+            for name in [line.module] if line.module else [each.name for each in line.names]:
+                yield str(folder.joinpath(*name.split('.')).with_suffix('.py'))
 
 
 # --- names further down ---------------------------------------------------------------------------
