@@ -99,9 +99,9 @@ DROPPED = {
     'data=dict(files=["y.YML"], file_format="yaml")': ('YAML', dict(data=dict(files=[]))),
     'model=dict(teacher_config="/elsewhere/evil.py", x=1)': (
         'names a config that is run', dict(model=dict(x=1))),
-    'model=dict(MODEL=dict(WEIGHTS="/tmp/evil"))': ('without our checks', dict(
+    'model=dict(MODEL=dict(WEIGHTS="/elsewhere/evil"))': ('without our checks', dict(
         model=dict(MODEL={}))),
-    'model=dict(lang_model_name="/tmp/evil", name="evil/x", tokenizer_name="hf:y")': (
+    'model=dict(lang_model_name="/elsewhere/evil", name="evil/x", tokenizer_name="hf:y")': (
         'names a model elsewhere', dict(model={})),
     'model=dict(warp_mode="print(1)", x="cv2.MOTION_X")': (
         'is run as Python', dict(model=dict(x='cv2.MOTION_X'))),
