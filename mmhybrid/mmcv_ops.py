@@ -33,6 +33,10 @@ class CompiledOpMissing(NotImplementedError):
     """An operator was called that exists only in the compiled mmcv."""
 
 
+class TorchvisionMissing(ImportError):
+    """The stand-in was called, and torchvision, which computes for it, cannot be imported."""
+
+
 # ---------------------------------------------------------------- what the errors say
 def installed_mmcv():
     """Return ``(distribution name, version)`` of the installed mmcv, or ``None``."""
@@ -90,7 +94,7 @@ def _torchvision_ops(op_name):
         import torchvision.ops  # noqa: F401  registers torch.ops.torchvision
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         # A torchvision built for another torch fails with any of these four.
-        raise ImportError(
+        raise TorchvisionMissing(
             f"mmcv has no compiled operators here, so '{op_name}' runs on torchvision, and "
             f"torchvision cannot be imported ({type(error).__name__}: {error}). Install the "
             f"torchvision release that belongs to torch {torch.__version__}, for example "

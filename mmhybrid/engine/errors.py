@@ -10,7 +10,7 @@ import traceback
 
 import torch
 
-from mmhybrid.mmcv_ops import CompiledOpMissing
+from mmhybrid.mmcv_ops import CompiledOpMissing, TorchvisionMissing
 from mmhybrid.weights import WeightsError
 
 __all__ = ['UserError', 'explain', 'launched_rank', 'run_command']
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, UserError) or f'{UserError.__qualname__}: ' in text:
         # A data loading worker passes an error on as text, at the end of its own traceback.
         return text.rpartition(f'{UserError.__qualname__}: ')[2].strip()
-    if isinstance(error, (WeightsError, CompiledOpMissing)):
+    if isinstance(error, (WeightsError, CompiledOpMissing, TorchvisionMissing)):
         return text
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return (f'The GPU is out of memory. {text.splitlines()[0]}\nUse smaller images or '

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -11,11 +12,11 @@ from mmengine.hooks import Hook
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
+from mmhybrid import mmcv_ops
 from mmhybrid.engine import preflight, processes
 from mmhybrid.engine.errors import UserError, explain
 from mmhybrid.engine.tools import train
 from mmhybrid.engine.work_dir_lock import LOCK
-from mmhybrid.mmcv_ops import _missing_op
 from mmhybrid.weights import read_checkpoint
 
 
@@ -124,7 +125,7 @@ def test_who_checks_the_data(monkeypatch, size, rank, first):
 @MODELS.register_module(force=True)
 class NeedsCompiledMmcv(small_runs.SmallModel):
     def forward(self, inputs, target, mode='tensor'):
-        return _missing_op('deform_conv_forward')(inputs)
+        return mmcv_ops._missing_op('deform_conv_forward')(inputs)
 
 
 def test_an_operator_that_only_compiled_mmcv_has(tmp_path, attempt):
@@ -134,8 +135,17 @@ def test_an_operator_that_only_compiled_mmcv_has(tmp_path, attempt):
     assert len(result.error.splitlines()) == 1
     assert not (tmp_path / 'w' / LOCK).exists()  # given back after an error, too
     with pytest.raises(NotImplementedError) as caught:
-        _missing_op('deform_conv_forward')(torch.zeros(1))
+        mmcv_ops._missing_op('deform_conv_forward')(torch.zeros(1))
     assert explain(caught.value) == str(caught.value)
+
+
+def test_torchvision_of_another_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    monkeypatch.setitem(sys.modules, 'torchvision.ops', None)
+    with pytest.raises(ImportError) as caught:
+        mmcv_ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, 0)
+    assert explain(caught.value) == str(caught.value)
+    assert "'nms' runs on torchvision, and torchvision cannot be imported" in str(caught.value)
 
 
 def test_tasks_of_srun_without_a_launcher_work_alone(tmp_path, monkeypatch):
