@@ -109,9 +109,10 @@ class FiniteLossHook(Hook):
         # mmengine has read every loss back for its log already, so this waits for nothing. One that
         # is not finite in one process reaches all of them with the gradients.
         total = [outputs['loss']] if 'loss' in outputs else outputs.values()
-        bad = any_rank(not all(map(_finite, total)))
+        # A gradient need not, where each process holds a part of the model (FSDP).
+        bad, skipped = any_rank(not all(map(_finite, total)),
+                                bool(self._left_out) or self._scaler_skipped(runner))
         self._bad = self._bad + 1 if bad else 0
-        skipped = bool(self._left_out) or self._scaler_skipped(runner)
         if skipped or self._stepped:  # else gradients are being accumulated
             self._skipped = self._skipped + 1 if skipped else 0
         reason = self._reason(runner, bad)

@@ -114,15 +114,15 @@ def train(runner) -> None:
         hook.stop_between_iterations(runner)
 
 
-def any_rank(flag: bool | int) -> int:
-    """The largest ``flag`` of all processes; each of them has to ask.
+def any_rank(*flags: bool | int) -> int | list[int]:
+    """The largest of all processes for each of ``flags``; each process has to ask.
 
     mmengine reads every loss back in every iteration, so this waits for nothing new.
     """
-    value = torch.tensor(int(flag))
+    values = torch.tensor([int(flag) for flag in flags])
     if get_world_size() > 1:
-        all_reduce(value, 'max')
-    return int(value)
+        all_reduce(values, 'max')
+    return values.tolist() if len(flags) > 1 else int(values)
 
 
 @HOOKS.register_module()

@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
+from mmhybrid.engine import finite_loss
 from mmhybrid.engine.config import ensure_finite_loss, ensure_hooks
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.finite_loss import FiniteLossHook
@@ -145,6 +146,14 @@ def test_gradients_that_are_not_finite(tmp_path, monkeypatch):
     runner = train(tmp_path / 'b', monkeypatch, lambda call: call % 20 != 0, how='gradient',
                    loop=dict(EPOCHS, max_epochs=5))
     assert runner.iter == 30
+
+
+def test_gradients_of_another_process(tmp_path, monkeypatch):
+    """Where each holds a part of the model, all have to count alike to stop together."""
+    monkeypatch.setattr(finite_loss, 'any_rank', lambda *flags: (
+        [flags[0], True] if len(flags) > 1 else int(flags[0])))
+    with pytest.raises(UserError, match='not finite in 20 steps in a row .up to iteration 20'):
+        train(tmp_path, monkeypatch, lambda call: False, loop=dict(EPOCHS, max_epochs=4))
 
 
 def test_running_statistics_that_nothing_mends(tmp_path, monkeypatch):
