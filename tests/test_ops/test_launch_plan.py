@@ -29,16 +29,17 @@ def test_within_ten_percent_of_the_best_measured(shape):
 
 
 def test_figures_come_from_the_rows():
+    """The written figures describe the rows as well as a new fit does.
+
+    Single figures hang on the version of SciPy: some rows hardly tell a wait from a work.
+    """
     pytest.importorskip('scipy')
-    passes, errors = plans.fit_both(SHAPES)
-    assert max(errors) < 0.11
-    for fitted, written in zip(passes, (plans.plans.FORWARD, plans.plans.BACKWARD), strict=True):
-        assert fitted.carry == pytest.approx(written.carry, abs=1e-3)
-        assert fitted.launches == pytest.approx(written.launches, abs=0.1)
-        for kind in ('cut', 'whole'):
-            for block, cost in getattr(fitted, kind).items():
-                for pair, other in zip(cost, getattr(written, kind)[block], strict=True):
-                    assert pair == pytest.approx(other, rel=0.02, abs=5e-4)
+    rows = [row for shape in SHAPES.values() for row in shape]
+    _, fitted = plans.fit_both(SHAPES)
+    written = [plans.error_as_written(which, rows)
+               for which in (plans.plans.FORWARD, plans.plans.BACKWARD)]
+    assert max(fitted) < 0.11
+    assert written == pytest.approx(fitted, rel=0.03)
 
 
 # Classification s4 is the only sequence of fewer than 64 tokens.

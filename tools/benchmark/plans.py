@@ -74,10 +74,9 @@ def over_best(rows: list[Row], choose=plans.launch_plan) -> tuple[float, float]:
     return own_alone / min(row.forward for row in rows), own_step / best_step
 
 
-def fit(which: plans.Pass, rows: list[Row]) -> tuple[plans.Pass, float]:
-    """A pass's figures from rows of N = 1 and 8, and the RMS of the logarithm of model over row."""
+def samples(which: plans.Pass, rows: list[Row]):
+    """What the model says a pass's time depends on, and the time: five arrays over the rows."""
     import numpy as np
-    from scipy.optimize import least_squares
 
     data = []
     for row in rows:
@@ -95,18 +94,39 @@ def fit(which: plans.Pass, rows: list[Row]) -> tuple[plans.Pass, float]:
         kind = 4 * whole + 2 * (row.block == 64) + (state == 8)
         measured = row.forward if which is plans.FORWARD else row.backward
         data.append((kind, in_turn, load, n_chunks, measured))
-    kind, in_turn, load, n_chunks, measured = np.array(data).T
-    kind = kind.astype(int)
+    kind, *rest = np.array(data).T
+    return kind.astype(int), *rest
 
-    def errors(logs):
-        cut, whole, carry, *rest = np.exp(logs)
-        wait, work = np.reshape(rest, (2, 8))
-        fixed = np.where(n_chunks > 0, cut + carry * n_chunks, whole)
-        return np.log((fixed + wait[kind] * in_turn + work[kind] * load) / measured)
 
+def log_errors(figures, data):
+    """Logarithm of model over row; figures: two launches, the carry, eight waits, eight works."""
+    import numpy as np
+
+    cut, whole, carry, *costs = figures
+    kind, in_turn, load, n_chunks, measured = data
+    wait, work = np.reshape(costs, (2, 8))
+    fixed = np.where(n_chunks > 0, cut + carry * n_chunks, whole)
+    return np.log((fixed + wait[kind] * in_turn + work[kind] * load) / measured)
+
+
+def error_as_written(which: plans.Pass, rows: list[Row]) -> float:
+    """RMS of the logarithm of model over row, with the figures that the planner has."""
+    costs = [part[block] for part in (which.cut, which.whole) for block in (32, 64)]
+    figures = [*which.launches, which.carry, *(x for cost in costs for x in cost.wait),
+               *(x for cost in costs for x in cost.work)]  # fmt: skip
+    return float((log_errors(figures, samples(which, rows)) ** 2).mean() ** 0.5)
+
+
+def fit(which: plans.Pass, rows: list[Row]) -> tuple[plans.Pass, float]:
+    """A pass's figures from rows of N = 1 and 8, and the RMS of the logarithm of model over row."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    data = samples(which, rows)
     start = np.log([6, 3, 0.05] + [0.5] * 8 + [0.05] * 8)
     lower = np.log([2, 1, 0.01] + [1e-5] * 16)
-    found = least_squares(errors, start, loss='soft_l1', f_scale=0.1, bounds=(lower, 5))
+    found = least_squares(lambda logs: log_errors(np.exp(logs), data), start, loss='soft_l1',
+                          f_scale=0.1, bounds=(lower, 5))  # fmt: skip
     cut, whole, carry, *rest = (float(x) for x in np.exp(found.x))
     wait, work = rest[:8], rest[8:]
 
