@@ -28,7 +28,7 @@ if fused.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402
-from mmhybrid.ops.selective_scan import triton_kernels  # noqa: E402
+from mmhybrid.ops.selective_scan import kernels as scan_kernels  # noqa: E402
 from mmhybrid.ops.walk_conv import triton_kernels as walk_kernels  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmark'
@@ -99,7 +99,7 @@ def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(triton.compiler, 'compile', machine.compile)
     kernels = [
-        x for module in (triton_kernels, mixer_kernels, walk_kernels)
+        x for module in (scan_kernels, mixer_kernels, walk_kernels)
         for x in vars(module).values() if isinstance(x, triton.JITFunction)
     ]  # fmt: skip
     arena = machine.arena = Arena()
@@ -326,7 +326,7 @@ def test_somebody_listens_to_launches(machine):
         runtime.launch_enter_hook.remove(heard.append)
     check(machine, run)
     assert len(heard) == len(notes)
-    hooked = triton_kernels.scan_forward_kernel.pre_run_hooks
+    hooked = scan_kernels.scan_forward_kernel.pre_run_hooks
     hooked.append(lambda *args, **options: heard.append('before'))
     try:
         assert noted(machine, run)[1]

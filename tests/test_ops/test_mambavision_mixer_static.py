@@ -29,7 +29,7 @@ def kernels(tmp_path_factory):
 def launches(kernels, monkeypatch, batch, length, dim, dtype=torch.bfloat16, lean=False, taps=3):
     """The launches of one forward and backward pass: two lists of (kernel, arguments)."""
     calls = []
-    of_scan = importlib.import_module('mmhybrid.ops.selective_scan.triton_kernels')
+    of_scan = importlib.import_module('mmhybrid.ops.selective_scan.kernels')
     for module, names in ((kernels, KERNELS), (of_scan, SCAN_KERNELS)):
         for name in names:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), calls))

@@ -16,17 +16,17 @@ KERNELS = [
     'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
 ]  # fmt: skip
-DETECTION = dict(batch=2, heads=320, length=3136, state=8)
+DETECTION = dict(batch=2, group_dim=320, length=3136, state=8)
 
 
 @pytest.fixture(scope='module')
 def kernels(tmp_path_factory):
-    with compiler('mmhybrid.ops.selective_scan.triton_kernels', tmp_path_factory) as module:
+    with compiler('mmhybrid.ops.selective_scan.kernels', tmp_path_factory) as module:
         yield module
 
 
 def launches(
-    kernels, monkeypatch, *, batch, heads, length, state, groups=1, dtype=torch.bfloat16,
+    kernels, monkeypatch, *, batch, group_dim, length, state, groups=1, dtype=torch.bfloat16,
     token_major=True, gate=False, bias=False, softplus=False, order=False, reverse=False, last=False
 ):  # fmt: skip
     """The launches of one forward and backward pass: a list of (kernel, arguments)."""
@@ -47,10 +47,10 @@ def launches(
     def parameter(*shape):
         return torch.zeros(shape, device='meta')
 
-    u, B = tokens(heads), tokens(state)
+    u, B = tokens(group_dim), tokens(state)
     inputs = (
-        u, u, parameter(groups * heads, state), B, B, parameter(groups * heads),
-        u if gate else None, parameter(groups * heads) if bias else None,
+        u, u, parameter(groups * group_dim, state), B, B, parameter(groups * group_dim),
+        u if gate else None, parameter(groups * group_dim) if bias else None,
         torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None,
     )  # fmt: skip
     flags = softplus, reverse, True
@@ -96,7 +96,7 @@ VARIANTS = {
     'softplus': dict(softplus=True, bias=True),
     'everything': dict(gate=True, softplus=True, bias=True, order=True, reverse=True, last=True),
     'channel-major float32': dict(token_major=False, dtype=torch.float32),
-    'ragged channels': dict(heads=200, groups=2),
+    'ragged channels': dict(group_dim=200, groups=2),
     'one state': dict(state=1, softplus=True, bias=True),
     'sixteen states': dict(state=16, gate=True, softplus=True, bias=True),
     'one launch': dict(batch=128, length=49, last=True, gate=True),
@@ -164,7 +164,7 @@ def test_neighbouring_channels_are_loaded_together(kernels, monkeypatch, tmp_pat
 
 def test_one_channel(kernels, monkeypatch, tmp_path):
     """The compiler takes a size of one for a constant, which has no methods of a tensor."""
-    calls = launches(kernels, monkeypatch, batch=1, heads=1, length=4096, state=1)
+    calls = launches(kernels, monkeypatch, batch=1, group_dim=1, length=4096, state=1)
     calls = {kernel.fn.__name__: (kernel, arguments) for kernel, arguments in calls}
     for name in ('scan_carry_kernel', 'sum_over_chunks_kernel'):
         assert build(*calls[name], 90, tmp_path).stack == 0

@@ -26,7 +26,7 @@ FACTORS = {
     'layout': ('token', 'channel', 'mixed'),
     'order': (None, 'shared', 'per group', 'with holes'),
     'chunk': (0, 8, 20),  # 0: what the model of the launch plans chooses
-    'heads': (3, 33),  # one ragged block, and a full block with a ragged one
+    'group_dim': (3, 33),  # one ragged block, and a full block with a ragged one
     'groups': (1, 2),
     'reverse': (False, True),
     'skip': (True, False),
@@ -74,7 +74,7 @@ def product(factors):
 def case_id(case):
     on = [name for name, value in case.items() if value is True]
     dtype = str(case['dtype']).removeprefix('torch.')
-    sizes = f'L{case["length"]}-N{case["state"]}-G{case["groups"]}-H{case["heads"]}'
+    sizes = f'L{case["length"]}-N{case["state"]}-G{case["groups"]}-H{case["group_dim"]}'
     order = (case['order'] or 'row').replace(' ', '_')
     return '-'.join([sizes, dtype, case['layout'], order, f'chunk{case["chunk"]}', *on])
 
@@ -86,8 +86,8 @@ def make_inputs(case, seed=0):
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
 
-    batch, groups, heads = case.get('batch', 1), case['groups'], case['heads']
-    channels, tokens, state = groups * heads, case['length'], case['state']
+    batch, groups, group_dim = case.get('batch', 1), case['groups'], case['group_dim']
+    channels, tokens, state = groups * group_dim, case['length'], case['state']
     delta = randn(batch, channels, tokens)
     inputs = {
         'u': randn(batch, channels, tokens),
@@ -126,13 +126,13 @@ def ordered_reference(inputs, order, softplus, reverse):
         return selective_scan_reference(*inputs, softplus, reverse)
     u, delta, A, B, C, D, z, bias = inputs
     groups, tokens = B.shape[1], u.shape[-1]
-    heads = u.shape[1] // groups
+    group_dim = u.shape[1] // groups
     ys, lasts = [], []
     for g in range(groups):
         row = order[g if len(order) > 1 else 0].long()
         live = (row >= 0).to(u.dtype)
         take = lambda x: x[..., row.clamp_min(0)] * live  # noqa: E731, B023
-        d = slice(g * heads, (g + 1) * heads)
+        d = slice(g * group_dim, (g + 1) * group_dim)
         pick = lambda x: None if x is None else x[d]  # noqa: E731, B023
         z_g = None if z is None else take(z[:, d])
         y, last = selective_scan_reference(
@@ -150,7 +150,7 @@ def run_triton(inputs, order, case, chunk):
     """Through the (B, G, H, L) entry, which takes the chunk size and an order."""
     groups = case['groups']
     shaped = {
-        name: x.unflatten(1, (groups, case['heads']))
+        name: x.unflatten(1, (groups, case['group_dim']))
         if name in ('u', 'delta', 'z') and x is not None
         else x
         for name, x in inputs.items()
@@ -219,7 +219,7 @@ def test_product(case):
 
 SMALL = {
     'length': 13, 'state': 3, 'dtype': torch.float32, 'layout': 'token', 'order': None,
-    'heads': 4, 'groups': 1, 'reverse': False, 'skip': True, 'gate': True, 'bias': True,
+    'group_dim': 4, 'groups': 1, 'reverse': False, 'skip': True, 'gate': True, 'bias': True,
     'softplus': True, 'batch': 2,
 }  # fmt: skip
 
@@ -261,7 +261,7 @@ def test_positive_rates_and_large_steps():
     assert_close('last state', last, last_exact, 1e-6)
 
 
-@pytest.mark.parametrize('empty', ['batch', 'heads', 'length'])
+@pytest.mark.parametrize('empty', ['batch', 'group_dim', 'length'])
 def test_empty_tensors(empty):
     case = SMALL | {'gate': False, empty: 0}
     inputs = make_inputs(case)

@@ -155,16 +155,17 @@ def scan(device) -> Work:
 
 def ordered_scan(device) -> Work:
     """The scan of four directions of a small map through a table."""
-    batch, groups, heads, length = 2, 4, 96, 256
+    batch, groups, group_dim, length = 2, 4, 96, 256
     u, delta = (
-        tokens(device, batch, length, groups * heads).detach().unflatten(1, (groups, heads))
+        tokens(device, batch, length, groups * group_dim).detach().unflatten(1, (groups, group_dim))
         .requires_grad_() for _ in range(2)
     )  # fmt: skip
     B, C = (
         torch.randn(batch, groups, 1, length, device=device, dtype=torch.bfloat16)
         .requires_grad_() for _ in range(2)
     )  # fmt: skip
-    A, D, bias = parameters(device, (groups * heads, 1), (groups * heads,), (groups * heads,))
+    channels = groups * group_dim
+    A, D, bias = parameters(device, (channels, 1), (channels,), (channels,))
     order = torch.stack([torch.randperm(length) for _ in range(groups)]).int().to(device)
 
     def run():

@@ -80,7 +80,7 @@ def samples(which: plans.Pass, rows: list[Row]):
 
     data = []
     for row in rows:
-        batch, groups, heads, length, state = row.sizes
+        batch, groups, group_dim, length, state = row.sizes
         whole = row.chunk == length
         if row.block == 0 or (row.chunk > 256 and not whole):
             continue
@@ -88,7 +88,7 @@ def samples(which: plans.Pass, rows: list[Row]):
         if row.unroll != (8 if wide else 4):
             continue
         resident = plans.resident_warps(which, row.block, state)
-        sequences = batch * groups * -(-heads // row.block)
+        sequences = batch * groups * -(-group_dim // row.block)
         in_turn, load = plans.waves(sequences, length, row.chunk, resident, row.processors)
         n_chunks = 0 if whole else -(-length // row.chunk)
         kind = 4 * whole + 2 * (row.block == 64) + (state == 8)
@@ -148,9 +148,9 @@ def fit_both(shapes: dict[str, list[Row]]) -> tuple[tuple[plans.Pass, plans.Pass
 def chooser(passes: tuple[plans.Pass, plans.Pass]):
     """`launch_plan` with other figures."""
 
-    def choose(batch, groups, heads, length, state, processors, *, gradients):
+    def choose(batch, groups, group_dim, length, state, processors, *, gradients):
         return plans.choose(
-            passes, batch * groups, heads, length, state, processors, 0, gradients
+            passes, batch * groups, group_dim, length, state, processors, 0, gradients
         )
 
     return choose

@@ -9,7 +9,7 @@ float32. Prefixes as in the kernels of the scan: ``p_`` pointers, ``i_`` indices
 import triton
 import triton.language as tl
 
-from ..selective_scan.triton_kernels import _sigmoid
+from ..selective_scan.kernels.common import sigmoid
 
 # Numbers that follow the size of the image: a kernel is compiled once for all their values.
 _SIZES = ['length', 'n_tiles', 'steps']
@@ -40,7 +40,7 @@ def _conv_silu(
     b_sum = tl.zeros([t.shape[0], o_c.shape[1]], tl.float32)
     for k in tl.static_range(K):
         b_sum += w_k[k] * _tokens(p_in, row, t + (k - LEFT), length, in_stride, o_c, m_c)
-    b_out = b_sum * _sigmoid(b_sum)
+    b_out = b_sum * sigmoid(b_sum)
     tl.store(
         p_out + (row + t) * out_stride + o_c,
         b_out.to(p_out.dtype.element_ty),
@@ -104,7 +104,7 @@ def _conv_silu_backward(
         b_sum = tl.zeros([t.shape[0], o_c.shape[1]], tl.float32)
         for i in tl.static_range(K):
             b_sum += w_k[i] * in_j[K - 1 + i - k]
-        b_gate = _sigmoid(b_sum)
+        b_gate = sigmoid(b_sum)
         b_dsum = _tokens(p_dout, row, t + (LEFT - k), length, dout_stride, o_c, m_c)
         b_dsum = b_dsum * b_gate * (1.0 + b_sum * (1.0 - b_gate))
         b_din += w_k[k] * b_dsum

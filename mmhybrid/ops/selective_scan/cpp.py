@@ -249,8 +249,8 @@ class _Arguments(ctypes.Structure):
     """Mirror of Arguments in scan.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ('batch', 'groups', 'heads', 'length', 'padded_state',
-                                             'softplus', 'threads')]
+        [(name, ctypes.c_int64) for name in ('batch', 'groups', 'group_dim', 'length',
+                                             'padded_state', 'softplus', 'threads')]
         + [(name, _View) for name in ('u', 'delta', 'y')]
         + [(name, ctypes.c_void_p) for name in ('A', 'B', 'C', 'D', 'bias', 'starts')]
         + [(name, _View) for name in ('grad_y', 'grad_u', 'grad_delta')]
@@ -379,7 +379,7 @@ class _Problem:
         self.arguments = _Arguments(
             batch=batch,
             groups=self.groups,
-            heads=channels // self.groups,
+            group_dim=channels // self.groups,
             length=length,
             padded_state=self.padded,
             softplus=delta_softplus,

@@ -87,7 +87,7 @@ def selective_scan_ordered(
         return ready.call(tensors, ready.pointers)
 
     _check(u, delta, A, B, C, D, z, delta_bias, order)
-    groups, heads, tokens = u.shape[1:]
+    groups, group_dim, tokens = u.shape[1:]
     dtype = torch.float32
     for x in (u, delta, A, B, C, D, z, delta_bias):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
@@ -126,8 +126,8 @@ def selective_scan_ordered(
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     visited = order.new_zeros(len(order), tokens + 1)
     visited.scatter_(1, torch.where(live, order, tokens), places)
-    visited = visited[:, :tokens][None, :, None].expand(u.shape[0], groups, heads, -1)
-    y = y.unflatten(1, (groups, heads)).gather(-1, visited)
+    visited = visited[:, :tokens][None, :, None].expand(u.shape[0], groups, group_dim, -1)
+    y = y.unflatten(1, (groups, group_dim)).gather(-1, visited)
     return (y, last_state) if return_last_state else y
 
 
@@ -149,8 +149,8 @@ def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
             f'got {tuple(B.shape)}.'
         )
     # Kernels take addresses from these sizes, so nothing else would notice.
-    batch, groups, heads, tokens = u.shape
-    channels, state = groups * heads, B.shape[2]
+    batch, groups, group_dim, tokens = u.shape
+    channels, state = groups * group_dim, B.shape[2]
     for name, x, shape in (
         ('B', B, (batch, groups, state, tokens)), ('C', C, (batch, groups, state, tokens)),
         ('A', A, (channels, state)), ('D', D, (channels,)), ('delta_bias', delta_bias, (channels,)),

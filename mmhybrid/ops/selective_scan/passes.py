@@ -43,10 +43,10 @@ class _Shape:
         self.batch, self.tokens = u.shape[0], u.shape[-1]
         self.groups = B.shape[1] if B.dim() == 4 else 1
         self.channels, self.state = A.shape
-        self.heads = self.channels // self.groups
+        self.group_dim = self.channels // self.groups
         self.length = self.tokens if order is None else order.shape[-1]
         self.plan = plans.launch_plan(
-            self.batch, self.groups, self.heads, self.length, self.state, processors(u.device),
+            self.batch, self.groups, self.group_dim, self.length, self.state, processors(u.device),
             gradients=gradients, chunk=chunk,
         )  # fmt: skip
 
@@ -57,7 +57,7 @@ class _Shape:
         return (self.batch, n_chunks if n_chunks > 1 else 0, self.state, self.channels)
 
     def programs(self, cut: plans.Cut) -> int:
-        return self.batch * self.plan.n_chunks * self.groups * -(-self.heads // cut.block)
+        return self.batch * self.plan.n_chunks * self.groups * -(-self.group_dim // cut.block)
 
     def strides(self, **tensors: Tensor | tuple[int, ...] | None) -> dict[str, int]:
         """Kernel arguments: strides over batch, group, channel (or state) and token."""
@@ -79,12 +79,12 @@ class _Shape:
         *_, z, bias, order = inputs
         return dict(
             order_sg=0 if order is None or order.shape[0] == 1 else order.stride(0),
-            heads=self.heads,
+            group_dim=self.group_dim,
             groups=self.groups,
             length=self.length,
             chunk=self.plan.chunk,
             n_chunks=self.plan.n_chunks,
-            n_blocks=-(-self.heads // cut.block),
+            n_blocks=-(-self.group_dim // cut.block),
             N=self.state,
             BLOCK=cut.block,
             HAS_Z=z is not None,
@@ -92,7 +92,7 @@ class _Shape:
             SOFTPLUS=softplus,
             ORDER=order is not None,
             REVERSE=reverse,
-            EVEN=self.heads % cut.block == 0,
+            EVEN=self.group_dim % cut.block == 0,
             num_warps=1,
         )
 
@@ -169,7 +169,7 @@ class Forward(_Pass):
         self, inputs, out: Tensor | None, softplus: bool, reverse: bool, gradients: bool,
         chunk: int, *, last: bool = True, starts: bool = False,
     ):  # fmt: skip
-        from . import triton_kernels as kernels
+        from . import kernels
 
         super().__init__(inputs, (0, 1, 6))
         inputs = self.laid
@@ -216,7 +216,7 @@ class Forward(_Pass):
         if len(self.stride) == 4:
             return self.stride
         batch, channel, token = self.stride
-        return batch, self.shape.heads * channel, channel, token
+        return batch, self.shape.group_dim * channel, channel, token
 
     def run(self, inputs, pointers, out=None) -> tuple[Tensor, Tensor | None, Tensor]:
         """The output, the last state (None where it is not asked for), and the states at the
@@ -239,7 +239,7 @@ class Backward(_Pass):
     def __init__(
         self, tensors, given, softplus: bool, reverse: bool, gradients: bool, chunk: int
     ):
-        from . import triton_kernels as kernels
+        from . import kernels
 
         super().__init__(tensors, (0, 1, 6, 9))
         inputs, (dout, dlast, _) = self.laid[:_INPUTS], self.laid[_INPUTS:]
@@ -249,7 +249,7 @@ class Backward(_Pass):
         self.sizes = [0, 0]  # bytes of the buffer over tokens with the scratch, and of parameters
         where = self._gradients(inputs, given)
         plan, cut = shape.plan, shape.plan.backward
-        n_blocks = -(-shape.heads // cut.block)
+        n_blocks = -(-shape.group_dim // cut.block)
         runs = -(-shape.length // plans.RUN)
         rows = shape.batch * plan.n_chunks
         width = shape.state * shape.channels
@@ -354,7 +354,7 @@ class Backward(_Pass):
             if x is not None and given[i] is None:
                 batch, *inner, token = token_major(x.shape)
                 found[name] = (
-                    batch, *(inner if len(inner) == 2 else (self.shape.heads, 1)), token
+                    batch, *(inner if len(inner) == 2 else (self.shape.group_dim, 1)), token
                 )  # fmt: skip
         return found
 

@@ -125,7 +125,7 @@ def resident_warps(which: Pass, block: int, state: int) -> int:
     return which.resident[block][0 if state == 1 else 1 if state == 2 else 2 if state <= 8 else 3]
 
 
-def _block(which: Pass, whole: bool, heads: int, state: int) -> int:
+def _block(which: Pass, whole: bool, group_dim: int, state: int) -> int:
     """Channels of a program; the same for every batch and length, which so compile nothing new.
 
     Weighed is a token on a full machine, and on one that holds a few warps each.
@@ -137,25 +137,25 @@ def _block(which: Pass, whole: bool, heads: int, state: int) -> int:
         cost = (which.whole if whole else which.cut)[block]
         wait, work = _for_state(cost.wait, state), _for_state(cost.work, state)
         full = wait / resident_warps(which, block, state) + work
-        return full * -(-heads // block) + wait / _FEW
+        return full * -(-group_dim // block) + wait / _FEW
 
     return min((32, 64), key=time)
 
 
 def _time(
-    which: Pass, block: int, chunk: int, rows: int, heads: int, length: int, state: int,
+    which: Pass, block: int, chunk: int, rows: int, group_dim: int, length: int, state: int,
     processors: int,
 ) -> float:  # fmt: skip
     n_chunks = -(-length // chunk)
     cost = (which.cut if n_chunks > 1 else which.whole)[block]
     resident = resident_warps(which, block, state)
-    in_turn, load = waves(rows * -(-heads // block), length, chunk, resident, processors)
+    in_turn, load = waves(rows * -(-group_dim // block), length, chunk, resident, processors)
     fixed = which.launches[0] + which.carry * n_chunks if n_chunks > 1 else which.launches[1]
     return fixed + _for_state(cost.wait, state) * in_turn + _for_state(cost.work, state) * load
 
 
 def launch_plan(
-    batch: int, groups: int, heads: int, length: int, state: int, processors: int, *,
+    batch: int, groups: int, group_dim: int, length: int, state: int, processors: int, *,
     gradients: bool, chunk: int = 0,
 ) -> LaunchPlan:  # fmt: skip
     """The plan with the least expected time for B x G sequences of H channels and L tokens.
@@ -163,7 +163,7 @@ def launch_plan(
     Args:
         batch: B.
         groups: G.
-        heads: H.
+        group_dim: H.
         length: L.
         state: N.
         processors: multiprocessors of the GPU.
@@ -174,7 +174,7 @@ def launch_plan(
         ValueError: a negative chunk.
     """
     # Sizes that a tracer keeps open become those that it has seen: another size is traced again.
-    sizes = (int(x) for x in (batch * groups, heads, length, state, processors, chunk))
+    sizes = (int(x) for x in (batch * groups, group_dim, length, state, processors, chunk))
     return _own_choice(*sizes, bool(gradients))
 
 
@@ -184,20 +184,20 @@ def _own_choice(*arguments) -> LaunchPlan:
 
 
 def choose(
-    passes: tuple[Pass, Pass], rows: int, heads: int, length: int, state: int, processors: int,
+    passes: tuple[Pass, Pass], rows: int, group_dim: int, length: int, state: int, processors: int,
     chunk: int, gradients: bool,
 ) -> LaunchPlan:  # fmt: skip
     """:func:`launch_plan` for B x G rows with the given costs of both passes."""
     if chunk < 0:
         raise ValueError(f'launch_plan expects a chunk of 0 (its own choice) or more, got {chunk}.')
-    rows, heads, length = max(1, rows), max(1, heads), max(1, length)
+    rows, group_dim, length = max(1, rows), max(1, group_dim), max(1, length)
 
     def block(which, chunk):
-        return _block(which, chunk >= length, heads, state)
+        return _block(which, chunk >= length, group_dim, state)
 
     def time(chunk):
         return sum(
-            _time(which, block(which, chunk), chunk, rows, heads, length, state, processors)
+            _time(which, block(which, chunk), chunk, rows, group_dim, length, state, processors)
             for which in passes[: 1 + gradients]
         )
 

@@ -278,7 +278,7 @@ extern "C" {
 
 // Filled by cpp.py; every member is 8 bytes. Absent tensors are null.
 struct Arguments {
-  int64_t batch, groups, heads, length, padded_state, softplus, threads;
+  int64_t batch, groups, group_dim, length, padded_state, softplus, threads;
   View u, delta, y;         // y: output
   const float *A, *B, *C;   // (G, NP, H), (B, G, L, NP) twice, in scan order
   const float *D, *bias;    // (G * H) or null
@@ -301,7 +301,7 @@ struct Grid {
   int64_t tiles, blocks, splits, blocks_per_split, chunks, tiles_per_chunk, items;
   explicit Grid(const Arguments& a) {
     tiles = ceil_div(a.length, TILE);
-    blocks = ceil_div(a.heads, W);
+    blocks = ceil_div(a.group_dim, W);
     items = a.batch * a.groups;
     splits = items >= a.threads ? 1 : ceil_div(a.threads, items);
     splits = splits < blocks ? splits : blocks;
@@ -335,10 +335,10 @@ int tile_tokens(const Arguments& a, int64_t tile) {
   return (int)(left < TILE ? left : TILE);
 }
 int block_lanes(const Arguments& a, int64_t block) {
-  int64_t left = a.heads - block * W;
+  int64_t left = a.group_dim - block * W;
   return (int)(left < W ? left : W);
 }
-int64_t state_size(const Arguments& a) { return a.padded_state * a.heads; }  // per item
+int64_t state_size(const Arguments& a) { return a.padded_state * a.group_dim; }  // per item
 
 // Step of one tile, and with SLOPE its derivative.
 template <bool SLOPE>
@@ -392,7 +392,7 @@ void forward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
   vec step[TILE], u[TILE], input[TILE], y[TILE], h[NB];
   for (int64_t block = from; block < to; ++block) {
     const int lanes = block_lanes(a, block);
-    const int64_t c = group * a.heads + block * W;  // channel
+    const int64_t c = group * a.group_dim + block * W;  // channel
     for (int64_t tile = first; tile < last; ++tile) {
       const int count = tile_tokens(a, tile);
       const int64_t t = tile * TILE;
@@ -413,22 +413,22 @@ void forward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
         total += step[i];
       }
       for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const float* A = a.A + (group * NP + n0) * a.heads + block * W;
-        const int64_t offset = item * state_size(a) + n0 * a.heads + block * W;
+        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
+        const int64_t offset = item * state_size(a) + n0 * a.group_dim + block * W;
         float* in = OUT ? a.starts + tile * row + offset : end + offset;
         float* out = OUT ? in + row : in;
         for (int n = 0; n < NB; ++n)
-          h[n] = !OUT && tile == first ? vec{} : load_some(in + n * a.heads, lanes);
-        forward_part<NB, OUT>(count, (int)NP, step, input, A, a.heads, B + n0, C + n0, lanes,
+          h[n] = !OUT && tile == first ? vec{} : load_some(in + n * a.group_dim, lanes);
+        forward_part<NB, OUT>(count, (int)NP, step, input, A, a.group_dim, B + n0, C + n0, lanes,
                               ahead, h, y);
         // The start of the next chunk is known already, and its task may be reading it.
         if (!OUT || tile + 1 < last || last == g.tiles)
-          for (int n = 0; n < NB; ++n) store_some(out + n * a.heads, h[n], lanes);
+          for (int n = 0; n < NB; ++n) store_some(out + n * a.group_dim, h[n], lanes);
       }
       if (OUT) {
         write_tile(a.y, b, c, t, lanes, count, y);
       } else {
-        float* p = sum_step + item * a.heads + block * W;
+        float* p = sum_step + item * a.group_dim + block * W;
         store_some(p, tile == first ? total : load_some(p, lanes) + total, lanes);
       }
     }
@@ -440,10 +440,10 @@ void combine(const Arguments& a, int64_t item, const float* sum_step, const floa
              const float* in, float* out) {
   const float* A = a.A + (item % a.groups) * state_size(a);
   for (int64_t n = 0; n < a.padded_state; ++n)
-    for (int64_t h = 0; h < a.heads; h += W) {
+    for (int64_t h = 0; h < a.group_dim; h += W) {
       const int lanes = block_lanes(a, h / W);
-      const int64_t i = n * a.heads + h, j = item * state_size(a) + i;
-      vec decay = exp2_(load_some(A + i, lanes) * load_some(sum_step + item * a.heads + h, lanes) *
+      const int64_t i = n * a.group_dim + h, j = item * state_size(a) + i;
+      vec decay = exp2_(load_some(A + i, lanes) * load_some(sum_step + item * a.group_dim + h, lanes) *
                         LOG2E);
       vec x = decay * load_some(in + j, lanes) + load_some(end + j, lanes);
       store_some(out + j, x, lanes);
@@ -455,18 +455,18 @@ template <int NB> void forward(const Arguments& a) {
   const int64_t row = g.items * state_size(a);
   std::memset(a.starts, 0, row * sizeof(float));
   if (g.chunks > 1) {
-    std::vector<float> ends((g.chunks - 1) * row), sums((g.chunks - 1) * g.items * a.heads);
+    std::vector<float> ends((g.chunks - 1) * row), sums((g.chunks - 1) * g.items * a.group_dim);
     parallel(g.items * g.splits * (g.chunks - 1), a.threads, [&](int64_t i) {
       const int64_t chunk = i % (g.chunks - 1), split = i / (g.chunks - 1) % g.splits;
       const int64_t first = chunk * g.tiles_per_chunk;
       forward_task<NB, false>(a, g, i / (g.chunks - 1) / g.splits, split, first,
                               first + g.tiles_per_chunk, &ends[chunk * row],
-                              &sums[chunk * g.items * a.heads]);
+                              &sums[chunk * g.items * a.group_dim]);
     });
     parallel(g.items, a.threads, [&](int64_t item) {
       for (int64_t chunk = 0; chunk + 1 < g.chunks; ++chunk) {
         float* from = a.starts + chunk * g.tiles_per_chunk * row;
-        combine(a, item, &sums[chunk * g.items * a.heads], &ends[chunk * row], from,
+        combine(a, item, &sums[chunk * g.items * a.group_dim], &ends[chunk * row], from,
                 from + g.tiles_per_chunk * row);
       }
     });
@@ -580,20 +580,20 @@ void adjoint_task(const Arguments& a, const Grid& g, int64_t item, int64_t split
     const float* C = a.C + (item * a.length + t) * NP;
     for (int64_t block = from; block < to; ++block) {
       const int lanes = block_lanes(a, block);
-      const int64_t c = group * a.heads + block * W;
+      const int64_t c = group * a.group_dim + block * W;
       make_steps<false>(a, b, c, t, lanes, count, step, nullptr);
       read_tile(a.grad_y, b, c, t, lanes, count, grad_y);
       vec total = {};
       for (int i = 0; i < count; ++i) total += step[i];
-      float* p = sum_step + item * a.heads + block * W;
+      float* p = sum_step + item * a.group_dim + block * W;
       store_some(p, tile == last - 1 ? total : load_some(p, lanes) + total, lanes);
       for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const float* A = a.A + (group * NP + n0) * a.heads + block * W;
-        float* g_io = end + item * state_size(a) + n0 * a.heads + block * W;
+        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
+        float* g_io = end + item * state_size(a) + n0 * a.group_dim + block * W;
         for (int n = 0; n < NB; ++n)
-          adjoint[n] = tile == last - 1 ? vec{} : load_some(g_io + n * a.heads, lanes);
-        adjoint_part<NB>(count, (int)NP, step, grad_y, A, a.heads, C + n0, lanes, adjoint);
-        for (int n = 0; n < NB; ++n) store_some(g_io + n * a.heads, adjoint[n], lanes);
+          adjoint[n] = tile == last - 1 ? vec{} : load_some(g_io + n * a.group_dim, lanes);
+        adjoint_part<NB>(count, (int)NP, step, grad_y, A, a.group_dim, C + n0, lanes, adjoint);
+        for (int n = 0; n < NB; ++n) store_some(g_io + n * a.group_dim, adjoint[n], lanes);
       }
     }
   }
@@ -616,13 +616,13 @@ void backward_task(const Arguments& a, const Grid& g, int64_t item, int64_t spli
     std::memset((void*)s.sum_B, 0, 2 * TILE * NP * sizeof(vec));
     for (int64_t block = from; block < to; ++block) {
       const int lanes = block_lanes(a, block);
-      const int64_t c = group * a.heads + block * W;
+      const int64_t c = group * a.group_dim + block * W;
       // Next come the following block, or the first block of the tile on the left.
       Ahead<3, 2> ahead;
       const int64_t next_tile = block + 1 < to ? tile : tile - 1;
       if (next_tile >= first) {
         const int64_t next = block + 1 < to ? block + 1 : from;
-        const int64_t c1 = group * a.heads + next * W, t1 = next_tile * TILE;
+        const int64_t c1 = group * a.group_dim + next * W, t1 = next_tile * TILE;
         const int lanes1 = block_lanes(a, next), count1 = tile_tokens(a, next_tile);
         const View* views[] = {&a.delta, &a.u, &a.grad_y, &a.grad_u, &a.grad_delta};
         ahead.aim(views, b, c1, t1, lanes1, count1);
@@ -635,22 +635,22 @@ void backward_task(const Arguments& a, const Grid& g, int64_t item, int64_t spli
         grad_input[i] = grad_step[i] = vec{};
       }
       for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const int64_t offset = item * state_size(a) + n0 * a.heads + block * W;
-        const float* A = a.A + (group * NP + n0) * a.heads + block * W;
+        const int64_t offset = item * state_size(a) + n0 * a.group_dim + block * W;
+        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
         for (int n = 0; n < NB; ++n) {
-          s.state[n] = load_some(a.starts + tile * row + offset + n * a.heads, lanes);
-          h[n] = load_some(adjoint + offset + n * a.heads, lanes);
+          s.state[n] = load_some(a.starts + tile * row + offset + n * a.group_dim, lanes);
+          h[n] = load_some(adjoint + offset + n * a.group_dim, lanes);
           dA[n] = vec{};
         }
-        backward_part<NB>(count, (int)NP, step, input, grad_y, A, a.heads, a.B + bc + n0,
+        backward_part<NB>(count, (int)NP, step, input, grad_y, A, a.group_dim, a.B + bc + n0,
                           a.C + bc + n0, lanes, s, (int)n0, ahead, h, dA, grad_input,
                           grad_step);
         for (int n = 0; n < NB; ++n) {
-          store_some(adjoint + offset + n * a.heads, h[n], lanes);
-          add_some(sums.A + offset + n * a.heads, dA[n], lanes, tile == last - 1);
+          store_some(adjoint + offset + n * a.group_dim, h[n], lanes);
+          add_some(sums.A + offset + n * a.group_dim, dA[n], lanes, tile == last - 1);
         }
       }
-      const int64_t i_c = b * a.groups * a.heads + c;
+      const int64_t i_c = b * a.groups * a.group_dim + c;
       vec skip = a.D ? load_some(a.D + c, lanes) : vec{};
       vec dD = {}, dbias = {};
       for (int i = 0; i < count; ++i) {
@@ -693,7 +693,7 @@ void add_rows(float* out, const float* rows, int64_t count, int64_t size, int64_
 
 template <int NB> void backward(const Arguments& a) {
   const Grid g(a);
-  const int64_t row = g.items * state_size(a), channels = g.items * a.heads;
+  const int64_t row = g.items * state_size(a), channels = g.items * a.group_dim;
   const int64_t tokens = g.items * a.length * a.padded_state;
   std::vector<float> adjoint(g.chunks * row);  // what comes into each chunk from the right
   float* from_right = &adjoint[(g.chunks - 1) * row];

@@ -8,13 +8,9 @@ Arithmetic is float32; offsets that grow with a tensor's size are int64.
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ..selective_scan.kernels.common import sigmoid
+
 _SIZES = ['batch', 'walks', 'tokens', 'steps', 'tiles']
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
@@ -62,7 +58,7 @@ def walk_conv_kernel(
     )  # fmt: skip
     slot = _visited(p_slots, o_s, steps)
     p_out += ((i_k * batch + i_b) * steps + slot)[:, None] * channels + o_d[None, :]
-    b_y = b_c * _sigmoid(b_c)
+    b_y = b_c * sigmoid(b_c)
     tl.store(p_out, b_y.to(p_out.dtype.element_ty), mask=(slot >= 0)[:, None] & m_d[None, :])
 
 
@@ -102,7 +98,7 @@ def walk_conv_weights_kernel(
         m_y = (slot >= 0)[:, None] & m_d[None, :]
         o_dout = slot[:, None] * dout_sl + o_d[None, :] * dout_sd
         b_g = tl.load(p_dout + o_dout, mask=m_y, other=0.0)
-        b_sig = _sigmoid(b_c)
+        b_sig = sigmoid(b_c)
         b_g = b_g.to(tl.float32) * b_sig * (1.0 + b_c * (1.0 - b_sig))
         p = p_g + slot[:, None] * channels + o_d[None, :]
         tl.store(p, b_g.to(p_g.dtype.element_ty), mask=m_y)

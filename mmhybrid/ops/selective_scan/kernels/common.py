@@ -1,0 +1,115 @@
+"""What the kernels of both passes share: layout of arguments, arithmetic of a step, the carry."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Numbers that follow the size of the image: a kernel is compiled once for all their values.
+SIZES = [
+    'batch', 'groups', 'length', 'chunk', 'n_chunks', 'n_blocks', 'order_sg',
+    'B_sb', 'B_sg', 'B_sl', 'C_sb', 'C_sg', 'C_sl',
+]  # fmt: skip
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) with one exponential: log1p on [0, 1] is a polynomial of degree nine."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = -0.0032440233044326305
+    p = p * e + 0.019851453602313995
+    p = p * e - 0.05695951730012894
+    p = p * e + 0.10603653639554977
+    p = p * e - 0.15305592119693756
+    p = p * e + 0.1967593878507614
+    p = p * e - 0.24954134225845337
+    p = p * e + 0.3332996368408203
+    p = p * e - 0.4999990165233612
+    p = p * e + 1.0
+    return tl.maximum(x, 0.0) + p * e
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def token_at(p_order, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
+    """Index of the token visited at position s, and whether there is one (a table may say -1).
+
+    Positions behind the end repeat the last token, so that loads need no mask.
+    """
+    position = tl.minimum(s, length - 1)
+    if REVERSE:
+        position = length - 1 - position
+    if ORDER:
+        token = tl.load(p_order + position).to(tl.int64)
+        live = token >= 0
+        return tl.maximum(token, 0), live
+    else:
+        return position.to(tl.int64), position >= 0
+
+
+@triton.jit
+def load_channels(p, m_d, EVEN: tl.constexpr):
+    """A block of channels as float32; the masked form costs a move per register."""
+    if EVEN:
+        return tl.load(p).to(tl.float32)
+    else:
+        return tl.load(p, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def step_size(b_delta, b_bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """The step of a token from what was given for it: plus the bias, through softplus."""
+    if HAS_BIAS:
+        b_delta = b_delta + b_bias
+    if SOFTPLUS:
+        b_delta = softplus(b_delta)
+    return b_delta
+
+
+@triton.jit(do_not_specialize=['n_chunks'])
+def scan_carry_kernel(
+    p_state, p_sum, p_A, p_first,
+    channels, n_chunks, n_blocks,
+    N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_FIRST: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Replace what each chunk adds to the state by the state that enters it, in place.
+
+    p_state (B, NC, N, D); the decay of a chunk is exp(A p_sum), p_sum (B, NC, D). BACKWARD runs
+    from the last chunk to the first, for the gradient of the state, from p_first (B, D, N).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_block = pid % n_blocks
+    n = (pid // n_blocks) % N
+    i_b = pid // (n_blocks * N)
+    channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
+    o_d = i_block * BLOCK + tl.arange(0, BLOCK)
+    m_d = o_d < channels
+    b_A = tl.load(p_A + o_d * N + n, mask=m_d, other=0.0) * LOG2E
+    b_h = tl.zeros([BLOCK], tl.float32)
+    if HAS_FIRST:
+        b_h = tl.load(p_first + (i_b * channels + o_d) * N + n, mask=m_d, other=0.0)
+    p_sum += i_b * n_chunks * channels + o_d
+    p_state += (i_b * n_chunks * N + n) * channels + o_d
+    for c0 in range(0, n_chunks, UNROLL):
+        # The loads of several chunks are in flight together; only the multiply-adds are in turn.
+        add_k = ()
+        sum_k = ()
+        for k in tl.static_range(UNROLL):
+            c = tl.minimum(c0 + k, n_chunks - 1)
+            if BACKWARD:
+                c = n_chunks - 1 - c
+            sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_d, other=0.0),)
+            add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_d, other=0.0),)
+        for k in tl.static_range(UNROLL):
+            c = tl.minimum(c0 + k, n_chunks - 1)
+            m_c = c0 + k < n_chunks
+            if BACKWARD:
+                c = n_chunks - 1 - c
+            tl.store(p_state + c * N * channels, b_h, mask=m_d & m_c)
+            b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]

@@ -1,0 +1,127 @@
+"""The forward kernel: one sweep over a chunk, in one of three modes."""
+
+import triton
+import triton.language as tl
+
+from .common import LOG2E, SIZES, load_channels, sigmoid, step_size, token_at
+
+# What one launch of the forward kernel is for.
+SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
+AGGREGATE = tl.constexpr(1)  # the end state and the summed step of every chunk, from zero states
+FINAL = tl.constexpr(2)  # every chunk again, from the state that the carry kernel left for it
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scan_forward_kernel(
+    p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_order, p_out, p_last, p_state, p_sum,
+    u_sb, u_sg, u_sd, u_sl, delta_sb, delta_sg, delta_sd, delta_sl,
+    B_sb, B_sg, B_sn, B_sl, C_sb, C_sg, C_sn, C_sl,
+    z_sb, z_sg, z_sd, z_sl, out_sb, out_sg, out_sd, out_sl, order_sg,
+    group_dim, groups, length, chunk, n_chunks, n_blocks,
+    N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MODE: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
+
+    p_state (B, NC, N, D) and p_sum (B, NC, D) are float32: AGGREGATE writes the end states of the
+    chunks and their summed steps, FINAL reads the states before the chunks. p_last is (B, D, N).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_block = pid % n_blocks
+    i_g = (pid // n_blocks) % groups
+    i_c = (pid // (n_blocks * groups)) % n_chunks
+    i_b = pid // (n_blocks * groups * n_chunks)
+
+    o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    m_d = o_h < group_dim
+    o_d = i_g * group_dim + o_h
+    p_u += i_b * u_sb + i_g * u_sg + o_h * u_sd
+    p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
+    p_B += i_b * B_sb + i_g * B_sg
+    p_C += i_b * C_sb + i_g * C_sg
+    p_out += i_b * out_sb + i_g * out_sg + o_h * out_sd
+    if HAS_Z:
+        p_z += i_b * z_sb + i_g * z_sg + o_h * z_sd
+    if ORDER:
+        p_order += i_g * order_sg
+    channels = groups.to(tl.int64) * group_dim
+    p_state += (i_b * n_chunks + i_c) * N * channels + o_d
+    p_A += o_d * N
+
+    b_bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        b_bias = load_channels(p_bias + o_d, m_d, EVEN)
+    b_skip = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        b_skip = load_channels(p_D + o_d, m_d, EVEN)
+    b_A = ()
+    b_h = ()
+    for n in tl.static_range(N):
+        b_A = b_A + (load_channels(p_A + n, m_d, EVEN) * LOG2E,)
+        if MODE == FINAL:
+            b_h = b_h + (load_channels(p_state + n * channels, m_d, EVEN),)
+        else:
+            b_h = b_h + (tl.zeros([BLOCK], tl.float32),)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+
+    first = i_c.to(tl.int32) * chunk
+    for s0 in range(first, tl.minimum(first + chunk, length), UNROLL):
+        # All loads of a group of tokens come before its stores: nothing tells the compiler that
+        # the output overlaps no input, so it moves no load over a store.
+        u_k = ()
+        delta_k = ()
+        z_k = ()
+        token_k = ()
+        store_k = ()
+        for k in tl.static_range(UNROLL):
+            token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
+            b_u = load_channels(p_u + token * u_sl, m_d, EVEN)
+            b_delta = load_channels(p_delta + token * delta_sl, m_d, EVEN)
+            if ORDER:
+                b_u = tl.where(live, b_u, 0.0)
+                b_delta = tl.where(live, b_delta, 0.0)
+            if HAS_Z and MODE != AGGREGATE:
+                z_k = z_k + (load_channels(p_z + token * z_sl, m_d, EVEN),)
+            u_k = u_k + (b_u,)
+            delta_k = delta_k + (b_delta,)
+            token_k = token_k + (token,)
+            store_k = store_k + (live & (s0 + k < length),)
+        y_k = ()
+        for k in tl.static_range(UNROLL):
+            # A step of zero leaves the state alone: that is all a ragged end needs.
+            b_delta = step_size(delta_k[k], b_bias, HAS_BIAS, SOFTPLUS)
+            b_delta = tl.where(s0 + k < length, b_delta, 0.0)
+            b_x = b_delta * u_k[k]
+            b_y = b_skip * u_k[k]
+            b_next = ()
+            for n in tl.static_range(N):
+                b_B = tl.load(p_B + n * B_sn + token_k[k] * B_sl).to(tl.float32)
+                b_state = tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B
+                b_next = b_next + (b_state,)
+                if MODE != AGGREGATE:
+                    b_C = tl.load(p_C + n * C_sn + token_k[k] * C_sl).to(tl.float32)
+                    b_y += b_state * b_C
+            b_h = b_next
+            if MODE == AGGREGATE:
+                b_sum += b_delta
+            else:
+                if HAS_Z:
+                    b_y = b_y * z_k[k] * sigmoid(z_k[k])
+                y_k = y_k + (b_y,)
+        if MODE != AGGREGATE:
+            for k in tl.static_range(UNROLL):
+                tl.store(
+                    p_out + token_k[k] * out_sl,
+                    y_k[k].to(p_out.dtype.element_ty),
+                    mask=m_d & store_k[k],
+                )
+
+    if MODE == AGGREGATE:
+        for n in tl.static_range(N):
+            tl.store(p_state + n * channels, b_h[n], mask=m_d)
+        tl.store(p_sum + (i_b * n_chunks + i_c) * channels + o_d, b_sum, mask=m_d)
+    else:
+        p_last += (i_b * channels + o_d) * N
+        for n in tl.static_range(N):
+            tl.store(p_last + n, b_h[n], mask=m_d & (i_c == n_chunks - 1))
