@@ -40,9 +40,9 @@ def by_name(paths):
 
 
 every_config = pytest.mark.parametrize('path', by_name(CONFIGS))
-# The mini configs are our own: they have no published recipe to be equal to.
-published_config = pytest.mark.parametrize(
-    'path', by_name([path for path in CONFIGS if '_mini_' not in path.stem]))
+# The mini and tight configs are our own: they have no published recipe to be equal to.
+PUBLISHED = [path for path in CONFIGS if not re.search('_(mini|tight)_', path.stem)]
+published_config = pytest.mark.parametrize('path', by_name(PUBLISHED))
 
 
 def build_on_meta(cfg):
@@ -81,7 +81,7 @@ def test_the_promised_configs_exist():
 
 
 def test_every_published_config_has_a_recipe_to_be_checked_against():
-    assert {path.stem for path in CONFIGS if '_mini_' not in path.stem} == set(RECIPES)
+    assert {path.stem for path in PUBLISHED} == set(RECIPES)
 
 
 @published_config
@@ -315,7 +315,7 @@ def test_the_full_model_has_the_official_keys(path):
                 if name.startswith('backbone.')}
     others = {name for name in state if not name.startswith('backbone.')}
 
-    if '_mini_' in path.stem:
+    if path not in PUBLISHED:
         # An arch and heads of our own: the same kinds of parameters, in other numbers.
         family = load(path).model.backbone.type.partition('.')[2]
         known = {pattern(name) for listed in MINI_KEYS[family] for name in official_keys(listed)}
@@ -373,7 +373,7 @@ def drop_path_rates(backbone):
 def test_drop_path_really_is_what_the_published_models_used(path):
     cfg = load(path)
     rates = drop_path_rates(full_model(path).backbone)
-    if '_mini_' in path.stem:
+    if path not in PUBLISHED:
         expected = cfg.model.backbone.get('drop_path_rate', 0.2)
     else:
         expected = RECIPES[path.stem]['drop_path']
@@ -663,7 +663,7 @@ def test_pipelines_run_as_they_are(path, mini_sets):
         assert sample.gt_sem_seg.shape == sample.ori_shape
     choices = [len(step) for step in cfg.tta_pipeline[-1].transforms]
     assert len(images['tta']['inputs']) == np.prod(choices)
-    if '_mini_' not in path.stem:
+    if path in PUBLISHED:
         assert np.prod(choices) == (2 if 'roi_head' in cfg.model else 6 * 2)
     assert {sample.flip for sample in images['tta']['data_samples']} == {False, True}
     if test_scale:
@@ -684,8 +684,7 @@ def metafile_models():
 
 def test_the_model_index_lists_every_published_config_once():
     listed = [model['Config'] for model in metafile_models()]
-    assert sorted(listed) == [
-        f'configs/{path.name}' for path in CONFIGS if '_mini_' not in path.stem]
+    assert sorted(listed) == [f'configs/{path.name}' for path in PUBLISHED]
     # mmengine looks a config up by what follows the first slash.
     assert [path.partition('/')[-1] for path in listed] == [Path(path).name for path in listed]
 
@@ -760,7 +759,7 @@ def test_mmengine_finds_a_config_and_its_weights_through_the_index(tmp_path):
     for name in ('configs', 'model-index.yml'):
         (installed / name).symlink_to(ROOT / name)
     for path in CONFIGS:
-        if '_mini_' not in path.stem:
+        if path in PUBLISHED:
             found = _get_cfg_metainfo(str(tmp_path), path.name)
             assert found['Name'] == path.stem
             assert (installed / found['Config']).samefile(path)

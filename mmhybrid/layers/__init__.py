@@ -14,12 +14,12 @@ from .precision import at_least_float32
 from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate
 from .ss2d import SS2D, LocalSS2D
-from .window import window_partition, window_unpartition
+from .window import near_equal, window_partition, window_unpartition
 
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
     'Downsample', 'DropPath', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
     'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'Rope2d', 'VimMixer',
-    'at_least_float32', 'drop_path_or_identity', 'map_linear', 'merge_directions', 'recomputed',
-    'resize_grid', 'rotate', 'token_linear', 'window_partition', 'window_unpartition'
+    'at_least_float32', 'drop_path_or_identity', 'map_linear', 'merge_directions', 'near_equal',
+    'recomputed', 'resize_grid', 'rotate', 'token_linear', 'window_partition', 'window_unpartition'
 ]

@@ -1,6 +1,8 @@
 """Multi-head self-attention."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,10 +31,21 @@ class Attention(nn.Module):
         self.qkv = token_linear(dim, 3 * dim)
         self.proj = token_linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, L, C) in and out."""
+    def forward(self, x: Tensor, kept: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Attend to all tokens.
+
+        Args:
+            x: (B, L, C).
+            kept: picks the tokens whose outputs are wanted, (B, L, ...) to (B, L', ...); None for
+                all.
+
+        Returns:
+            (B, L', C).
+        """
         B, L, C = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each: B heads L head_width
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, L, C))
+        q, k, v = qkv.unbind(2)  # each: B L heads head_width
+        if kept is not None:
+            q = kept(q)
+        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return self.proj(x.transpose(1, 2).flatten(2))

@@ -1,49 +1,73 @@
-"""Maps to windows of tokens and back: a pair of pure functions."""
+"""Maps to windows of tokens and back, and windows that fit a map: pure functions."""
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['window_partition', 'window_unpartition']
+__all__ = ['near_equal', 'window_partition', 'window_unpartition']
 
 
-def window_partition(x: Tensor, window: int) -> Tensor:
-    """Cut a map into square windows of tokens.
+def window_partition(x: Tensor, window: int | tuple[int, int]) -> Tensor:
+    """Cut a map into windows of tokens.
 
     The map is padded with zeros on the right and at the bottom up to multiples of the window.  The
     padding becomes ordinary tokens.
 
     Args:
         x: (B, C, H, W).
-        window: side of a window in pixels.
+        window: side of a window in pixels, or its height h and width w.
 
     Returns:
-        (B * rows * columns, window * window, C), contiguous; the image is the slowest part of the
-        first axis, tokens are in row-major order.
+        (B * rows * columns, h * w, C), contiguous; the image is the slowest part of the first
+        axis, tokens are in row-major order.
     """
     B, C, H, W = x.shape
-    rows, columns = -(-H // window), -(-W // window)
-    if rows * window != H or columns * window != W:
-        x = F.pad(x, (0, columns * window - W, 0, rows * window - H))
-    x = x.reshape(B, C, rows, window, columns, window).permute(0, 2, 4, 3, 5, 1)
+    h, w = _sides(window)
+    rows, columns = -(-H // h), -(-W // w)
+    if rows * h != H or columns * w != W:
+        x = F.pad(x, (0, columns * w - W, 0, rows * h - H))
+    x = x.reshape(B, C, rows, h, columns, w).permute(0, 2, 4, 3, 5, 1)
     # contiguous: with one window the reshape may be a strided view, which every layer would copy
-    return x.reshape(B * rows * columns, window * window, C).contiguous()
+    return x.reshape(B * rows * columns, h * w, C).contiguous()
 
 
-def window_unpartition(tokens: Tensor, window: int, size: tuple[int, int]) -> Tensor:
+def window_unpartition(tokens: Tensor, window: int | tuple[int, int],
+                       size: tuple[int, int]) -> Tensor:
     """Undo :func:`window_partition` and crop the padding.
 
     Args:
-        tokens: (B * rows * columns, window * window, C).
-        window: side of a window in pixels.
+        tokens: (B * rows * columns, h * w, C).
+        window: side of a window in pixels, or its height h and width w.
         size: (H, W) of the map before padding.
 
     Returns:
         (B, C, H, W); a view with channels last in memory.
     """
     H, W = size
-    rows, columns = -(-H // window), -(-W // window)
+    h, w = _sides(window)
+    rows, columns = -(-H // h), -(-W // w)
     C = tokens.shape[-1]
-    x = tokens.view(-1, rows, columns, window, window, C).transpose(2, 3)
-    x = x.reshape(-1, rows * window, columns * window, C)[:, :H, :W]
+    x = tokens.view(-1, rows, columns, h, w, C).transpose(2, 3)
+    x = x.reshape(-1, rows * h, columns * w, C)[:, :H, :W]
     return x.permute(0, 3, 1, 2)
+
+
+def near_equal(side: int, window: int) -> list[tuple[int, int]]:
+    """Cut a side into as few windows as have no more than ``window`` pixels, and need no padding.
+
+    Args:
+        side: pixels of the map.
+        window: pixels of a window at most.
+
+    Returns:
+        One pair (number, pixels) where the windows come out equal, else two, the wider first;
+        their pixels differ by one.
+    """
+    number = -(-side // window)
+    pixels, wider = divmod(side, number)
+    pairs = (wider, pixels + 1), (number - wider, pixels)
+    return [pair for pair in pairs if pair[0]]
+
+
+def _sides(window: int | tuple[int, int]) -> tuple[int, int]:
+    return window if isinstance(window, tuple) else (window, window)

@@ -12,7 +12,15 @@ from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
-from mmhybrid.layers import Attention, DropPath, LayerNorm2d, MambaVisionMixer
+from mmhybrid.layers import (
+    Attention,
+    DropPath,
+    LayerNorm2d,
+    MambaVisionMixer,
+    near_equal,
+    window_partition,
+    window_unpartition,
+)
 from mmhybrid.models import MambaVision, MambaVisionClassifier, MM_mamba_vision
 from mmhybrid.models.backbones.mambavision import (
     ARCHITECTURES,
@@ -235,6 +243,101 @@ def test_autocast_stays_close_and_trains():
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
 
 
+# ------------------------------------------------------------------------------- windows
+
+
+def tight(window_size, **arguments):
+    return fill_state_dict(toy(windows='tight', window_size=window_size, **arguments), dt_bias=-1.)
+
+
+def test_tight_windows_that_hold_the_map_are_one_result():
+    """Of a 7 x 11 map in stage 3 and a 4 x 6 map in stage 4."""
+    x = torch.randn(2, 3, 97, 161)
+    with torch.no_grad():
+        expected = tight((8, 8, 11, 6)).eval()(x)
+        for windows in ((8, 8, 14, 7), (8, 8, 112, 56), (8, 8, 160, 80)):
+            for a, b in zip(tight(windows).eval()(x), expected, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_tight_windows_are_published_windows_where_nothing_is_padded():
+    x = torch.randn(2, 3, 96, 64)  # 6 x 4 and 3 x 2
+    published = fill_state_dict(toy(window_size=(8, 8, 2, 1)), dt_bias=-1.).eval()
+    with torch.no_grad():
+        for a, b in zip(tight((8, 8, 2, 1)).eval()(x), published(x), strict=True):
+            assert_near(a, b)
+
+
+@pytest.mark.parametrize('window', [1, 3, 4, 5, 7, 16])
+def test_tight_stage_runs_each_window_by_itself(window):
+    """Against the blocks on one window at a time, cut by hand."""
+    H, W = 7, 11
+    stage = fill_state_dict(HybridStage(32, 4, window, [0.] * 3, tight=True).eval(), dt_bias=-1.)
+    x = torch.randn(2, 32, H, W)
+    out = torch.full_like(x, torch.nan)
+    with torch.no_grad():
+        for rows in np.array_split(range(H), -(-H // window)):
+            for columns in np.array_split(range(W), -(-W // window)):
+                box = (..., slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+                tokens = x[box].flatten(2).transpose(1, 2)
+                assert max(len(rows), len(columns)) <= window
+                for block in stage.blocks:
+                    tokens = block(tokens)
+                out[box] = tokens.transpose(1, 2).unflatten(2, (len(rows), len(columns)))
+        assert_near(stage(x), out)
+
+
+@pytest.mark.parametrize('size', [(8, 8), (7, 11), (3, 3), (8, 3), (9, 4), (1, 13)])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_padded_queries_of_the_last_attention_are_not_computed(size, with_cp, monkeypatch):
+    """Outputs and gradients are those of a stage that computes them and throws them away."""
+    stage = HybridStage(32, 4, 4, [0.] * 4, downsample=False, with_cp=with_cp)
+    fill_state_dict(stage, dt_bias=-1.)
+    x = torch.randn(2, 32, *size, requires_grad=True)
+    tokens = window_partition(x, 4)
+    for block in stage.blocks:
+        tokens = block(tokens)
+    expected = window_unpartition(tokens, 4, size)
+    cotangent = torch.randn_like(expected)
+    leaves = dict(stage.named_parameters(), x=x)
+    wanted = torch.autograd.grad(expected, leaves.values(), cotangent)
+
+    queries = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, 'scaled_dot_product_attention',
+        lambda q, k, v: queries.append((q.shape[0] * q.shape[2], k.shape[2])) or real(q, k, v))
+    out = stage(x)
+    monkeypatch.undo()
+    padded, whole = tokens.shape[0] * 16, 2 * size[0] * size[1]
+    assert queries[0] == (padded, 16)
+    assert sum(number for number, _ in queries[1:]) == whole
+    assert {keys for _, keys in queries} == {16}
+    assert_near(out, expected)
+    for name, a, b in zip(leaves, torch.autograd.grad(out, leaves.values(), cotangent), wanted,
+                          strict=True):
+        assert_near(a, b, name)
+
+
+def test_tight_windows_train():
+    net = tight((8, 8, 4, 3), drop_path_rate=0.5, with_cp=True)
+    sum(out.square().mean() for out in net(torch.randn(2, 3, 97, 161))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize('side, window, expected', [
+    (7, 14, [(1, 7)]), (14, 7, [(2, 7)]), (50, 14, [(2, 13), (2, 12)]), (5, 4, [(1, 3), (1, 2)]),
+    (1, 1, [(1, 1)]), (9, 1, [(9, 1)]), (25, 56, [(1, 25)]),
+])
+def test_near_equal(side, window, expected):
+    assert near_equal(side, window) == expected
+
+
+def assert_near(a, b, name=''):
+    scale = b.abs().max().item()
+    assert (a - b).abs().max().item() <= 2e-5 * max(scale, 1e-3), name
+
+
 # ------------------------------------------------------------------------------- arguments
 
 
@@ -309,7 +412,8 @@ def test_checkpointing_gives_equal_maps_gradients_and_statistics():
 def test_checkpointing_runs_blocks_again(monkeypatch):
     calls = []
     forward = HybridBlock.forward
-    monkeypatch.setattr(HybridBlock, 'forward', lambda self, x: calls.append(1) or forward(self, x))
+    monkeypatch.setattr(HybridBlock, 'forward',
+                        lambda self, *inputs: calls.append(1) or forward(self, *inputs))
     for with_cp, expected in ((False, 5), (True, 10)):
         calls.clear()
         sum(out.sum() for out in toy(with_cp=with_cp)(torch.randn(1, 3, 32, 32))).backward()
@@ -328,6 +432,7 @@ def test_checkpointing_runs_blocks_again(monkeypatch):
     (dict(arch=dict(TOY, depths=(1, 2, 3, 0))), ValueError, "got 0 for arch\\['depths'\\]"),
     (dict(arch=dict(TOY, num_heads=(1, 1, 3, 4))), ValueError, 'num_heads=3 for 32 channels'),
     (dict(arch=dict(TOY, mlp_ratio=0)), ValueError, 'positive'),
+    (dict(windows='tite'), ValueError, "windows='tite'; did you mean 'tight'"),
     (dict(window_size=7), TypeError, 'window_size=7, expected integers'),
     (dict(window_size=(8, 8, 14)), ValueError, 'expected 4, one per stage'),
     (dict(window_size=(8, 8, 14, 0)), ValueError, 'got 0 for window_size'),

@@ -24,7 +24,8 @@ LOCAL = dict(directions=[['w2', 'h']] * 5, v_restore='released')
 # class: (settings that build it, another value for each of its arguments)
 SETTINGS = {
     'MambaVision': (dict(arch=HYBRID), dict(
-        DENSE, arch=dict(HYBRID, dim=8), window_size=(8, 8, 6, 3), out_indices=(1, 3),
+        DENSE, arch=dict(HYBRID, dim=8), window_size=(8, 8, 6, 3), windows='tight',
+        out_indices=(1, 3),
         layer_scale=0.5, norm_eval=True, out_norm='bn', fused_mixer=False, lean_mixer=True)),
     'VMamba': (dict(arch=STAGED), dict(
         DENSE, arch=dict(STAGED, dim=8), out_indices=(1,))),
@@ -37,7 +38,7 @@ SETTINGS = {
         DENSE, **LOCAL_VIM, arch=dict(PLAIN, dim=8), out_indices=(0,))),
     'MambaVisionClassifier': (dict(arch=HYBRID), dict(
         COMMON, arch=dict(HYBRID, dim=8), num_classes=3, window_size=(8, 8, 6, 3),
-        layer_scale=0.5)),
+        windows='tight', layer_scale=0.5)),
     'VMambaClassifier': (dict(arch=STAGED), dict(
         COMMON, arch=dict(STAGED, dim=8), num_classes=3)),
     'LocalVMambaClassifier': (dict(arch=STAGED, directions='unsearched'), dict(

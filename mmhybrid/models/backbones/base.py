@@ -140,10 +140,13 @@ class StagedBackbone(DenseBackbone):
         return sum(len(stage.blocks) for stage in self.stages) + 2
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool) -> Tensor:
-    """Apply blocks in order, recomputing them in the backward pass if ``with_cp``."""
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool, *more) -> Tensor:
+    """Apply blocks in order, recomputing them in the backward pass if ``with_cp``.
+
+    ``more`` are further arguments of every block.
+    """
     for block in blocks:
-        x = recomputed(block, x) if with_cp and x.requires_grad else block(x)
+        x = recomputed(block, x, *more) if with_cp and x.requires_grad else block(x, *more)
     return x
 
 
@@ -216,6 +219,12 @@ def check_rate(name: str, value: float) -> None:
     check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f'got {name}={value}, expected 0 <= rate < 1')
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse anything but one of the named choices."""
+    if value not in choices:
+        raise ValueError(f'got {name}={value!r}; {suggestion(str(value), choices)}')
 
 
 def check_flags(**flags: bool) -> None:

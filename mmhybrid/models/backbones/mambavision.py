@@ -8,7 +8,8 @@ between stages, tokens are (B * windows, L, C) inside stages 3 and 4.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from mmhybrid.layers import (
     MambaVisionMixer,
     Mlp,
     drop_path_or_identity,
+    near_equal,
     window_partition,
     window_unpartition,
 )
@@ -31,6 +33,7 @@ from mmhybrid.registry import MODELS
 from ..arguments import strict_arguments
 from .base import (
     StagedBackbone,
+    check_choice,
     check_flags,
     check_integers,
     check_number,
@@ -91,9 +94,20 @@ class HybridBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path_or_identity(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, L, C) in and out; drop path acts per entry of the first axis."""
-        y = self.mixer(self.norm1(x))
+    def forward(self, x: Tensor, kept: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Mix tokens, then channels; drop path acts per entry of the first axis.
+
+        Args:
+            x: (B, L, C).
+            kept: see :class:`mmhybrid.layers.Attention`, which the mixer then must be.
+
+        Returns:
+            (B, L', C), the kept tokens.
+        """
+        if kept is None:
+            y = self.mixer(self.norm1(x))
+        else:
+            y, x = self.mixer(self.norm1(x), kept), kept(x)
         x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
         y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
@@ -132,6 +146,7 @@ class HybridStage(nn.Module):
         num_heads: heads of the attention blocks.
         window: side of a window in pixels of this stage's map.
         drop_paths: one stochastic depth rate per block.
+        tight: whether windows are cut to fit the map, so that nothing is padded.
         mlp_ratio: hidden width of the MLPs over C.
         layer_scale: see :class:`HybridBlock`.
         downsample: whether the stage owns the convolution that leads to the next stage.
@@ -140,10 +155,11 @@ class HybridStage(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_paths: Sequence[float],
-                 mlp_ratio: float = 4, layer_scale: float | None = None, downsample: bool = True,
-                 with_cp: bool = False, mixer: dict | None = None):
+                 tight: bool = False, mlp_ratio: float = 4, layer_scale: float | None = None,
+                 downsample: bool = True, with_cp: bool = False, mixer: dict | None = None):
         super().__init__()
         self.window = window
+        self.tight = tight
         self.with_cp = with_cp
         scans = len(drop_paths) - len(drop_paths) // 2
         self.blocks = nn.ModuleList(
@@ -157,8 +173,54 @@ class HybridStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
-        tokens = run_blocks(self.blocks, window_partition(x, self.window), self.with_cp)
-        return window_unpartition(tokens, self.window, tuple(x.shape[-2:]))
+        return self._tight(x) if self.tight else self._padded(x)
+
+    def _tight(self, x: Tensor) -> Tensor:
+        """Windows of nearly equal size, the equal ones together: windows exchange nothing."""
+        rows, columns = (near_equal(side, self.window) for side in x.shape[-2:])
+
+        def run(part: Tensor, window: tuple[int, int]) -> Tensor:
+            tokens = run_blocks(self.blocks, window_partition(part, window), self.with_cp)
+            return window_unpartition(tokens, window, tuple(part.shape[-2:]))
+
+        heights, widths = ([number * side for number, side in cut] for cut in (rows, columns))
+        parts = [band.split(widths, 3) for band in x.split(heights, 2)]
+        return _patchwork(parts, rows, columns, run)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Windows of one size; of their padding only what reaches the map is computed."""
+        w, (H, W) = self.window, x.shape[-2:]
+        last = self.blocks[-1]
+        tokens = window_partition(x, w)
+        if (H % w == 0 and W % w == 0) or not isinstance(last.mixer, Attention):
+            return window_unpartition(run_blocks(self.blocks, tokens, self.with_cp), w, (H, W))
+        tokens = run_blocks(self.blocks[:-1], tokens, self.with_cp)
+
+        def run(part: Tensor, real: tuple[int, int]) -> Tensor:
+            kept = partial(_corner, window=w, real=real)
+            y = run_blocks([last], part.flatten(0, 2), self.with_cp, kept)
+            return window_unpartition(y, real, (part.shape[1] * real[0], part.shape[2] * real[1]))
+
+        rows, columns = ([(n, r) for n, r in ((side // w, w), (1, side % w)) if n and r]
+                         for side in (H, W))
+        windows = tokens.unflatten(0, (-1, -(-H // w), -(-W // w)))
+        down, across = ([number for number, _ in cut] for cut in (rows, columns))
+        parts = [band.split(across, 2) for band in windows.split(down, 1)]
+        return _patchwork(parts, rows, columns, run)
+
+
+def _corner(tokens: Tensor, window: int, real: tuple[int, int]) -> Tensor:
+    """The upper left tokens of square windows: (B, window^2, ...) to (B, height * width, ...)."""
+    return tokens.unflatten(1, (window, window))[:, :real[0], :real[1]].flatten(1, 2)
+
+
+def _patchwork(parts: list[tuple[Tensor, ...]], rows: list[tuple[int, int]],
+               columns: list[tuple[int, int]], run: Callable) -> Tensor:
+    """One map of what ``run`` makes of each part and of the sides of the windows in it."""
+    maps = [[run(part, (height, width)) for part, (_, width) in zip(band, columns, strict=True)]
+            for band, (_, height) in zip(parts, rows, strict=True)]
+    bands = [band[0] if len(band) == 1 else torch.cat(band, 3) for band in maps]
+    return bands[0] if len(bands) == 1 else torch.cat(bands, 2)
 
 
 @MODELS.register_module()
@@ -177,6 +239,10 @@ class MambaVision(StagedBackbone):
         window_size: four window sides in pixels of the stages' maps, the first two unused; None for
             those of ``arch``.  Maps are padded with zeros to multiples of the window, and padding
             takes part as ordinary tokens, so the sides change the result.
+        windows: 'published' for windows as above, which released weights were trained with, or
+            'tight' for windows that fit the map: as few as have no more than those sides, of nearly
+            equal sizes, without padding.  A map that one window holds is then one window, and
+            ``window_size`` does not change the result.
         out_indices: stages whose maps are returned, ascending, 0 to 3.  Stages after the last
             requested one are built, so that weights fit, but neither run nor trained.
         drop_path_rate: stochastic depth rate of the last block, growing linearly from 0 at the
@@ -220,6 +286,7 @@ class MambaVision(StagedBackbone):
                  arch: str | dict = 'tiny',
                  *,
                  window_size: Sequence[int] | None = None,
+                 windows: str = 'published',
                  out_indices: Sequence[int] = (0, 1, 2, 3),
                  drop_path_rate: float = 0.2,
                  layer_scale: float | str | None = 'arch',
@@ -237,6 +304,7 @@ class MambaVision(StagedBackbone):
         if window_size is None:
             window_size = arch['window_size']
         check_integers('window_size', window_size, 1, length=_STAGES)
+        check_choice('windows', windows, ('published', 'tight'))
         check_out_indices(out_indices, _STAGES, '(0, 1, 2, 3)')
         check_rate('drop_path_rate', drop_path_rate)
         if layer_scale == 'arch':
@@ -263,8 +331,8 @@ class MambaVision(StagedBackbone):
                 self.levels.append(ConvStage(dim, rates, **shared))
             else:
                 self.levels.append(HybridStage(
-                    dim, arch['num_heads'][i], window_size[i], rates, arch['mlp_ratio'],
-                    layer_scale, mixer=mixer, **shared))
+                    dim, arch['num_heads'][i], window_size[i], rates, windows == 'tight',
+                    arch['mlp_ratio'], layer_scale, mixer=mixer, **shared))
         for i in self.out_indices:
             self.add_module(f'outnorm{i}', _output_norm(out_norm, dims[i]))
         self.freeze()

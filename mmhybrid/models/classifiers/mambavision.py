@@ -29,6 +29,7 @@ class MambaVisionClassifier(MambaVision):
         arch: see :class:`MambaVision`.
         num_classes: number of logits.
         window_size: see :class:`MambaVision`.
+        windows: see :class:`MambaVision`.
         drop_path_rate: stochastic depth rate of the last block; None for that of the published
             training (0.2, base to large2 0.3, large3 0.5).
         layer_scale: see :class:`MambaVision`.
@@ -45,6 +46,7 @@ class MambaVisionClassifier(MambaVision):
                  *,
                  num_classes: int = 1000,
                  window_size: Sequence[int] | None = None,
+                 windows: str = 'published',
                  drop_path_rate: float | None = None,
                  layer_scale: float | str | None = 'arch',
                  in_channels: int = 3,
@@ -55,9 +57,9 @@ class MambaVisionClassifier(MambaVision):
             name = arch if isinstance(arch, str) else 'tiny'
             drop_path_rate = _DROP_PATH_RATES.get(name, 0.2)
         super().__init__(
-            arch, window_size=window_size, out_indices=(3,), drop_path_rate=drop_path_rate,
-            layer_scale=layer_scale, in_channels=in_channels, with_cp=with_cp, out_norm=None,
-            scan_backend=scan_backend, init_cfg=init_cfg)
+            arch, window_size=window_size, windows=windows, out_indices=(3,),
+            drop_path_rate=drop_path_rate, layer_scale=layer_scale, in_channels=in_channels,
+            with_cp=with_cp, out_norm=None, scan_backend=scan_backend, init_cfg=init_cfg)
         self.norm = nn.BatchNorm2d(self.out_channels[0])
         self.head = token_linear(self.out_channels[0], num_classes)
 
