@@ -9,9 +9,9 @@ from torch import nn
 from mmhybrid.layers import MambaVisionMixer, recomputed
 from mmhybrid.ops.mambavision_mixer import fused
 from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
-from mmhybrid.ops.selective_scan import fused as scan
 from mmhybrid.ops.selective_scan import passes
 from mmhybrid.ops.selective_scan import plan as plans
+from mmhybrid.ops.selective_scan import triton_backend as scan
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_mambavision_mixer.py instead'
 torch.set_num_threads(1)

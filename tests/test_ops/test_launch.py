@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from mmhybrid.ops import selective_scan, selective_scan_ordered
-from mmhybrid.ops.selective_scan import fused, launch
+from mmhybrid.ops.selective_scan import launch, triton_backend
 
 triton = pytest.importorskip('triton', reason='the kernels need Triton')
-if tuple(int(x) for x in triton.__version__.split('.')[:2]) < fused.MINIMUM_TRITON:
+if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_backend.MINIMUM_TRITON:
     pytest.skip('this Triton is too old for the scan', allow_module_level=True)
-if fused.interpreting():
+if triton_backend.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402
@@ -110,7 +110,7 @@ def machine(monkeypatch):
     )  # fmt: skip
 
     def forget():
-        fused.forget()
+        triton_backend.forget()
         launch._say_that_launches_stay_ordinary.cache_clear()
         for kernel in kernels:
             kernel.device_caches.clear()
@@ -423,7 +423,7 @@ def test_records_hold_no_tensors(mode, machine):
             run()
     del run
     gc.collect()
-    assert len(alive) > 20 and fused._CALLS
+    assert len(alive) > 20 and triton_backend._CALLS
     assert not [x() for x in alive if x() is not None]
 
 
@@ -475,11 +475,11 @@ def test_the_environment_variable_leaves_launches_to_triton(machine, monkeypatch
     runs = [noted(machine, run) for _ in range(4)]
     assert all(passed == len(notes) > 0 for notes, passed in runs)
     assert all(notes == runs[0][0] for notes, _ in runs)
-    fused.forget()
+    triton_backend.forget()
     monkeypatch.setenv('MMHYBRID_DIRECT_LAUNCH', '1')
     check(machine, run)
     monkeypatch.setenv('MMHYBRID_DIRECT_LAUNCH', 'no')
-    fused.forget()
+    triton_backend.forget()
     with pytest.raises(ValueError, match='MMHYBRID_DIRECT_LAUNCH=no.*0 .*set one'):
         run()
 
@@ -510,17 +510,17 @@ def unready():
                          isinstance(x, str) else '')  # fmt: skip
 def test_calls_that_only_the_operator_may_take(name, context, x):
     plain = torch.randn(2, 3)
-    assert fused.prepared((plain,) * 3, 'test') is not None
+    assert triton_backend.prepared((plain,) * 3, 'test') is not None
     with context:
         tensors = (plain, torch.randn(2, 3) if x is None else x, None)
-        assert fused.prepared(tensors, 'test') is None
+        assert triton_backend.prepared(tensors, 'test') is None
 
 
 def test_transforms_and_tracers_take_the_operator():
     seen = []
 
     def note(x):
-        seen.append(fused.prepared((x,), 'test'))
+        seen.append(triton_backend.prepared((x,), 'test'))
         return x.sum()
 
     torch.func.vmap(note)(torch.randn(2, 3))
@@ -535,10 +535,10 @@ def test_no_transform_meets_a_record(transform, machine):
     u = x.pop('u')
     run = both_passes(selective_scan, u=u, **x)
     check(machine, run)
-    assert fused._CALLS
+    assert triton_backend._CALLS
     given = u[None] if transform is torch.func.vmap else u
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused._Call, '__call__', lambda *_: pytest.fail('a record was used'))
+        patch.setattr(triton_backend._Call, '__call__', lambda *_: pytest.fail('a record was used'))
         with contextlib.suppress(RuntimeError, NotImplementedError):
             transform(lambda u: selective_scan(u, **x, backend='triton'))(given)
 

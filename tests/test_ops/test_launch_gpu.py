@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from mmhybrid.ops import selective_scan
-from mmhybrid.ops.selective_scan import fused, launch
+from mmhybrid.ops.selective_scan import launch, triton_backend
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
-    pytest.mark.skipif(fused.problem() is not None or fused.interpreting(), reason='needs Triton'),
+    pytest.mark.skipif(
+        triton_backend.problem() is not None or triton_backend.interpreting(),
+        reason='needs Triton',
+    ),
 ]
 
 
 @pytest.fixture(autouse=True)
 def nothing_known():
-    fused.forget()
+    triton_backend.forget()
     yield
-    fused.forget()
+    triton_backend.forget()
 
 
 def inputs(batch=2, channels=80, length=300, state=8, dtype=torch.bfloat16, shift=0, device=0):
@@ -45,9 +48,9 @@ def both_passes(given):
 def ordinary(given, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv('MMHYBRID_DIRECT_LAUNCH', '0')
-        fused.forget()
+        triton_backend.forget()
         found = both_passes(given)
-    fused.forget()
+    triton_backend.forget()
     return found
 
 

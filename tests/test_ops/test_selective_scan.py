@@ -11,7 +11,7 @@ import torch
 from scan_cases import CASES, B, D, L, N, assert_same, make_inputs, run
 
 from mmhybrid.ops import available_backends, selective_scan
-from mmhybrid.ops.selective_scan import choose_backend, chunked
+from mmhybrid.ops.selective_scan import choose_backend, torch_backend
 
 # `mmhybrid.ops.selective_scan` as an attribute is the function, not the package it lives in.
 scan_module = importlib.import_module('mmhybrid.ops.selective_scan')
@@ -54,8 +54,10 @@ def test_gradcheck(gate, reverse, groups):
     assert torch.autograd.gradcheck(scan, tensors, fast_mode=True)
 
 
-PLANS = [chunked.Plan(1, L, 1), chunked.Plan(1, 1, L), chunked.Plan(L, 1, 1), chunked.Plan(1, 5, 8),
-         chunked.Plan(5, 2, 4), chunked.Plan(4, 10, 1), chunked.Plan(2, 4, 6)]  # fmt: skip
+PLANS = [
+    torch_backend.Plan(*cut)
+    for cut in ((1, L, 1), (1, 1, L), (L, 1, 1), (1, 5, 8), (5, 2, 4), (4, 10, 1), (2, 4, 6))
+]
 
 
 @pytest.mark.parametrize('plan', PLANS, ids=str)
@@ -63,7 +65,7 @@ def test_result_does_not_depend_on_the_chunks(plan, monkeypatch):
     inputs = make_inputs(gate=True)
     expected = run(inputs, backend='reference', reverse=True)
     asked = []
-    monkeypatch.setattr(chunked, 'make_plan', lambda *a: asked.append(a) or plan)
+    monkeypatch.setattr(torch_backend, 'make_plan', lambda *a: asked.append(a) or plan)
     assert_same(run(inputs, backend='torch', reverse=True), expected, 1e-11)
     assert asked == [(L, B * D * N)] * 2  # forward and backward use one plan
 
@@ -71,9 +73,9 @@ def test_result_does_not_depend_on_the_chunks(plan, monkeypatch):
 @pytest.mark.parametrize('length', [1, 2, 25, 49, 196, 400, 4096, 12544])
 @pytest.mark.parametrize('width', [1, 256, 5120, 40960, 10**7])
 def test_plan_covers_the_tokens_without_a_wasted_block(length, width):
-    blocks, steps, chunks = chunked.make_plan(length, width)
+    blocks, steps, chunks = torch_backend.make_plan(length, width)
     assert blocks * steps * chunks >= length > (blocks - 1) * steps * chunks
-    assert steps * chunks == 1 or steps * chunks * width <= 2 * chunked._BLOCK
+    assert steps * chunks == 1 or steps * chunks * width <= 2 * torch_backend._BLOCK
 
 
 def test_last_state_continues_a_sequence():

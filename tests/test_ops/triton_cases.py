@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmhybrid.ops import selective_scan
-from mmhybrid.ops.selective_scan import fused, passes
+from mmhybrid.ops.selective_scan import passes, triton_backend
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
@@ -155,7 +155,7 @@ def run_triton(inputs, order, case, chunk):
         else x
         for name, x in inputs.items()
     }
-    y, last = fused.scan_grouped(
+    y, last = triton_backend.scan_grouped(
         *shaped.values(), order, case['softplus'], case['reverse'], chunk
     )
     return y.flatten(1, 2), last
@@ -246,7 +246,8 @@ def test_every_run_gives_the_same_bits():
 
 
 def test_many_states_are_scanned_in_parts():
-    check_case(SMALL | {'state': fused.MAX_STATE + 3, 'length': 5, 'chunk': 0, 'last': True})
+    state = triton_backend.MAX_STATE + 3
+    check_case(SMALL | {'state': state, 'length': 5, 'chunk': 0, 'last': True})
 
 
 def test_positive_rates_and_large_steps():
@@ -286,7 +287,7 @@ def test_shared_tensor_and_strided_cotangent():
             y, _ = selective_scan_reference(u.expand(-1, 2, -1, -1).flatten(1, 2), *rest, True)
         else:
             rest[0] = rest[0].unflatten(1, (2, 4))
-            y, _ = fused.scan_grouped(u.expand(-1, 2, -1, -1), *rest, None, True, False)
+            y, _ = triton_backend.scan_grouped(u.expand(-1, 2, -1, -1), *rest, None, True, False)
         results.append((y.detach().reshape(2, 8, 13), *torch.autograd.grad(y.sum(), u)))
     assert_close('y', results[1][0], results[0][0], 1e-6)
     assert_close('gradient of u', results[1][1], results[0][1], 1e-6)
@@ -295,10 +296,10 @@ def test_shared_tensor_and_strided_cotangent():
 def test_results_are_token_major_and_large_inputs_become_so(monkeypatch):
     case = SMALL | {'layout': 'channel', 'length': 6}
     direct = gradients(case)
-    fused.forget()
+    triton_backend.forget()
     monkeypatch.setattr(passes, '_COPY_ABOVE', 0)
     copied = gradients(case)
-    fused.forget()
+    triton_backend.forget()
     for name, x in direct.items():
         assert torch.equal(copied[name], x), name
         assert name not in ('y', 'u', 'delta', 'z') or copied[name].stride(1) == 1, name
@@ -316,7 +317,7 @@ def test_output_lands_in_a_view():
         view = buffer[..., :4].transpose(1, 2).unflatten(1, (1, 4))
         laid = (*inputs.values(), None)
         _, last, _ = passes.forward(laid, True, False, gradients=False, out=view)
-        y, last_y = fused.scan_grouped(*laid, True, False)
+        y, last_y = triton_backend.scan_grouped(*laid, True, False)
         assert_close('view', view, y, STORED[dtype])
         assert torch.equal(last, last_y)
         assert torch.equal(buffer[..., 4:], torch.full((2, 13, 4), 7.0, dtype=dtype))

@@ -19,7 +19,7 @@ from mmhybrid.layers import directional
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
-from mmhybrid.ops.selective_scan import fused, passes
+from mmhybrid.ops.selective_scan import passes, triton_backend
 from mmhybrid.ops.walk_conv import walk_conv
 
 assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_walks_triton.py instead'
@@ -265,7 +265,7 @@ class Allocations(TorchDispatchMode):
 def checked(monkeypatch):
     """What the launcher of the scan would copy if it lay badly in memory; that fails."""
     lanes, seen = passes.lanes, []
-    fused.forget()
+    triton_backend.forget()
 
     def without_copy(x):
         seen.append(x)
@@ -275,7 +275,7 @@ def checked(monkeypatch):
     monkeypatch.setattr(passes, '_COPY_ABOVE', 0)
     monkeypatch.setattr(passes, 'lanes', without_copy)
     yield seen
-    fused.forget()
+    triton_backend.forget()
 
 
 @pytest.mark.parametrize('mixer', [

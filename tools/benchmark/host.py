@@ -28,7 +28,7 @@ import torch
 
 from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer
 from mmhybrid.ops import mambavision_mixer, selective_scan, selective_scan_ordered
-from mmhybrid.ops.selective_scan import fused, launch
+from mmhybrid.ops.selective_scan import launch, triton_backend
 
 #: Targets of one call of the scan: calls forward, calls of both passes, allocations backward.
 TARGETS = {'forward calls': 60, 'forward+backward calls': 170, 'backward allocations': 2}
@@ -95,8 +95,8 @@ class Stub:
         before = driver._active
         driver.set_active(self)
         with (
-            mock.patch.object(fused, '_problem', lambda: None),
-            mock.patch.object(fused, 'refusal', lambda device, dtype: None),
+            mock.patch.object(triton_backend, '_problem', lambda: None),
+            mock.patch.object(triton_backend, 'refusal', lambda device, dtype: None),
             mock.patch.object(mambavision_mixer, 'refusal', lambda device, dtype, state: None),
             mock.patch.object(launch, 'DIRECT', {'cpu'}),
             mock.patch.object(torch._C, '_cuda_getDevice', self.get_device, create=True),
@@ -277,14 +277,14 @@ def seconds(runs: dict[str, Callable[[], None]], turns=30, calls=20) -> dict[str
 def as_operator(run: Callable[[], None]) -> Callable[[], None]:
     """The same through the dispatcher, with ordinary launches."""
 
-    eager, direct = fused.eager, launch.Program._direct
+    eager, direct = triton_backend.eager, launch.Program._direct
 
     def through():
-        fused.eager = launch.Program._direct = never
+        triton_backend.eager = launch.Program._direct = never
         try:
             run()
         finally:
-            fused.eager, launch.Program._direct = eager, direct
+            triton_backend.eager, launch.Program._direct = eager, direct
 
     return through
 

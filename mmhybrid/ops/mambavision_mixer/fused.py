@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..selective_scan import fused as scan
 from ..selective_scan import passes
 from ..selective_scan import plan as plans
+from ..selective_scan import triton_backend as scan
 
 __all__ = ['fused_mixer', 'refusal']
 

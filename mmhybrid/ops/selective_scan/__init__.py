@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..precision import autocast_off
-from . import cpp, fused
-from .chunked import selective_scan_chunked
+from . import cpp, triton_backend
 from .reference import selective_scan_reference
+from .torch_backend import selective_scan_torch
 
 __all__ = ['BackendStatus', 'available_backends', 'choose_backend', 'selective_scan']
 
@@ -65,13 +65,16 @@ def _run_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
 
 
 def _triton_refusal(call: Call) -> str | None:
-    return fused.refusal(call.device, call.dtype) or (None if call.asked else fused.doubt())
+    refusal = triton_backend.refusal(call.device, call.dtype)
+    return refusal or (None if call.asked else triton_backend.doubt())
 
 
 _BACKENDS: dict[str, Backend] = {
-    'triton': Backend(fused.selective_scan_triton, fused.problem, _triton_refusal),
+    'triton': Backend(
+        triton_backend.selective_scan_triton, triton_backend.problem, _triton_refusal
+    ),
     'cpp': Backend(cpp.selective_scan_cpp, cpp.problem, cpp.refusal),
-    'torch': Backend(selective_scan_chunked, _never, _never),
+    'torch': Backend(selective_scan_torch, _never, _never),
     'reference': Backend(_run_reference, _never, _never),
 }
 
@@ -265,15 +268,15 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias, None)
     flags = bool(delta_softplus), bool(reverse), bool(return_last_state)
     wish = _wish_of_environment() if backend == 'auto' else backend
-    ready = fused.prepared(tensors, 'scan', wish, *flags)
+    ready = triton_backend.prepared(tensors, 'scan', wish, *flags)
     if ready is not None and ready.call is not None:  # has passed all of the below
         return ready.call(tensors, ready.pointers)
 
     dtype = _check(u, delta, A, B, C, D, z, delta_bias)
     name = choose_backend(backend, u.device, dtype, A.shape[1])
-    ours = _BACKENDS[name].run is fused.selective_scan_triton
-    if ready is not None and ours and fused.takes(tensors):
-        return fused.scan(ready, *flags)
+    ours = _BACKENDS[name].run is triton_backend.selective_scan_triton
+    if ready is not None and ours and triton_backend.takes(tensors):
+        return triton_backend.scan(ready, *flags)
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     A, D, delta_bias = (x if x is None else x.to(dtype) for x in (A, D, delta_bias))
     if u.numel() == 0:  # nothing to cut into chunks

@@ -6,7 +6,7 @@ B batch, G groups, H channels per group, D = G H, L tokens, L' places of the seq
 import torch
 from torch import Tensor
 
-from . import _wish_of_environment, choose_backend, fused, selective_scan
+from . import _wish_of_environment, choose_backend, selective_scan, triton_backend
 
 __all__ = ['reads_tables', 'selective_scan_ordered']
 
@@ -82,7 +82,7 @@ def selective_scan_ordered(
     tensors = (u, delta, A, B, C, D, z, delta_bias, order)
     flags = bool(delta_softplus), bool(reverse), bool(return_last_state)
     wish = _wish_of_environment() if backend == 'auto' else backend
-    ready = fused.prepared(tensors, 'ordered', wish, *flags)
+    ready = triton_backend.prepared(tensors, 'ordered', wish, *flags)
     if ready is not None and ready.call is not None:  # has passed all of the below
         return ready.call(tensors, ready.pointers)
 
@@ -92,14 +92,15 @@ def selective_scan_ordered(
     for x in (u, delta, A, B, C, D, z, delta_bias):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     name = choose_backend(backend, u.device, dtype, A.shape[1])
-    if ready is not None and name == 'triton' and order.dim() == 2 and fused.takes(tensors):
-        return fused.scan(ready, *flags)
+    ours = name == 'triton' and order.dim() == 2
+    if ready is not None and ours and triton_backend.takes(tensors):
+        return triton_backend.scan(ready, *flags)
     order = order.reshape(-1, order.shape[-1])
     if name == 'triton' and u.numel():
         A, D, delta_bias = (
             x if x is None else x.to(dtype).contiguous() for x in (A, D, delta_bias)
         )
-        y, last_state = fused.scan_grouped(
+        y, last_state = triton_backend.scan_grouped(
             u, delta, A, B, C, D, z, delta_bias, order.int().contiguous(),
             *flags[:2],
         )  # fmt: skip

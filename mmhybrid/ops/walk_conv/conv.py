@@ -6,7 +6,7 @@ B batch, K walks, E channels, L tokens, S steps of a walk (S >= L), T taps.
 import torch
 from torch import Tensor
 
-from ..selective_scan import fused as scan
+from ..selective_scan import triton_backend as scan
 
 __all__ = ['walk_conv']
 

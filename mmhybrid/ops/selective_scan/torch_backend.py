@@ -272,6 +272,6 @@ def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     return rows, u.shape[0], groups, state, u.shape[1] // groups
 
 
-selective_scan_chunked = make_operator(
+selective_scan_torch = make_operator(
     'selective_scan_torch', _forward, _backward, _starts_shape
 )
