@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmhybrid.ops.selective_scan import triton_backend
+from mmhybrid.ops import triton_support
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 def run_cases(path, *selection):
     """Run the cases of a file, selected by pytest's options; return how many passed."""
     pytest.importorskip('triton', reason='the kernels need Triton')
-    if not torch.cuda.is_available() and 'Triton is' in (triton_backend.problem() or ''):
-        pytest.skip(triton_backend.problem())
+    if not torch.cuda.is_available() and 'Triton is' in (triton_support.unavailable_reason() or ''):
+        pytest.skip(triton_support.unavailable_reason())
     command = [sys.executable, '-m', 'pytest', '-q', '-rf', '-p', 'no:cacheprovider', *selection]
     environment = os.environ | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(

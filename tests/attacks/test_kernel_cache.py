@@ -18,6 +18,7 @@ import torch
 
 from mmhybrid import private_files
 from mmhybrid.ops.selective_scan import choose_backend, cpp, selective_scan
+from mmhybrid.ops.selective_scan.cpp import unavailable_reason as why_not
 
 public = sys.modules[selective_scan.__module__]
 
@@ -117,7 +118,7 @@ def assert_refused(caplog, marker, *said):
 
 def test_a_library_in_an_own_folder_is_loaded(planted, marker):
     """The trap works: what the tests below refuse would run."""
-    assert cpp.problem() is None and marker.exists()
+    assert why_not() is None and marker.exists()
     assert choose_backend('cpp') == 'cpp' == choose_backend()
 
 
@@ -141,7 +142,7 @@ def test_a_folder_above_for_everybody(planted, folder, marker, caplog):
     assert_refused(caplog, marker, f'everybody may write to {folder.parent} (mode 777)')
     folder.parent.chmod(0o1777)  # as /tmp: they cannot rename what is not theirs
     forget()
-    assert cpp.problem() is None
+    assert why_not() is None
 
 
 @needs_root
@@ -189,7 +190,7 @@ def test_link_in_the_place_of_the_lock(folder, tmp_path):
     treasure.write_text('precious')
     folder.mkdir(parents=True)
     (folder / 'scan.lock').symlink_to(treasure)
-    assert 'it is a link, which is not followed' in cpp.problem() and str(folder) in cpp.problem()
+    assert 'it is a link, which is not followed' in why_not() and str(folder) in why_not()
     assert treasure.read_text() == 'precious'
 
 
@@ -200,7 +201,7 @@ def test_link_to_an_own_folder(monkeypatch, tmp_path):
     (tmp_path / 'large disk').mkdir(mode=0o700)
     (tmp_path / 'link').symlink_to(tmp_path / 'large disk')
     monkeypatch.setenv('MMHYBRID_CACHE', str(tmp_path / 'link'))
-    assert cpp.problem() is None and [*(tmp_path / 'large disk').glob('scan-*.so')]
+    assert why_not() is None and [*(tmp_path / 'large disk').glob('scan-*.so')]
 
 
 @needs_root
@@ -208,7 +209,7 @@ def test_folder_that_root_has_prepared(planted, folder, monkeypatch):
     """An image built by root and used by another user."""
     folder.chmod(0o755)
     monkeypatch.setattr(private_files.os, 'geteuid', lambda: 12345)
-    assert cpp.problem() is None
+    assert why_not() is None
 
 
 def test_group_of_one(monkeypatch):
@@ -232,10 +233,10 @@ def test_a_library_stays_readable_in_a_folder_that_is_not_writable(folder, monke
 
     monkeypatch.setattr(cpp, 'alone', refuse)
     forget()
-    assert cpp.problem() is None
+    assert why_not() is None
     next(folder.glob('*.so')).unlink()
     forget()
-    assert f'{folder} cannot be written (Read-only file system); name another' in cpp.problem()
+    assert f'{folder} cannot be written (Read-only file system); name another' in why_not()
 
 
 def test_what_is_made_is_private(folder):
@@ -261,7 +262,7 @@ def test_damaged_libraries_are_built_again(folder, damage):
     first = cpp.build()
     whole = first.read_bytes()
     first.write_bytes(damage(whole))
-    assert cpp.problem() is None
+    assert why_not() is None
     assert [x.read_bytes() for x in folder.glob('*.so')] == [whole]
 
 
@@ -274,7 +275,7 @@ def test_a_library_under_another_name_is_not_taken(folder):
 
 def test_a_library_that_does_not_load(folder, compiler):
     compiler('for last; do :; done; echo no library > "$last"')
-    said = cpp.problem()
+    said = why_not()
     assert str(next(folder.glob('*.so'))) in said and 'cannot be loaded' in said
     assert 'remove it, and it is built again' in said
 
@@ -285,7 +286,7 @@ def test_a_library_that_does_not_load(folder, compiler):
 @pytest.mark.parametrize('cxx', ['g++ -O2', ' g++ ', "g++ '-DA=B C'", 'env g++', '"g++" -g', ''])
 def test_compilers_with_options(monkeypatch, cxx):
     monkeypatch.setenv('CXX', cxx)
-    assert cpp.problem() is None
+    assert why_not() is None
 
 
 def test_options_reach_the_compiler_and_make_another_library(monkeypatch, tmp_path):
@@ -301,10 +302,10 @@ def test_options_reach_the_compiler_and_make_another_library(monkeypatch, tmp_pa
 def test_spaces_in_paths(compiler, monkeypatch, tmp_path):
     path = compiler('exec g++ "$@"', 'my tools/c ++')
     monkeypatch.setenv('MMHYBRID_CACHE', str(tmp_path / 'my cache'))
-    assert cpp.problem() is None
+    assert why_not() is None
     forget()
     monkeypatch.setenv('CXX', f"'{path}' -O2")
-    assert cpp.problem() is None and len([*(tmp_path / 'my cache').glob('*.so')]) == 2
+    assert why_not() is None and len([*(tmp_path / 'my cache').glob('*.so')]) == 2
 
 
 @pytest.mark.parametrize(('cxx', 'said'), [
@@ -314,7 +315,7 @@ def test_spaces_in_paths(compiler, monkeypatch, tmp_path):
     ('""', 'no C++ compiler'), ('/', 'no C++ compiler'), ('/dev/null', 'no C++ compiler')])
 def test_compilers_that_are_none(monkeypatch, cxx, said):
     monkeypatch.setenv('CXX', cxx)
-    assert said in cpp.problem()
+    assert said in why_not()
 
 
 @pytest.mark.parametrize(('script', 'said'), [
@@ -327,20 +328,20 @@ def test_compilers_that_are_none(monkeypatch, cxx, said):
     ('head -c 100000 /dev/zero | tr "\\0" x; exit 1', 'xxx); try another')])
 def test_compilers_that_fail(folder, compiler, script, said):
     compiler(script)
-    assert said in cpp.problem() and '\n' not in cpp.problem() and len(cpp.problem()) < 1000
+    assert said in why_not() and '\n' not in why_not() and len(why_not()) < 1000
     assert [x.name for x in folder.iterdir()] == ['scan.lock']
 
 
 def test_no_program(compiler):
     path = compiler('')
     path.write_bytes(b'\x7fELF no program')
-    assert f'the compiler {path} did not run ([Errno 8] Exec format error' in cpp.problem()
+    assert f'the compiler {path} did not run ([Errno 8] Exec format error' in why_not()
 
 
 def test_a_compiler_that_hangs_is_ended_with_its_children(folder, compiler, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, '_PATIENCE', 1)
     compiler(f'sleep 600 & echo $! > {tmp_path}/child; wait')
-    assert 'did not end within 1 s; try another with the environment variable CXX' in cpp.problem()
+    assert 'did not end within 1 s; try another with the environment variable CXX' in why_not()
     child = int((tmp_path / 'child').read_text())
     deadline = time.monotonic() + 10
     while _runs(child) and time.monotonic() < deadline:
@@ -363,8 +364,8 @@ def test_a_folder_that_takes_nothing(folder, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(cpp.tempfile, 'TemporaryDirectory', refuse)
-    assert f'{folder} cannot be written ({os.strerror(number)}); name another' in cpp.problem()
-    assert 'MMHYBRID_CACHE' in cpp.problem()
+    assert f'{folder} cannot be written ({os.strerror(number)}); name another' in why_not()
+    assert 'MMHYBRID_CACHE' in why_not()
 
 
 # --- where the folder is ---
@@ -393,11 +394,11 @@ def test_no_home(monkeypatch):
         raise KeyError(uid)
 
     monkeypatch.setattr(private_files.pwd, 'getpwuid', unknown)
-    assert 'no home folder is known to keep the compiled kernel in; name a folder' in cpp.problem()
+    assert 'no home folder is known to keep the compiled kernel in; name a folder' in why_not()
     assert choose_backend() == 'torch'
     monkeypatch.setenv('MMHYBRID_CACHE', '~nobody-of-this-name/x')
     forget()
-    assert 'no home folder is known' in cpp.problem()
+    assert 'no home folder is known' in why_not()
 
 
 def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
@@ -405,7 +406,7 @@ def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.delenv('MMHYBRID_CACHE')
     monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    assert f'{tmp_path}/home/.cache/mmhybrid cannot be written (Not a directory)' in cpp.problem()
+    assert f'{tmp_path}/home/.cache/mmhybrid cannot be written (Not a directory)' in why_not()
 
 
 # --- several processes ---
@@ -442,7 +443,7 @@ def test_a_killed_process_leaves_no_lock_and_no_litter(folder, compiler):
     process.join()
     assert [*folder.glob('build-*')]
     compiler('exec g++ "$@"')
-    assert cpp.problem() is None
+    assert why_not() is None
     assert not [*folder.glob('build-*')]
 
 
@@ -450,8 +451,8 @@ def test_the_real_kernel_still_computes(monkeypatch, tmp_path):
     """Through the same door, with the source that ships."""
     monkeypatch.undo()
     forget()
-    if cpp.problem() is not None:
-        pytest.skip(cpp.problem())
+    if why_not() is not None:
+        pytest.skip(why_not())
     x, weights = torch.ones(1, 4, 9), torch.ones(1, 2, 9)
     arguments = (x, x, -torch.ones(4, 2), weights, weights)
     torch.testing.assert_close(selective_scan(*arguments, backend='cpp'),

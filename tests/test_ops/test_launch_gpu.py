@@ -5,13 +5,13 @@ import gc
 import pytest
 import torch
 
-from mmhybrid.ops import selective_scan
+from mmhybrid.ops import selective_scan, triton_support
 from mmhybrid.ops.selective_scan import launch, triton_backend
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
     pytest.mark.skipif(
-        triton_backend.problem() is not None or triton_backend.interpreting(),
+        triton_support.unavailable_reason() is not None or triton_support.interpreting(),
         reason='needs Triton',
     ),
 ]

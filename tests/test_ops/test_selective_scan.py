@@ -311,11 +311,11 @@ def spy(table, name, calls):
         calls.append(name)
         return scan_module._run_reference(*arguments)
 
-    table[name] = scan_module.Backend(run, lambda: None, lambda call: None)
+    table[name] = scan_module.Backend(run, *[lambda *_: None] * 3)
 
 
 def broken(reason):
-    return scan_module.Backend(None, lambda: reason, lambda call: None)
+    return scan_module.Backend(None, lambda: reason, *[lambda *_: None] * 2)
 
 
 def test_every_backend_is_reported():
@@ -361,7 +361,7 @@ def test_backend_may_refuse_a_call(backends):
     calls = []
     spy(backends, 'cpp', calls)
     refuse = lambda call: 'float64 is not compiled' if call.dtype == torch.float64 else None  # noqa: E731
-    backends['cpp'] = backends['cpp']._replace(refusal=refuse)
+    backends['cpp'] = backends['cpp']._replace(unsupported_reason=refuse)
     selective_scan(**make_inputs(dtype=torch.float64))
     assert calls == []
     with pytest.raises(RuntimeError, match="backend='cpp', but float64 is not compiled"):

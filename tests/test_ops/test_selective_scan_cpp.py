@@ -14,7 +14,8 @@ from scan_cases import CASES, B, D, L, assert_same, make_inputs, run
 from mmhybrid.ops import available_backends, selective_scan
 from mmhybrid.ops.selective_scan import choose_backend, cpp
 
-needs_kernel = pytest.mark.skipif(cpp.problem() is not None, reason=str(cpp.problem()))
+REASON = cpp.unavailable_reason()
+needs_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def test_other_vector_widths(flags, fresh_library, monkeypatch):
     inputs = make_inputs(1, 19, 100, 9, groups=1, gate=True)
     expected = run(inputs, backend='reference')
     monkeypatch.setattr(cpp, '_attempts', lambda: [flags])
-    assert cpp.problem() is None
+    assert cpp.unavailable_reason() is None
     assert cpp._library().mmhybrid_scan_lanes() == (8 if '-mavx2' in flags else 4)
     assert_same(run(to_float(inputs), backend='cpp'), expected, 1e-5)
 
@@ -276,7 +277,7 @@ def test_saved_memory_is_linear_in_the_tokens():
 
 def test_float64_and_other_devices_are_refused():
     inputs = make_inputs()
-    if cpp.problem() is None:
+    if cpp.unavailable_reason() is None:
         with pytest.raises(RuntimeError, match="float32, not torch.float64; use backend='torch'"):
             selective_scan(**inputs, backend='cpp')
     assert choose_backend(dtype=torch.float64) == 'torch'
@@ -298,14 +299,15 @@ def test_without_a_compiler_auto_goes_on(fresh_library, monkeypatch, caplog):
 
 def test_failing_compiler_is_reported(fresh_library, fake_compiler):
     fake_compiler('echo "fatal error: cstdint: No such file" >&2; exit 1')
-    assert 'cstdint: No such file' in cpp.problem()
+    assert 'cstdint: No such file' in cpp.unavailable_reason()
     assert not list(fresh_library.glob('*.so'))
 
 
 def test_unwritable_cache_is_reported(fresh_library, fake_compiler):
     fake_compiler('exit 0')
     fresh_library.write_text('a file where the folder should be')
-    assert 'cannot be written' in cpp.problem() and 'MMHYBRID_CACHE' in cpp.problem()
+    reason = cpp.unavailable_reason()
+    assert 'cannot be written' in reason and 'MMHYBRID_CACHE' in reason
 
 
 def test_several_processes_build_once(fresh_library, fake_compiler, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from interpreter import run_cases
 
-from mmhybrid.ops import mambavision_mixer
-from mmhybrid.ops.selective_scan import available_backends, choose_backend, triton_backend
+from mmhybrid.ops import mambavision_mixer, triton_support
+from mmhybrid.ops.selective_scan import available_backends, choose_backend
 
 CASES = Path(__file__).parent / 'triton_cases.py'
 
@@ -44,7 +44,7 @@ def test_auto_says_why_it_falls_back():
 def gpu(monkeypatch):
     """A machine that seems to have a GPU on which Triton starts."""
     triton = pytest.importorskip('triton')
-    if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_backend.MINIMUM_TRITON:
+    if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_support.MINIMUM_TRITON:
         pytest.skip('this Triton is too old for the scan')
     from triton.backends.nvidia import driver
 
@@ -55,7 +55,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(driver.CudaUtils, '__init__', lambda self: None)
     monkeypatch.setattr(triton.runtime.driver, '_default', None)
     monkeypatch.setattr(triton.runtime.driver, '_active', None)
-    cached = triton_backend._problem, triton_backend._too_old_once
+    cached = triton_support._unavailable_reason, triton_support._too_old_once
     for function in cached:
         function.cache_clear()
     # the driver asks a GPU for a few functions of its own; only its start is of interest
@@ -116,17 +116,17 @@ def test_old_and_foreign_gpus(gpu):
         choose_backend('triton', 'cuda:1')
     assert '6.1' in mambavision_mixer.refusal(torch.device('cuda', 1), torch.float32, 8)
     gpu.setattr(torch.version, 'hip', '6.4')
-    assert triton_backend.doubt() and 'AMD' in triton_backend.doubt()
+    assert triton_support.not_default_reason() and 'AMD' in triton_support.not_default_reason()
     assert choose_backend('auto', 'cuda:0') == 'torch'
     assert choose_backend('triton', 'cuda:0') == 'triton'
 
 
 def test_the_compiler_sees_through_the_choice(monkeypatch):
-    monkeypatch.setattr(triton_backend, '_too_old_once', lambda index: 'too old' if index else None)
+    monkeypatch.setattr(triton_support, '_too_old_once', lambda index: 'too old' if index else None)
 
     def f(x):
         return x + sum(
-            triton_backend.refusal(torch.device('cuda', index), torch.float32) is None
+            triton_support.unsupported_reason(torch.device('cuda', index), torch.float32) is None
             for index in (0, 1)
         )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mmhybrid.ops.selective_scan import triton_backend
+from mmhybrid.ops import triton_support
 
 pytest.importorskip('triton', reason='the kernels need Triton')
-if 'Triton is' in (triton_backend.problem() or '') or triton_backend.interpreting():
+if 'Triton is' in (triton_support.unavailable_reason() or '') or triton_support.interpreting():
     pytest.skip('this Triton cannot compile the scan', allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'host.py'

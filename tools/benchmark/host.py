@@ -27,7 +27,12 @@ from unittest import mock
 import torch
 
 from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer
-from mmhybrid.ops import mambavision_mixer, selective_scan, selective_scan_ordered
+from mmhybrid.ops import (
+    mambavision_mixer,
+    selective_scan,
+    selective_scan_ordered,
+    triton_support,
+)
 from mmhybrid.ops.selective_scan import launch, triton_backend
 
 #: Targets of one call of the scan: calls forward, calls of both passes, allocations backward.
@@ -95,8 +100,8 @@ class Stub:
         before = driver._active
         driver.set_active(self)
         with (
-            mock.patch.object(triton_backend, '_problem', lambda: None),
-            mock.patch.object(triton_backend, 'refusal', lambda device, dtype: None),
+            mock.patch.object(triton_support, '_unavailable_reason', lambda: None),
+            mock.patch.object(triton_support, 'unsupported_reason', lambda *_: None),
             mock.patch.object(mambavision_mixer, 'refusal', lambda device, dtype, state: None),
             mock.patch.object(launch, 'DIRECT', {'cpu'}),
             mock.patch.object(torch._C, '_cuda_getDevice', self.get_device, create=True),

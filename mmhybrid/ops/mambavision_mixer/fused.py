@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..selective_scan import passes
 from ..selective_scan import plan as plans
 from ..selective_scan import triton_backend as scan
@@ -31,14 +32,14 @@ def refusal(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
         dtype: of the tokens, after autocast.
         state: N.
     """
-    if device.type == 'cpu' and not scan.interpreting():
+    if device.type == 'cpu' and not triton_support.interpreting():
         return (
             'its Triton kernels run on a GPU and the tensors are on the CPU; move the model and '
             "its input to a GPU, or use fused='auto'"
         )
-    problem = scan.problem() or scan.refusal(device, torch.float32)
-    if problem:
-        return problem
+    reason = triton_support.reason(device)
+    if reason:
+        return reason
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f'its kernels take float32, bfloat16 and float16 and the tokens are {dtype}'
     if state > scan.MAX_STATE:

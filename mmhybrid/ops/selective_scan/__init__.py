@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import triton_support
 from ..precision import autocast_off
 from . import cpp, triton_backend
 from .reference import selective_scan_reference
@@ -31,7 +32,6 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of the state: float32 or float64
     state: int  # N
-    asked: bool  # whether somebody named this backend
 
 
 class Backend(NamedTuple):
@@ -42,8 +42,17 @@ class Backend(NamedTuple):
     """
 
     run: Callable[..., tuple[Tensor, Tensor]]
-    problem: Callable[[], str | None]  # why this machine cannot use it, with the remedy
-    refusal: Callable[[Call], str | None]  # why it does not take this particular call
+    unavailable_reason: Callable[[], str | None]  # on this machine, with the remedy
+    unsupported_reason: Callable[[Call], str | None]  # for this particular call
+    not_default_reason: Callable[[], str | None]  # why only those get it who ask for it
+
+    def reason(self, call: Call, asked: bool) -> str | None:
+        """Why this backend does not take a call; None when it does."""
+        return (
+            self.unavailable_reason()
+            or self.unsupported_reason(call)
+            or (None if asked else self.not_default_reason())
+        )
 
 
 class BackendStatus(NamedTuple):
@@ -64,18 +73,18 @@ def _run_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return y.to(u.dtype), last_state
 
 
-def _triton_refusal(call: Call) -> str | None:
-    refusal = triton_backend.refusal(call.device, call.dtype)
-    return refusal or (None if call.asked else triton_backend.doubt())
-
-
 _BACKENDS: dict[str, Backend] = {
     'triton': Backend(
-        triton_backend.selective_scan_triton, triton_backend.problem, _triton_refusal
+        triton_backend.selective_scan_triton,
+        triton_support.unavailable_reason,
+        lambda call: triton_support.unsupported_reason(call.device, call.dtype),
+        triton_support.not_default_reason,
     ),
-    'cpp': Backend(cpp.selective_scan_cpp, cpp.problem, cpp.refusal),
-    'torch': Backend(selective_scan_torch, _never, _never),
-    'reference': Backend(_run_reference, _never, _never),
+    'cpp': Backend(
+        cpp.selective_scan_cpp, cpp.unavailable_reason, cpp.unsupported_reason, _never
+    ),
+    'torch': Backend(selective_scan_torch, _never, _never, _never),
+    'reference': Backend(_run_reference, _never, _never, _never),
 }
 
 # What `auto` tries on each kind of device, best first; other devices get the last resort.
@@ -87,8 +96,8 @@ def available_backends() -> dict[str, BackendStatus]:
     """Every backend name with whether it is usable on this machine, or else the reason."""
     found = {}
     for name, backend in _BACKENDS.items():
-        problem = backend.problem()
-        found[name] = BackendStatus(problem is None, problem or '')
+        reason = backend.unavailable_reason()
+        found[name] = BackendStatus(reason is None, reason or '')
     return found
 
 
@@ -129,20 +138,20 @@ def choose_backend(
             f'selective_scan got {source}, which is no backend; '
             f'choose one of {", ".join(["auto", *_BACKENDS])}.'
         )
-    call = Call(torch.device(device), dtype, state, asked=wish != 'auto')
+    call = Call(torch.device(device), dtype, state)
     if wish != 'auto':
-        problem = _BACKENDS[wish].problem() or _BACKENDS[wish].refusal(call)
-        if problem:
-            raise RuntimeError(f'selective_scan was asked for {source}, but {problem}.')
+        reason = _BACKENDS[wish].reason(call, asked=True)
+        if reason:
+            raise RuntimeError(f'selective_scan was asked for {source}, but {reason}.')
         return wish
 
     passed_over = []
     names = _PREFERENCE.get(call.device.type, _LAST_RESORT)
     for name in names:
-        problem = _BACKENDS[name].problem() or _BACKENDS[name].refusal(call)
-        if problem is None:
+        reason = _BACKENDS[name].reason(call, asked=False)
+        if reason is None:
             break
-        passed_over.append(f'{name}: {problem}')
+        passed_over.append(f'{name}: {reason}')
     if passed_over and not torch.compiler.is_compiling():
         # On a GPU the fallback is many times slower; on a CPU it is the ordinary way, unless
         # somebody else may have been at the kernel.

@@ -1,6 +1,7 @@
 """The selective scan as a compiled CPU kernel: builds scan.cpp on first use and calls it.
 
-Nothing depends on it: without a compiler `problem()` says so and `auto` takes another backend.
+Nothing depends on it: without a compiler `unavailable_reason()` says so and `auto` takes another
+backend.
 
 B batch, D channels, L tokens, N state, G groups, H = D / G, NP = N padded to whole parts.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from ...private_files import alone, exposure, exposure_of, open_regular
 from .operator import apply_gate, gate_gradients, make_operator
 
-__all__ = ['distrusts_cache', 'problem', 'refusal', 'selective_scan_cpp']
+__all__ = ['distrusts_cache', 'selective_scan_cpp', 'unavailable_reason', 'unsupported_reason']
 
 #: Environment variable: the folder for compiled files, in place of the user's cache folder.
 CACHE_VARIABLE = 'MMHYBRID_CACHE'
@@ -295,7 +296,7 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 @torch.compiler.assume_constant_result  # the compiler asks once while it traces
-def problem() -> str | None:
+def unavailable_reason() -> str | None:
     """Why the kernel cannot be used on this machine; None when it can. Builds it on first use."""
     library = _library()
     return library if isinstance(library, str) else None
@@ -306,7 +307,7 @@ def distrusts_cache() -> bool:
     return isinstance(_library(), _Unsafe)
 
 
-def refusal(call) -> str | None:
+def unsupported_reason(call) -> str | None:
     """Why the kernel does not take a call; None when it does."""
     if call.device.type != 'cpu':
         return f"the compiled kernel runs on the CPU and the tensors are on '{call.device}'"

@@ -6,7 +6,7 @@ B batch, K walks, E channels, L tokens, S steps of a walk (S >= L), T taps.
 import torch
 from torch import Tensor
 
-from ..selective_scan import triton_backend as scan
+from .. import triton_support
 
 __all__ = ['walk_conv']
 
@@ -40,9 +40,9 @@ def walk_conv(u: Tensor, weight: Tensor, bias: Tensor, slots: Tensor, steps: Ten
         ValueError: shapes do not fit together.
         RuntimeError: Triton cannot run here; the message says why.
     """
-    problem = scan.problem() or scan.refusal(u.device, torch.float32)
-    if problem:
-        raise RuntimeError(f'walk_conv needs the Triton kernels, but {problem}.')
+    reason = triton_support.reason(u.device)
+    if reason:
+        raise RuntimeError(f'walk_conv needs the Triton kernels, but {reason}.')
     walks, channels, _ = weight.shape
     if (u.dim() != 3 or u.shape[1] != channels or bias.shape != (walks, channels)
             or slots.shape != steps.shape or slots.shape[0] != walks
