@@ -410,20 +410,20 @@ class _Problem:
 
 def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     p = _Problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
-    starts = torch.empty(_starts_shape(u, A, B))
+    chunk_states = torch.empty(_chunk_states_shape(u, A, B))
     y = torch.empty(u.shape)
     p.view(y=y)
-    p.point(starts=starts)
+    p.point(starts=chunk_states)
     p.call('forward')
-    last_state = _unpack_state(starts[-1], p.state)
+    last_state = _unpack_state(chunk_states[-1], p.state)
     ungated = torch.empty(0)
     if z is not None:
         ungated, y = y, apply_gate(y, z)
-    return y.to(u.dtype), last_state, starts, ungated
+    return y.to(u.dtype), last_state, chunk_states, ungated
 
 
 def _backward(
-    grad_y, grad_last_state, starts, ungated,
+    grad_y, grad_last_state, chunk_states, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
 ):  # fmt: skip
     inputs = (u, delta, A, B, C, D, z, delta_bias)
@@ -440,7 +440,7 @@ def _backward(
     if grad_last_state is not None:
         grad_last = _pack_state(grad_last_state, p.groups, p.padded)
     p.view(grad_y=grad_y, grad_u=grad_u, grad_delta=grad_delta)
-    p.point(starts=starts.contiguous(), grad_last=grad_last, grad_A=grad_A, grad_B=grad_B,
+    p.point(starts=chunk_states.contiguous(), grad_last=grad_last, grad_A=grad_A, grad_B=grad_B,
             grad_C=grad_C, grad_D=grad_D, grad_bias=grad_bias)  # fmt: skip
     p.call('backward')
 
@@ -464,7 +464,7 @@ def _backward(
     )
 
 
-def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+def _chunk_states_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     batch, channels, length = u.shape
     groups = B.shape[1]
     tiles = -(-length // _TILE)
@@ -472,5 +472,5 @@ def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
 
 
 selective_scan_cpp = make_operator(
-    'selective_scan_cpp', _forward, _backward, _starts_shape, device_types='cpu'
+    'selective_scan_cpp', _forward, _backward, _chunk_states_shape, keys=('CPU',)
 )

@@ -1,7 +1,8 @@
-"""Wraps a pair of forward and backward functions into a `torch.library` operator.
+"""What the backends share that are a pair of plain functions: one operator, and the gate.
 
-One wrapper for all backends, so that they share what autograd saves, how a second derivative is
-refused, and how the operator looks to FakeTensor and `torch.compile`.
+The Triton backend has a schema of its own; `..library` registers both kinds.
+
+B batch, D channels, L tokens, N state, G groups.
 """
 
 from collections.abc import Callable
@@ -9,15 +10,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import library
+
 _INPUTS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, '
     'Tensor? delta_bias, bool delta_softplus, bool reverse'
 )
 _FORWARD = f'({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)'
 _BACKWARD = (
-    f'(Tensor? grad_y, Tensor? grad_last_state, Tensor starts, Tensor ungated, {_INPUTS}) '
+    f'(Tensor? grad_y, Tensor? grad_last_state, Tensor chunk_states, Tensor ungated, {_INPUTS}) '
     '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
+_REFUSAL = (
+    'selective_scan can be differentiated only once: its backward pass has no derivative. '
+    "Use backend='reference' for second derivatives, or drop create_graph=True."
+)
+_ANY_DEVICE = ('CompositeExplicitAutograd',)
 
 
 def apply_gate(y: Tensor, z: Tensor) -> Tensor:
@@ -36,8 +44,9 @@ def make_operator(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     backward: Callable[..., tuple[Tensor, ...]],
-    starts_shape: Callable[[Tensor, Tensor, Tensor], tuple[int, ...]],
-    device_types: str | None = None,
+    chunk_states_shape: Callable[[Tensor, Tensor, Tensor], tuple[int, ...]],
+    keys: tuple[str, ...] = _ANY_DEVICE,
+    ungated_like: str = 'A',
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register ``mmhybrid::<name>`` and its backward; return the function that calls them.
 
@@ -45,13 +54,14 @@ def make_operator(
 
     Args:
         name: the operator's name.
-        forward: of the inputs; gives y like u, the last state (B, D, N), the states at the chunk
-            starts, and y before the gate (B, D, L) in the state's dtype (empty without z).
-        backward: of the gradients of y and of the last state (None where nothing flows), chunk
-            starts, ungated y and the inputs; gives the gradients of the eight tensors (empty for
-            an absent D, z or delta_bias).
-        starts_shape: of (u, A, B): the shape of the chunk starts.
-        device_types: device on which the functions work, None for any.
+        forward: of the inputs; gives y like u, the last state (B, D, N), the initial states of the
+            chunks, and y before the gate (B, D, L) (empty without z).
+        backward: of the gradients of y and of the last state (None where nothing flows), initial
+            states of the chunks, ungated y and the inputs; gives the gradients of the eight tensors
+            (empty for an absent D, z or delta_bias).
+        chunk_states_shape: of (u, A, B): the shape of the initial states of the chunks.
+        keys: dispatch keys of the devices on which the functions work.
+        ungated_like: the ungated y has the dtype of 'A', the state's, or of 'u'.
     """
 
     def fake_forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
@@ -60,11 +70,11 @@ def make_operator(
         return (
             u.new_empty((batch, channels, length)),
             A.new_empty((batch, channels, A.shape[1])),
-            A.new_empty(starts_shape(u, A, B)),
-            A.new_empty(ungated),
+            A.new_empty(chunk_states_shape(u, A, B)),
+            dict(A=A, u=u)[ungated_like].new_empty(ungated),
         )
 
-    def fake_backward(grad_y, grad_last, starts, ungated, *inputs):
+    def fake_backward(grad_y, grad_last_state, chunk_states, ungated, *inputs):
         tensors = inputs[:8]
         return tuple(
             inputs[2].new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tensors
@@ -72,39 +82,35 @@ def make_operator(
 
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        _, _, starts, ungated = output
-        ctx.save_for_backward(starts, ungated, *inputs[:8])
+        _, _, chunk_states, ungated = output
+        ctx.save_for_backward(chunk_states, ungated, *inputs[:8])
         ctx.flags = inputs[8:]
 
-    def differentiate(ctx, grad_y, grad_last, *_):
-        if grad_y is None and grad_last is None:
+    def differentiate(ctx, grad_y, grad_last_state, *_):
+        if grad_y is None and grad_last_state is None:
             return (None,) * 10
-        starts, ungated, *inputs = ctx.saved_tensors
-        grads = backward_op(grad_y, grad_last, starts, ungated, *inputs, *ctx.flags)
+        chunk_states, ungated, *inputs = ctx.saved_tensors
+        grads = backward_op(grad_y, grad_last_state, chunk_states, ungated, *inputs, *ctx.flags)
         kept = (None if x is None else grad for x, grad in zip(inputs, grads, strict=True))
         return (*kept, None, None)
 
-    def refuse(ctx, *_):
-        raise RuntimeError(
-            'selective_scan can be differentiated only once: its backward pass has no derivative. '
-            "Use backend='reference' for second derivatives, or drop create_graph=True."
-        )
-
-    def library_op(name, function, schema):
-        return torch.library.custom_op(
-            f'mmhybrid::{name}',
-            function,
-            mutates_args=(),
-            device_types=device_types,
-            schema=schema,
-        )
-
-    forward_op = library_op(name, forward, _FORWARD)
-    forward_op.register_fake(fake_forward)
-    backward_op = library_op(f'{name}_backward', backward, _BACKWARD)
-    backward_op.register_fake(fake_backward)
-    forward_op.register_autograd(differentiate, setup_context=setup_context)
-    backward_op.register_autograd(refuse, setup_context=lambda ctx, inputs, output: None)
+    # A compiler traces the operators, not what they do.
+    library.register(
+        name,
+        schema=_FORWARD,
+        forward=torch.compiler.disable(forward),
+        fake=fake_forward,
+        setup_context=setup_context,
+        differentiate=differentiate,
+        backward_schema=_BACKWARD,
+        backward=torch.compiler.disable(backward),
+        backward_fake=fake_backward,
+        refusal=_REFUSAL,
+        keys=keys,
+    )
+    forward_op, backward_op = (
+        getattr(torch.ops.mmhybrid, part).default for part in (name, f'{name}_backward')
+    )
 
     def run(*inputs):
         return forward_op(*inputs)[:2]

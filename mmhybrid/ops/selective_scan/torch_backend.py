@@ -4,7 +4,7 @@ B batch, D channels, L tokens, N state, G groups, H = D / G channels per group.
 
 The tokens are cut into K chunks of T tokens that advance side by side, so that a step costs one
 operation for K tokens. Two sweeps: the first finds what each chunk leaves when it starts from
-zero, a short loop over the chunks turns that into every chunk's true start, and the second sweep
+zero, a short loop over the chunks turns that into every chunk's initial state, and the second sweep
 computes the states. Long sequences are cut into blocks of K * T tokens first, which bounds the
 temporary memory. Packed tensors are (blocks, T, K, B, ...) and states (..., B, G, N, H): channels
 last, so that every operation runs over contiguous memory. README.md has the mathematics.
@@ -104,10 +104,10 @@ def _sweep_end(start: Tensor, decays: Sequence[Tensor], gains: Sequence[Tensor])
     return start
 
 
-def _chunk_starts(
+def _fill_chunk_states(
     rows: Sequence[Tensor], totals: Sequence[Tensor], ends: Sequence[Tensor]
 ) -> None:
-    """Fill in rows[1:], the true starts of the chunks that follow; rows[0] is given.
+    """Fill in rows[1:], the initial states of the chunks that follow; rows[0] is given.
 
     ``totals`` are the chunks' whole decays, ``ends`` what they leave when they start from zero.
     """
@@ -137,19 +137,20 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
     A = A.view(groups, -1, state).transpose(1, 2).contiguous()
 
     y = torch.empty_like(u_)
-    starts = A.new_empty((plan.blocks * plan.chunks + 1, *size))  # and the end, as the last row
-    starts[0] = 0
+    # The final state is the last row.
+    chunk_states = A.new_empty((plan.blocks * plan.chunks + 1, *size))
+    chunk_states[0] = 0
     decay = A.new_empty((plan.steps, plan.chunks, *size))
     h = torch.empty_like(decay)
     decays, states = decay.unbind(), h.unbind()
     for i in range(plan.blocks):
         torch.mul(delta[i], A, out=decay).exp_()
         torch.mul(delta[i] * u_[i], B[i], out=h)
-        rows = starts[i * plan.chunks : (i + 1) * plan.chunks + 1]
+        rows = chunk_states[i * plan.chunks : (i + 1) * plan.chunks + 1]
         if plan.chunks > 1:
             ends = _sweep_end(h[0], decays[1:], states[1:])
             totals = torch.exp(delta[i].sum(0) * A)
-            _chunk_starts(rows.unbind(), totals.unbind(), ends.unbind())
+            _fill_chunk_states(rows.unbind(), totals.unbind(), ends.unbind())
         _sweep(rows[:-1], decays, states)
         if plan.chunks == 1:
             rows[1] = h[-1, 0]
@@ -158,22 +159,23 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
         y.addcmul_(u_, D.view(groups, 1, -1))
 
     y = _unpack(y.flatten(-3), length, reverse)
-    last_state = starts[-1].transpose(-1, -2).clone(memory_format=torch.contiguous_format)
+    last_state = chunk_states[-1].transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     last_state = last_state.view(batch, channels, state)
     ungated = A.new_empty(0)
     if z is not None:
         ungated = y.contiguous()
         y = apply_gate(ungated, z)
-    return y.to(u.dtype).contiguous(), last_state, starts, ungated
+    return y.to(u.dtype).contiguous(), last_state, chunk_states, ungated
 
 
 def _backward(
-    grad_y, grad_last_state, starts, ungated,
+    grad_y, grad_last_state, chunk_states, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
 ):  # fmt: skip
     """Sweep the adjoint g of the state from the last token to the first.
 
-    g_t = C_t * dy_t + decay_{t+1} * g_{t+1}; the states are computed again from the chunk starts.
+    g_t = C_t * dy_t + decay_{t+1} * g_{t+1}; a chunk's states are computed again from its
+    initial one.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     batch, channels, length = u.shape
@@ -215,13 +217,13 @@ def _backward(
         torch.mul(delta[i], A, out=decay).exp_()
         gain = delta[i] * u[i]
         torch.mul(gain, B_column[i], out=h)
-        start = starts[i * plan.chunks : (i + 1) * plan.chunks]
+        start = chunk_states[i * plan.chunks : (i + 1) * plan.chunks]
         _sweep(start, decays, states)
         torch.mul(grad_y[i], C[i], out=g)
         if plan.chunks > 1:
             ends = _sweep_end(g[-1], decays_after, backwards) * decay[0]
             totals = torch.exp(delta[i].sum(0) * A)
-            _chunk_starts(*(x.unbind()[::-1] for x in (incoming, totals, ends)))
+            _fill_chunk_states(*(x.unbind()[::-1] for x in (incoming, totals, ends)))
         g[-1].add_(incoming[1:])
         _sweep(g[-1], decays_after, backwards)
         if plan.chunks == 1:
@@ -265,7 +267,7 @@ def _backward(
     )
 
 
-def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+def _chunk_states_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     plan = _plan_for(u, A)
     groups, state = B.shape[1:3]
     rows = plan.blocks * plan.chunks + 1
@@ -273,5 +275,5 @@ def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
 
 
 selective_scan_torch = make_operator(
-    'selective_scan_torch', _forward, _backward, _starts_shape
+    'selective_scan_torch', _forward, _backward, _chunk_states_shape
 )

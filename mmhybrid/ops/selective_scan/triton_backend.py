@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import library
 from . import passes
 from .launch import describe, eager, intercepted
 from .passes import state_major, token_major
@@ -190,16 +191,6 @@ _INPUTS = (
     'Tensor? delta_bias, Tensor? order'
 )
 _FLAGS = 'bool softplus, bool reverse, bool gradients, int chunk'
-_library = torch.library.Library('mmhybrid', 'FRAGMENT')
-_library.define(
-    f'selective_scan_triton({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor last, Tensor states)'
-)
-_library.define(
-    f'selective_scan_triton_backward(Tensor dout, Tensor? dlast, {_INPUTS}, Tensor states, '
-    f'{_FLAGS}) -> ({", ".join(["Tensor"] * 8)})'
-)
-
-
 def _forward(*arguments):
     inputs, flags = arguments[:9], arguments[9:]
     u, order = inputs[0], inputs[8]
@@ -242,12 +233,6 @@ def _gradients_like(u, delta, A, B, C, D, z, delta_bias):
     )
 
 
-for _device in ('CPU', 'CUDA', 'XPU'):
-    _library.impl('selective_scan_triton', _forward, _device)
-    _library.impl('selective_scan_triton_backward', _backward, _device)
-
-
-@torch.library.register_fake('mmhybrid::selective_scan_triton', lib=_library)
 def _forward_fake(
     u, delta, A, B, C, D, z, delta_bias, order, softplus, reverse, gradients, chunk
 ):
@@ -259,7 +244,6 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake('mmhybrid::selective_scan_triton_backward', lib=_library)
 def _backward_fake(
     dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, gradients,
     chunk,
@@ -275,7 +259,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dout, dlast, _):
+def _differentiate(ctx, dout, dlast, _):
     *tensors, states = ctx.saved_tensors
     if dout is None:
         if dlast is None:
@@ -288,18 +272,23 @@ def _autograd(ctx, dout, dlast, _):
     return (*present, *(None,) * 5)
 
 
-def _no_second_derivative(*_):
-    raise RuntimeError(
+library.register(
+    'selective_scan_triton',
+    schema=f'({_INPUTS}, {_FLAGS}) -> (Tensor out, Tensor last_state, Tensor chunk_states)',
+    forward=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+    backward_schema=(
+        f'(Tensor dout, Tensor? dlast, {_INPUTS}, Tensor chunk_states, {_FLAGS}) -> '
+        f'({", ".join(["Tensor"] * 8)})'
+    ),
+    backward=_backward,
+    backward_fake=_backward_fake,
+    refusal=(
         'selective_scan with the Triton backend has a first derivative only, and a second one was '
         "asked for (create_graph=True); use selective_scan(..., backend='reference')."
-    )
-
-
-torch.library.register_autograd(
-    'mmhybrid::selective_scan_triton', _autograd, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    'mmhybrid::selective_scan_triton_backward', _no_second_derivative, lib=_library
+    ),
 )
 
 
