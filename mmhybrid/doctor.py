@@ -262,12 +262,26 @@ def _scan_rows(facts):
     chosen = ', '.join(f'{name} on {device}' for device, name in scan['chosen'].items())
     rows = [Row('scan backend', chosen)]
     for name, (usable, reason) in scan['backends'].items():
-        if not usable:
+        if name == 'mamba_ssm':
+            rows.append(_mamba_ssm_row(scan, usable, reason))
+        elif not usable:
             rows.append(Row(f"scan '{name}'", 'not usable', NOTE, reason))
     if not scan.get('direct', True):
         found = "left to Triton's ordinary path (MMHYBRID_DIRECT_LAUNCH=0)"
         rows.append(Row('scan launches', found, NOTE, 'unset it for calls with less host time'))
     return rows
+
+
+def _mamba_ssm_row(scan, usable, reason):
+    """An optional package, which matters only on a GPU that has nothing better."""
+    if scan['chosen'].get('cuda') == 'mamba_ssm':
+        return Row("scan 'mamba_ssm'", "found and used: 'auto' has nothing better on this GPU")
+    if usable:
+        return Row("scan 'mamba_ssm'", "found; used when asked for, or on a GPU without 'triton'")
+    if scan['chosen'].get('cuda') == 'torch':
+        remedy = f"{reason}; on this GPU 'auto' would take it in place of the slower 'torch'"
+        return Row("scan 'mamba_ssm'", 'not usable', NOTE, remedy)
+    return Row("scan 'mamba_ssm'", "not used (only a GPU without 'triton' could need it)")
 
 
 def _plain_row(facts, probe, module, package):

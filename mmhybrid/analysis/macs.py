@@ -285,6 +285,7 @@ _RULES = {
     'mmhybrid::selective_scan_torch': _scan,
     'mmhybrid::selective_scan_cpp': _scan,
     'mmhybrid::selective_scan_triton': _scan,
+    'mmhybrid::selective_scan_mamba_ssm': _scan,
 }
 
 

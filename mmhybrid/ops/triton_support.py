@@ -10,8 +10,8 @@ import os
 import torch
 
 __all__ = [
-    'MINIMUM_TRITON', 'interpreting', 'not_default_reason', 'reason', 'unavailable_reason',
-    'unsupported_reason',
+    'MINIMUM_TRITON', 'first_line', 'interpreting', 'not_default_reason', 'reason',
+    'unavailable_reason', 'unsupported_reason',
 ]
 
 #: The lowest Triton with which the tests of the kernels have passed.
@@ -40,7 +40,7 @@ def _unavailable_reason() -> str | None:
         import triton
     except Exception as error:  # a broken installation, of which pip knows nothing
         return (
-            f'Triton is installed and cannot be imported ({_first_line(error)}); install '
+            f'Triton is installed and cannot be imported ({first_line(error)}); install '
             f"triton >= {wanted} again, or use backend='torch'"
         )
     found = tuple(int(part) for part in triton.__version__.split('.')[:2])
@@ -58,7 +58,7 @@ def _unavailable_reason() -> str | None:
         triton.runtime.driver.active  # noqa: B018
     except Exception as error:
         return (
-            f'Triton cannot start on this machine ({_first_line(error)}); it needs a C compiler, '
+            f'Triton cannot start on this machine ({first_line(error)}); it needs a C compiler, '
             "Python's headers, the driver's libcuda.so.1 and a writable cache (on Ubuntu: apt "
             'install gcc python3-dev; TRITON_CACHE_DIR names another cache), or use '
             "backend='torch'"
@@ -76,7 +76,8 @@ def not_default_reason() -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for a sentence."""
     lines = str(error).strip().splitlines() or ['no message']
     return f'{type(error).__name__}: {lines[0]}'
 

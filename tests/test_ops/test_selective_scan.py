@@ -320,13 +320,13 @@ def broken(reason):
 
 def test_every_backend_is_reported():
     found = available_backends()
-    assert set(found) == {'triton', 'cpp', 'torch', 'reference'}
+    assert set(found) == {'triton', 'mamba_ssm', 'cpp', 'torch', 'reference'}
     assert found['torch'].usable and found['reference'].usable
     for status in found.values():
         assert status.usable == (status.reason == '')
 
 
-@pytest.mark.parametrize('wish', ['triton', 'cpp', 'torch', 'reference'])
+@pytest.mark.parametrize('wish', ['triton', 'mamba_ssm', 'cpp', 'torch', 'reference'])
 def test_explicit_backend_is_the_one_that_runs(backends, wish):
     calls = []
     for name in tuple(backends):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import triton_support
 from ..precision import autocast_off
-from . import cpp, triton_backend
+from . import cpp, mamba_ssm_backend, triton_backend
 from .reference import selective_scan_reference
 from .torch_backend import selective_scan_torch
 
@@ -80,6 +80,12 @@ _BACKENDS: dict[str, Backend] = {
         lambda call: triton_support.unsupported_reason(call.device, call.dtype),
         triton_support.not_default_reason,
     ),
+    'mamba_ssm': Backend(
+        mamba_ssm_backend.selective_scan_mamba_ssm,
+        mamba_ssm_backend.unavailable_reason,
+        mamba_ssm_backend.unsupported_reason,
+        _never,
+    ),
     'cpp': Backend(
         cpp.selective_scan_cpp, cpp.unavailable_reason, cpp.unsupported_reason, _never
     ),
@@ -88,7 +94,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 
 # What `auto` tries on each kind of device, best first; other devices get the last resort.
-_PREFERENCE = {'cuda': ('triton', 'torch'), 'cpu': ('cpp', 'torch')}
+_PREFERENCE = {'cuda': ('triton', 'mamba_ssm', 'torch'), 'cpu': ('cpp', 'torch')}
 _LAST_RESORT = ('torch',)
 
 
@@ -153,9 +159,10 @@ def choose_backend(
             break
         passed_over.append(f'{name}: {reason}')
     if passed_over and not torch.compiler.is_compiling():
-        # On a GPU the fallback is many times slower; on a CPU it is the ordinary way, unless
+        # On a GPU the last resort is many times slower; on a CPU it is the ordinary way, unless
         # somebody else may have been at the kernel.
-        alarming = call.device.type == 'cuda' or cpp.distrusts_cache()
+        slow = call.device.type == 'cuda' and name in _LAST_RESORT
+        alarming = slow or cpp.distrusts_cache()
         level = logging.WARNING if alarming else logging.INFO
         why = '; '.join(passed_over)
         _say_once(level, f"selective_scan on {call.device.type} falls back to '{name}' ({why})")
@@ -262,8 +269,8 @@ def selective_scan(
         reverse: visit the tokens from right to left; every output stays at its token's place and
             the last state is the one after the left-most token.
         backend: 'auto' takes the fastest that is usable (or what the environment variable
-            MMHYBRID_SCAN_BACKEND names) and says once when it falls back; 'triton', 'cpp', 'torch'
-            and 'reference' insist.
+            MMHYBRID_SCAN_BACKEND names) and says once when it falls back; 'triton',
+            'mamba_ssm', 'cpp', 'torch' and 'reference' insist.
 
     Returns:
         y (B, D, L) in u's dtype; with ``return_last_state`` also the state (B, D, N), which is
