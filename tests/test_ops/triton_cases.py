@@ -323,6 +323,39 @@ def test_output_lands_in_a_view():
         assert torch.equal(buffer[..., 4:], torch.full((2, 13, 4), 7.0, dtype=dtype))
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('chunk', [4, 16])
+def test_words_of_four_states_give_the_bits_of_single_ones(dtype, chunk):
+    """B and C as MambaVision-T has them in stage 3: at bytes 40 and 56 of rows of 72."""
+    case = SMALL | {'length': 9, 'state': 8, 'dtype': dtype, 'layout': 'token'}
+    inputs = make_inputs(case)
+    for name in ('u', 'delta', 'z'):
+        inputs[name] = inputs[name].unflatten(1, (1, 4))
+    rows = torch.randn(2, 9, 36, generator=torch.Generator().manual_seed(5)).to(dtype)
+    results = []
+    for shift in (0, 1):
+        memory = torch.zeros(2 * 9 * 36 + 4, dtype=dtype)
+        memory = memory[shift:][: rows.numel()].view(rows.shape).copy_(rows)
+        B, C = (memory[..., i : i + 8].mT.unsqueeze(1) for i in (20, 28))
+        assert passes.packs(B, C) == (shift == 0)
+        laid = (*(inputs | {'B': B, 'C': C}).values(), None)
+        results.append(passes.forward(laid, True, False, False, chunk))
+    for packed, single in zip(*results, strict=True):
+        assert torch.equal(packed, single)
+
+
+def test_what_makes_words_of_four_states():
+    rows = torch.zeros(3, 5, 72, dtype=torch.bfloat16)
+    B = rows[..., 20:28].mT
+    assert passes.packs(B, B) and passes.packs(B[:, None], B[:, None].expand(-1, 4, -1, -1))
+    assert passes.packs(B[:1], B[..., :1])
+    odd = torch.zeros(3, 5, 38, dtype=torch.bfloat16)[..., :8].mT
+    assert passes.packs(odd[:1, :, :1], B)  # nobody steps along an axis of one element
+    for other in (odd, B[:, :3], B[:, ::2], B[:, 1:5], B.float(), B.contiguous(),
+                  rows.view(-1)[2:74].view(1, 1, 72)[..., :8].mT):  # fmt: skip
+        assert not passes.packs(B, other) and not passes.packs(other, B)
+
+
 def test_public_function_with_an_order():
     case = SMALL | {'groups': 2, 'order': 'with holes', 'length': 6}
     inputs, results = make_inputs(case), []

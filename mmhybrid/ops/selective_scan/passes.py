@@ -145,6 +145,18 @@ def lanes(x: Tensor | None) -> Tensor | None:
     return copy.transpose(-2, -1).contiguous().transpose(-2, -1).expand(x.shape)
 
 
+def packs(B: Tensor, C: Tensor) -> bool:
+    """Whether the N values of B and C for any token are whole words of 64 bits in memory."""
+    return all(
+        x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[-2] % 4 == 0
+        and x.stride(-2) == 1
+        and x.data_ptr() % 8 == 0
+        and all(x.stride(i) % 4 == 0 or x.shape[i] == 1 for i in (*range(x.dim() - 2), -1))
+        for x in (B, C)
+    )
+
+
 class _Pass:
     """What the passes have in common: inputs that are copied first, and the program."""
 
@@ -194,7 +206,7 @@ class Forward(_Pass):
         constants = (
             shape.common(inputs, softplus, reverse, cut)
             | shape.strides(u=u, delta=delta, B=B, C=C, z=z, out=into)
-            | dict(UNROLL=cut.unroll, HAS_D=D is not None)
+            | dict(UNROLL=cut.unroll, HAS_D=D is not None, PACK=packs(B, C))
         )
 
         def sweep(mode):

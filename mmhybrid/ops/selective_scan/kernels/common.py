@@ -62,6 +62,35 @@ def load_channels(p, m_d, EVEN: tl.constexpr):
 
 
 @triton.jit
+def load_states(p, step, N: tl.constexpr, PACK: tl.constexpr):
+    """The N values of B or C for one token, which begin at p, ``step`` apart, as they lie in memory.
+
+    What comes back is for :func:`state_of`, and may be carried through a loop. With PACK it is
+    N / 4 words of 64 bits: the values have 16 bits and are neighbours, N is a multiple of 4 and p
+    of 8 bytes, which ``passes.packs`` has checked. Else it is the N values in their own dtype.
+    """
+    words = ()
+    if PACK:
+        p = p.to(tl.pointer_type(tl.int64), bitcast=True)
+        for w in tl.static_range(N // 4):
+            words = words + (tl.load(p + w),)
+    else:
+        for n in tl.static_range(N):
+            words = words + (tl.load(p + n * step),)
+    return words
+
+
+@triton.jit
+def state_of(words, n: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr):
+    """Value n of what :func:`load_states` returned for a pointer to DTYPE, as float32."""
+    if PACK:
+        bits = (words[n // 4] >> (n % 4 * 16)).to(tl.int16)
+        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return words[n].to(tl.float32)
+
+
+@triton.jit
 def step_size(b_delta, b_bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """The step of a token from what was given for it: plus the bias, through softplus."""
     if HAS_BIAS:

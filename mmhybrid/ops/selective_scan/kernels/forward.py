@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import LOG2E, SIZES, load_channels, sigmoid, step_size, token_at
+from .common import LOG2E, SIZES, load_channels, load_states, sigmoid, state_of, step_size, token_at
 
 # What one launch of the forward kernel is for.
 SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
@@ -21,6 +21,7 @@ def scan_forward_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MODE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    PACK: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
@@ -95,13 +96,15 @@ def scan_forward_kernel(
             b_x = b_delta * u_k[k]
             b_y = b_skip * u_k[k]
             b_next = ()
+            B_n = load_states(p_B + token_k[k] * B_sl, B_sn, N, PACK)
+            if MODE != AGGREGATE:
+                C_n = load_states(p_C + token_k[k] * C_sl, C_sn, N, PACK)
             for n in tl.static_range(N):
-                b_B = tl.load(p_B + n * B_sn + token_k[k] * B_sl).to(tl.float32)
+                b_B = state_of(B_n, n, p_B.dtype.element_ty, PACK)
                 b_state = tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B
                 b_next = b_next + (b_state,)
                 if MODE != AGGREGATE:
-                    b_C = tl.load(p_C + n * C_sn + token_k[k] * C_sl).to(tl.float32)
-                    b_y += b_state * b_C
+                    b_y += b_state * state_of(C_n, n, p_C.dtype.element_ty, PACK)
             b_h = b_next
             if MODE == AGGREGATE:
                 b_sum += b_delta
