@@ -74,7 +74,7 @@ def specialisation(kernel, arguments):
     return signature, constants, attributes
 
 
-Program = collections.namedtuple('Program', 'registers stack shared loops opcodes')
+Program = collections.namedtuple('Program', 'registers stack shared loops opcodes bodies')
 
 
 def build(kernel, arguments, capability, folder):
@@ -95,17 +95,66 @@ def build(kernel, arguments, capability, folder):
     line = r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);'
     code = [(int(at, 16), op, rest) for at, op, rest in re.findall(line, dump('--dump-sass'))]
     assert code, 'the disassembly has no instructions: has its format changed?'
-    loops = []
+    loops, bodies = [], []
     for at, op, rest in code:
         target = re.search(r'0x([0-9a-f]+)', rest) if op.startswith('BRA') else None
         if target and int(target[1], 16) < at:
-            body = [other for where, other, _ in code if int(target[1], 16) <= where <= at]
-            loops.append(collections.Counter(body))
+            body = [line[1:] for line in code if int(target[1], 16) <= line[0] <= at]
+            bodies.append(body)
+    bodies.sort(key=len)
     return Program(
         *(int(re.search(name + r':(\d+)', usage)[1]) for name in ('REG', 'STACK', 'SHARED')),
-        sorted(loops, key=lambda loop: loop.total()),
+        [collections.Counter(op for op, _ in body) for body in bodies],
         collections.Counter(op for _, op, _ in code),
+        bodies,
     )
+
+
+WORDS = {'64': 2, '128': 4}
+# Instructions of which no operand is written.
+SINKS = {'STG', 'STS', 'STL', 'BRA', 'BAR', 'EXIT', 'ISETP', 'FSETP', 'PLOP3', 'R2UR', 'WARPSYNC'}
+
+
+def registers(operand, wide=False):
+    """Numbers of the registers that an operand names, the second of a pair included."""
+    found = set()
+    for number, pair in re.findall(r'\bR(\d+)(\.64)?', operand):
+        found |= {int(number), int(number) + bool(pair or wide)}
+    return found
+
+
+def use_distances(body):
+    """For every global load of a loop, the instructions until its result is first read.
+
+    The loop goes round: a result that is read in the next iteration is as far as both parts of the
+    way together.
+    """
+    reads, writes = [], []
+    for op, rest in body:
+        family, *forms = op.split('.')
+        operands = rest.split(',')
+        to = [] if family in SINKS else operands[:1]
+        size = max((WORDS.get(form, 1) for form in forms), default=1)
+        if family in ('STG', 'STL', 'STS'):
+            values = registers(operands[-1])
+            values = {value + i for value in values for i in range(size)}
+            reads.append(registers(operands[0]) | registers(operands[1]) | values)
+        else:
+            # The third factor of a wide product is a pair.
+            last = registers(operands[-1], wide='WIDE' in forms) if len(operands) > 1 else set()
+            reads.append(last.union(*map(registers, operands[len(to) : -1] or [''])))
+        written = set().union(*map(registers, to))
+        if family in ('LDG', 'LDC', 'LDS', 'LDL') or 'WIDE' in forms:
+            size = max(size, 2 if 'WIDE' in forms else 1)
+            written = {value + i for value in written for i in range(size)}
+        writes.append(written)
+    found = []
+    for i, (op, _) in enumerate(body):
+        if op.startswith('LDG'):
+            after = (j % len(body) for j in range(i + 1, i + 1 + len(body)))
+            read = (n for n, j in enumerate(after, 1) if reads[j] & writes[i])
+            found.append(next(read, len(body)))
+    return found
 
 
 def count(opcodes, *families):

@@ -157,6 +157,21 @@ def packs(B: Tensor, C: Tensor) -> bool:
     )
 
 
+def most_registers(state: int, packed: bool, gate: bool) -> dict[str, int]:
+    """Most registers of a thread of the forward kernel, an option of its launch.
+
+    Left alone the compiler aims at 64, which one-warp programs cannot turn into more warps, and
+    puts the loads off. AMD's compiler has no such option.
+    """
+    if torch.version.hip:
+        return {}
+    if state <= 2:
+        return dict(maxnreg=80)
+    if state <= 8 and packed:
+        return dict(maxnreg=96 if gate else 80)
+    return dict(maxnreg=128 if state <= 8 or packed else 168)
+
+
 class _Pass:
     """What the passes have in common: inputs that are copied first, and the program."""
 
@@ -202,11 +217,12 @@ class Forward(_Pass):
             p_last=Place(10) if last else Place(11, 4 * (n_states + n_sums), torch.float32),
             p_state=states, p_sum=sums,
         )  # fmt: skip
-        into = self._out_strides(out)
+        into, packed = self._out_strides(out), packs(B, C)
         constants = (
             shape.common(inputs, softplus, reverse, cut)
             | shape.strides(u=u, delta=delta, B=B, C=C, z=z, out=into)
-            | dict(UNROLL=cut.unroll, HAS_D=D is not None, PACK=packs(B, C))
+            | dict(UNROLL=cut.unroll, AHEAD=4 if shape.state <= 2 else 2, HAS_D=D is not None)
+            | dict(PACK=packed, **most_registers(shape.state, packed, z is not None))
         )
 
         def sweep(mode):

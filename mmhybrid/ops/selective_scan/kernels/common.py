@@ -53,17 +53,32 @@ def token_at(p_order, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_channels(p, m_d, EVEN: tl.constexpr):
-    """A block of channels as float32; the masked form costs a move per register."""
+def position_at(s, end, length, REVERSE: tl.constexpr):
+    """Place in the sequence of what is visited at s; from ``end`` on that of the last before it."""
+    position = tl.minimum(s, end - 1)
+    if REVERSE:
+        position = length - 1 - position
+    return position
+
+
+@triton.jit
+def load_as_is(p, m_d, EVEN: tl.constexpr):
+    """A block of channels in its own dtype; the masked form costs a move per register."""
     if EVEN:
-        return tl.load(p).to(tl.float32)
+        return tl.load(p)
     else:
-        return tl.load(p, mask=m_d, other=0.0).to(tl.float32)
+        return tl.load(p, mask=m_d, other=0.0)
+
+
+@triton.jit
+def load_channels(p, m_d, EVEN: tl.constexpr):
+    """A block of channels as float32."""
+    return load_as_is(p, m_d, EVEN).to(tl.float32)
 
 
 @triton.jit
 def load_states(p, step, N: tl.constexpr, PACK: tl.constexpr):
-    """The N values of B or C for one token, which begin at p, ``step`` apart, as they lie in memory.
+    """The N values of B or C for one token, from p on and ``step`` apart, as they lie in memory.
 
     What comes back is for :func:`state_of`, and may be carried through a loop. With PACK it is
     N / 4 words of 64 bits: the values have 16 bits and are neighbours, N is a multiple of 4 and p
@@ -84,8 +99,13 @@ def load_states(p, step, N: tl.constexpr, PACK: tl.constexpr):
 def state_of(words, n: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr):
     """Value n of what :func:`load_states` returned for a pointer to DTYPE, as float32."""
     if PACK:
-        bits = (words[n // 4] >> (n % 4 * 16)).to(tl.int16)
-        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+        half = (words[n // 4] >> (n % 4 // 2 * 32)).to(tl.int32)
+        if DTYPE == tl.bfloat16:  # the upper half of a float32
+            bits = half & -65536 if n % 2 else half << 16
+            return bits.to(tl.float32, bitcast=True)
+        else:
+            bits = (half >> (n % 2 * 16)).to(tl.int16)
+            return bits.to(DTYPE, bitcast=True).to(tl.float32)
     else:
         return words[n].to(tl.float32)
 

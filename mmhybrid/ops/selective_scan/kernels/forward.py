@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from .common import LOG2E, SIZES, load_channels, load_states, sigmoid, state_of, step_size, token_at
+from .common import (
+    LOG2E,
+    SIZES,
+    load_as_is,
+    load_channels,
+    load_states,
+    position_at,
+    sigmoid,
+    state_of,
+    step_size,
+)
 
 # What one launch of the forward kernel is for.
 SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
@@ -21,7 +31,7 @@ def scan_forward_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MODE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-    PACK: tl.constexpr,
+    PACK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
@@ -35,7 +45,7 @@ def scan_forward_kernel(
     i_b = pid // (n_blocks * groups * n_chunks)
 
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_d = o_h < group_dim
+    m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one
     o_d = i_g * group_dim + o_h
     p_u += i_b * u_sb + i_g * u_sg + o_h * u_sd
     p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
@@ -67,58 +77,97 @@ def scan_forward_kernel(
     b_sum = tl.zeros([BLOCK], tl.float32)
 
     first = i_c.to(tl.int32) * chunk
-    for s0 in range(first, tl.minimum(first + chunk, length), UNROLL):
-        # All loads of a group of tokens come before its stores: nothing tells the compiler that
-        # the output overlaps no input, so it moves no load over a store.
-        u_k = ()
-        delta_k = ()
-        z_k = ()
-        token_k = ()
-        store_k = ()
-        for k in tl.static_range(UNROLL):
-            token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
-            b_u = load_channels(p_u + token * u_sl, m_d, EVEN)
-            b_delta = load_channels(p_delta + token * delta_sl, m_d, EVEN)
-            if ORDER:
-                b_u = tl.where(live, b_u, 0.0)
-                b_delta = tl.where(live, b_delta, 0.0)
-            if HAS_Z and MODE != AGGREGATE:
-                z_k = z_k + (load_channels(p_z + token * z_sl, m_d, EVEN),)
-            u_k = u_k + (b_u,)
-            delta_k = delta_k + (b_delta,)
-            token_k = token_k + (token,)
-            store_k = store_k + (live & (s0 + k < length),)
-        y_k = ()
-        for k in tl.static_range(UNROLL):
-            # A step of zero leaves the state alone: that is all a ragged end needs.
-            b_delta = step_size(delta_k[k], b_bias, HAS_BIAS, SOFTPLUS)
-            b_delta = tl.where(s0 + k < length, b_delta, 0.0)
-            b_x = b_delta * u_k[k]
-            b_y = b_skip * u_k[k]
-            b_next = ()
-            B_n = load_states(p_B + token_k[k] * B_sl, B_sn, N, PACK)
-            if MODE != AGGREGATE:
-                C_n = load_states(p_C + token_k[k] * C_sl, C_sn, N, PACK)
-            for n in tl.static_range(N):
-                b_B = state_of(B_n, n, p_B.dtype.element_ty, PACK)
-                b_state = tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B
-                b_next = b_next + (b_state,)
-                if MODE != AGGREGATE:
-                    b_y += b_state * state_of(C_n, n, p_C.dtype.element_ty, PACK)
-            b_h = b_next
-            if MODE == AGGREGATE:
-                b_sum += b_delta
-            else:
-                if HAS_Z:
-                    b_y = b_y * z_k[k] * sigmoid(z_k[k])
-                y_k = y_k + (b_y,)
+    end = tl.minimum(first + chunk, length)
+    # What the next AHEAD tokens need is loaded into registers while these are computed, and the
+    # entries of a table that say where the tokens after those are. The loads come before the
+    # stores: nothing tells the compiler that the output overlaps no input, so it moves no load
+    # over a store. Behind the end of the chunk its last token repeats.
+    entry_k = ()
+    ahead_k = ()
+    u_k = ()
+    delta_k = ()
+    z_k = ()
+    B_k = ()
+    C_k = ()
+    for k in tl.static_range(AHEAD):
+        token = position_at(first + k, end, length, REVERSE).to(tl.int64)
+        if ORDER:
+            entry_k = entry_k + (tl.load(p_order + token),)
+            position = position_at(first + AHEAD + k, end, length, REVERSE)
+            ahead_k = ahead_k + (tl.load(p_order + position),)
+            token = tl.maximum(entry_k[k], 0).to(tl.int64)
+        u_k = u_k + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
+        delta_k = delta_k + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
+        B_k = B_k + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
         if MODE != AGGREGATE:
-            for k in tl.static_range(UNROLL):
-                tl.store(
-                    p_out + token_k[k] * out_sl,
-                    y_k[k].to(p_out.dtype.element_ty),
-                    mask=m_d & store_k[k],
-                )
+            C_k = C_k + (load_states(p_C + token * C_sl, C_sn, N, PACK),)
+            if HAS_Z:
+                z_k = z_k + (load_as_is(p_z + token * z_sl, m_d, EVEN),)
+    # Several groups of AHEAD tokens in one turn of the loop: each then has registers of its own,
+    # and nothing is moved from the next ones to these.
+    for turn in range(first, end, UNROLL):
+        for group in tl.static_range(UNROLL // AHEAD):
+            s0 = turn + group * AHEAD
+            entry_next = ()
+            ahead_next = ()
+            u_next = ()
+            delta_next = ()
+            z_next = ()
+            B_next = ()
+            C_next = ()
+            for k in tl.static_range(AHEAD):
+                token = position_at(s0 + AHEAD + k, end, length, REVERSE).to(tl.int64)
+                if ORDER:
+                    entry_next = entry_next + (ahead_k[k],)
+                    position = position_at(s0 + 2 * AHEAD + k, end, length, REVERSE)
+                    ahead_next = ahead_next + (tl.load(p_order + position),)
+                    token = tl.maximum(ahead_k[k], 0).to(tl.int64)
+                u_next = u_next + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
+                delta_next = delta_next + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
+                B_next = B_next + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
+                if MODE != AGGREGATE:
+                    C_next = C_next + (load_states(p_C + token * C_sl, C_sn, N, PACK),)
+                    if HAS_Z:
+                        z_next = z_next + (load_as_is(p_z + token * z_sl, m_d, EVEN),)
+            for k in tl.static_range(AHEAD):
+                b_u = u_k[k].to(tl.float32)
+                b_delta = delta_k[k].to(tl.float32)
+                token = position_at(s0 + k, end, length, REVERSE).to(tl.int64)
+                live = s0 + k < length
+                if ORDER:
+                    token = tl.maximum(entry_k[k], 0).to(tl.int64)
+                    b_u = tl.where(entry_k[k] >= 0, b_u, 0.0)
+                    b_delta = tl.where(entry_k[k] >= 0, b_delta, 0.0)
+                # A step of zero leaves the state alone: that is all a ragged end needs.
+                b_delta = step_size(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
+                b_delta = tl.where(live, b_delta, 0.0)
+                b_x = b_delta * b_u
+                b_y = b_skip * b_u
+                b_next = ()
+                for n in tl.static_range(N):
+                    b_B = state_of(B_k[k], n, p_B.dtype.element_ty, PACK)
+                    b_state = tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B
+                    b_next = b_next + (b_state,)
+                    if MODE != AGGREGATE:
+                        b_y += b_state * state_of(C_k[k], n, p_C.dtype.element_ty, PACK)
+                b_h = b_next
+                if MODE == AGGREGATE:
+                    b_sum += b_delta
+                else:
+                    if HAS_Z:
+                        b_z = z_k[k].to(tl.float32)
+                        b_y = b_y * b_z * sigmoid(b_z)
+                    if ORDER:
+                        live = live & (entry_k[k] >= 0)
+                    p_y = p_out + token * out_sl
+                    tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_d & live)
+            entry_k = entry_next
+            ahead_k = ahead_next
+            u_k = u_next
+            delta_k = delta_next
+            z_k = z_next
+            B_k = B_next
+            C_k = C_next
 
     if MODE == AGGREGATE:
         for n in tl.static_range(N):
