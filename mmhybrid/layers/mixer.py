@@ -115,11 +115,16 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""
-        if self.path(x) == 'fused':
-            return mambavision_mixer.fused_mixer(
-                x, self.in_proj.weight, self.conv1d_x.weight.squeeze(1),
-                self.conv1d_z.weight.squeeze(1), self.x_proj.weight, self.dt_proj.weight,
-                self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight, self.lean)
+        if self.fused is False:
+            return self._forward_plain(x)
+        dt_proj = self.dt_proj
+        tensors = (
+            x, self.in_proj.weight, self.conv1d_x.weight, self.conv1d_z.weight, self.x_proj.weight,
+            dt_proj.weight, dt_proj.bias, self.A_log, self.D, self.out_proj.weight)
+        ready = mambavision_mixer.prepared(tensors, self.lean, self.backend, self.fused)
+        known = ready is not None and ready.call is not None  # has been asked which way it goes
+        if known or self.path(x) == 'fused':
+            return mambavision_mixer.mix(tensors, self.lean, ready)
         return self._forward_plain(x)
 
     def _forward_plain(self, x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """Cases of the fused MambaVision mixer, run by test_mambavision_mixer.py in their own process."""
 
 import os
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from mmhybrid.layers import MambaVisionMixer, recomputed
-from mmhybrid.ops.mambavision_mixer import fused
+from mmhybrid.ops.mambavision_mixer import fused, passes
 from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
-from mmhybrid.ops.selective_scan import passes
+from mmhybrid.ops.selective_scan import passes as scan_passes
 from mmhybrid.ops.selective_scan import plan as plans
 from mmhybrid.ops.selective_scan import triton_backend as scan
 
@@ -103,15 +104,15 @@ def test_kept_states(tokens, lean, monkeypatch):
     def cut(*sizes, gradients, chunk=0):
         return plan(*sizes, gradients=gradients, chunk=chunk or tokens)
 
-    scan.forget()
+    fused.forget()
     monkeypatch.setattr(plans, 'launch_plan', cut)
-    monkeypatch.setattr(fused, '_MIN_CHUNK', 8)
+    monkeypatch.setattr(passes, '_MIN_CHUNK', 8)
     x = torch.randn(1, 13, 8)
     mixer = make_mixer(8, fused=True, lean=lean, state_dim=3)
     compare(mixer, x, 2e-6, state_dim=3)
     weights = [p.detach().flatten(1) if p.dim() == 3 else p.detach() for p in weights_of(mixer)]
     states = torch.ops.mmhybrid.mambavision_mixer(x, *weights, lean)[-1]
-    scan.forget()
+    fused.forget()
     # Of four chunks every second one, or both of two.
     assert states.shape == ((0,) if lean else (1, 2, 3, 4))
 
@@ -182,20 +183,26 @@ def test_frozen_input_and_parameters():
 @pytest.mark.parametrize(('length', 'steps'), [(21, 1), (70, 2)])
 def test_convolutions_against_their_twin(length, steps, monkeypatch):
     """u and the gate half exactly where the concatenation wants them, and all gradients."""
-    monkeypatch.setattr(passes, 'processors', lambda _: 1 if steps > 1 else 132)
-    channels, shape = 35, fused._Shape(2, length, 0, 1, 0)
-    assert fused._cut(shape, channels, torch.device('cpu'))['steps'] == steps
+    monkeypatch.setattr(scan_passes, 'processors', lambda _: 1 if steps > 1 else 132)
+    channels, shape = 35, passes.Shape(2, length, 0, 1, 0)
+    assert passes.cut(shape, channels, torch.device('cpu'))['steps'] == steps
     xz = torch.randn(2 * length, 2 * channels)
     mixer = MambaVisionMixer(2 * channels)
-    weights = fused._Weights(*(w.detach() for w in weights_of(mixer)))
+    weights = passes.Weights(*(w.detach() for w in weights_of(mixer)))
     filters = [torch.randn(channels, 3) for _ in range(2)]
     weights = weights._replace(w_conv_x=filters[0], w_conv_z=filters[1])
     yz = torch.full_like(xz, 7.0)
-    u, A, step_bias = fused._convolve(xz, yz, shape, weights)
+    pointers = [w.data_ptr() for w in weights.read]
+    kernel = passes.Convolutions(xz, weights, shape, gate=True, backward=False)
+    (u, A, step_bias), _ = kernel.run(xz, yz, weights, pointers)
     torch.testing.assert_close(A, -mixer.A_log.exp().detach())
     assert torch.equal(step_bias, 2 * mixer.dt_proj.bias.detach())
     du, dyz = torch.randn_like(u), torch.randn_like(yz)
-    dxz, dw = fused._convolve_backward(xz, du, dyz, shape, weights)
+    dA, dstep = torch.randn_like(A), torch.randn_like(step_bias)
+    dlog, dbias = dA * A, 2 * dstep
+    kernel = passes.Convolutions(xz, weights, shape, gate=False, backward=True)
+    dxz, dw = kernel.run_backward(xz, A, du, dyz, dA, dstep, weights, pointers)
+    assert torch.equal(dA, dlog) and torch.equal(dstep, dbias)
 
     leaves = [x.double().requires_grad_() for x in (xz, *filters)]
     twins = prescan_reference(leaves[0].view(2, length, -1), *leaves[1:])
@@ -205,7 +212,77 @@ def test_convolutions_against_their_twin(length, steps, monkeypatch):
     assert relative_rms(yz[:, channels:], twins[1].detach()) < 3e-7
     assert torch.equal(yz[:, :channels], torch.full_like(u, 7.0))
     assert relative_rms(dxz, expected[0]) < 3e-7
-    assert relative_rms(dw, torch.cat(expected[1:])) < 1e-6
+    assert relative_rms(dw, torch.stack(expected[1:])) < 1e-6
+
+
+def as_operator(mixer, x, dy, autocast=None):
+    """The results of the registered operators, which take a call that cannot be described."""
+    with mock.patch.object(fused.launch, 'describe', lambda tensors: None):
+        return results(mixer, x, dy, autocast)
+
+
+@pytest.mark.parametrize('case', ['plain', 'lean', 'halves', 'autocast', 'odd strides', 'frozen'])
+def test_calls_give_the_bits_of_the_operators(case):
+    lean, dtype = case == 'lean', torch.bfloat16 if case == 'halves' else torch.float32
+    mixer = make_mixer(12, fused=True, state_dim=2, lean=lean).to(dtype)
+    x, dy = torch.randn(2, 5, 12).to(dtype), torch.randn(2, 5, 12)
+    if case == 'odd strides':
+        x = x.mT.contiguous().mT
+        dy = dy.mT.contiguous().mT
+        for name in ('A_log', 'D'):
+            p = getattr(mixer, name)
+            p.data = torch.stack([p.data, p.data], -1)[..., 0]
+    if case == 'frozen':
+        mixer.D.requires_grad_(False)
+        mixer.D.grad = torch.zeros_like(mixer.D)
+        mixer.zero_grad = lambda: None
+        for p in mixer.parameters():
+            p.grad = torch.zeros_like(p)
+    autocast = torch.bfloat16 if case == 'autocast' else None
+    with mock.patch.object(fused, '_through_operator', lambda *_: pytest.fail('an operator')):
+        got = results(mixer, x, dy, autocast)
+    for p in mixer.parameters():
+        p.grad = torch.zeros_like(p)
+    expected = as_operator(mixer, x, dy, autocast)
+    assert bool(got['D'].any()) == (case != 'frozen')
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+        assert got[name].dtype == value.dtype, name
+    with torch.no_grad(), torch.autocast('cpu', autocast, enabled=autocast is not None):
+        assert torch.equal(mixer(x), got['y'])
+
+
+def test_the_output_may_be_changed_in_place():
+    mixer, x = make_mixer(8, fused=True, state_dim=1), torch.randn(1, 5, 8)
+    y = mixer(x)
+    y.mul_(2)
+    y.sum().backward()
+    assert mixer.D.grad.any()
+
+
+def test_weights_that_were_changed_before_the_backward_pass():
+    mixer, x = make_mixer(8, fused=True, state_dim=1), torch.randn(1, 5, 8)
+    y = mixer(x)
+    with torch.no_grad():
+        mixer.D.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
+def test_saved_tensors_that_come_back_changed():
+    """A hook may keep copies with other strides and addresses."""
+    mixer, x = make_mixer(8, fused=True, state_dim=2), torch.randn(2, 20, 8)
+    dy = torch.randn(2, 20, 8)
+    expected = results(mixer, x, dy)
+
+    def unpack(given):
+        odd = torch.zeros(*given.shape, 2, dtype=given.dtype)[..., 1]
+        return odd.copy_(given)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda given: given, unpack):
+        got = results(mixer, x, dy)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=name)
 
 
 # The contract with PyTorch.
@@ -245,11 +322,17 @@ def test_compiled_module():
     assert any('mambavision_mixer' in target for target in seen), seen
 
 
-def test_second_derivative_is_refused():
-    x = torch.randn(1, 3, 8, requires_grad=True)
-    (dx,) = torch.autograd.grad(make_mixer(8, fused=True)(x).sum(), x, create_graph=True)
+@pytest.mark.parametrize('of', ['x', 'weights'])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_second_derivative_is_refused(of, autocast):
+    x = torch.randn(1, 3, 8, requires_grad=of == 'x')
+    mixer = make_mixer(8, fused=True, state_dim=1).requires_grad_(of == 'weights')
+    leaf = x if of == 'x' else mixer.in_proj.weight
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        y = mixer(x)
+    (grad,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match='first derivative only'):
-        dx.sum().backward()
+        torch.autograd.grad(grad.sum(), leaf)
 
 
 def test_double_precision_is_refused_or_plain():

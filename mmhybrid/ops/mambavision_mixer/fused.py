@@ -1,27 +1,23 @@
-"""The fused MambaVision mixer: launchers and PyTorch operators.
+"""The fused MambaVision mixer: its calls and PyTorch operators.
 
 B batch, L tokens, C channels, E = C / 2, N state, R rank of the step, K taps, M = B L. Everything
 lies token-major. Importing this file needs no Triton; the kernels are imported when first used.
 """
 
 import contextlib
-from typing import NamedTuple
+import os
 
 import torch
 from torch import Tensor
 
 from .. import triton_support
-from ..selective_scan import passes
-from ..selective_scan import plan as plans
+from ..selective_scan import BACKEND_VARIABLE, launch
 from ..selective_scan import triton_backend as scan
+from ..selective_scan.launch import Prepared
+from ..selective_scan.passes import find, remember
+from .passes import Backward, Forward, Weights, shape_of
 
-__all__ = ['fused_mixer', 'refusal']
-
-# Tokens of a tile. Sixteen rows by 64 channels give each of 128 threads 16 bytes of bfloat16.
-_ROWS = 16
-# Tokens between the states that are kept for the backward pass: 32 bytes of float32 states per
-# scanned channel (N = 8) every 16 tokens are 1 byte per token and channel of the mixer.
-_MIN_CHUNK = 16
+__all__ = ['fused_mixer', 'mix', 'prepared', 'refusal']
 
 
 def refusal(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
@@ -47,45 +43,143 @@ def refusal(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
     return None
 
 
-class _Weights(NamedTuple):
-    """Parameters in the order of the operators' schema; projections in the dtype of the tokens."""
+# Places among x and the weights: factors of matrix products, what kernels read, and D.
+_FACTORS, _READ, _D = (0, 1, 4, 5, 9), (2, 3, 6, 7, 8), 8
+_DENSE = frozenset({0, *_READ})
 
-    w_in: Tensor  # (C, C)
-    w_conv_x: Tensor  # (E, K)
-    w_conv_z: Tensor  # (E, K)
-    w_x: Tensor  # (R + 2 N, E)
-    w_dt: Tensor  # (E, R)
-    dt_bias: Tensor  # (E,)
-    A_log: Tensor  # (E, N)
-    D: Tensor  # (E,)
-    w_out: Tensor  # (C, C)
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """E, N and R."""
-        return *self.A_log.shape, self.w_dt.shape[1]
+_CALLS: dict[tuple, '_Call'] = {}
+_FORWARD: dict[tuple, Forward] = {}
+_BACKWARD: dict[tuple, Backward] = {}
 
 
-class _Shape(NamedTuple):
-    """B, L and the tokens between kept states (with which of the scan's states those are)."""
+def prepared(tensors: tuple[Tensor, ...], lean: bool, backend: str, *flags) -> Prepared | None:
+    """Describe a call of :func:`mix`; None where the registered operator must take it.
 
-    batch: int
-    length: int
-    chunk: int
-    every: int
-    n_kept: int
+    Args:
+        tensors: x and the weights as :func:`fused_mixer` takes them.
+        lean: see there.
+        backend: the scan that was asked for.
+        flags: everything else that decides whether the call may be taken.
+    """
+    x = tensors[0]
+    if torch.compiler.is_compiling() or x.is_meta:  # the meta device knows no autocast
+        return None
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    wish = os.environ.get(BACKEND_VARIABLE) if backend == 'auto' else backend
+    return launch.prepared(_CALLS, tensors, autocast, lean, wish, *flags)
 
 
-def _shape(x: Tensor, weights: _Weights) -> _Shape:
-    batch, length, _ = x.shape
-    channels, state, _ = weights.sizes
-    processors = passes.processors(x.device)
-    plan = plans.launch_plan(batch, 1, channels, length, state, processors, gradients=True)
-    if plan.n_chunks == 1:
-        return _Shape(batch, length, plan.chunk, 1, 0)
-    every = max(1, -(-_MIN_CHUNK // plan.chunk))
-    kept = -(-plan.n_chunks // every)
-    return _Shape(batch, length, plan.chunk * every, every, kept if kept > 1 else 0)
+def mix(tensors: tuple[Tensor, ...], lean: bool, ready: Prepared | None) -> Tensor:
+    """:func:`fused_mixer` of tensors that :func:`prepared` has described, None if it declined."""
+    if ready is None:
+        return _through_operator(*tensors, lean)
+    call = ready.call
+    if call is None:
+        call = _Call(tensors, lean)
+        remember(_CALLS, ready.key, call)
+    return call(tensors, ready.pointers)
+
+
+class _Call:
+    """One kind of call: its forward pass, and its backward passes by what reaches them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], lean: bool):
+        self.gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        # Without a backward pass nothing is kept.
+        self.lean = lean or not self.gradients
+        self.kind = kind = tensors[0].device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.dtype = half or tensors[0].dtype
+        # As autocast casts for F.linear; a kernel reads D in float32, and all else as it is.
+        dtypes = dict.fromkeys(_FACTORS if half else (), half) | {_D: torch.float32}
+        self.changes = [
+            (i, dtypes.get(i, x.dtype), i in _DENSE) for i, x in enumerate(tensors)
+            if dtypes.get(i, x.dtype) != x.dtype or (i in _DENSE and not x.is_contiguous())
+        ]  # fmt: skip
+        self.forward: Forward | None = None
+        self.backward: dict[tuple, Backward] = {}
+
+    def __call__(self, tensors: tuple[Tensor, ...], pointers: list[int | None]) -> Tensor:
+        """The output."""
+        if not self.gradients:
+            return self.run(tensors, pointers)[0]
+        if self.changes and self.changes[0][0] == 0:
+            # Where autograd sees it: it keeps the changed x, and asks it for a second derivative.
+            tensors = (tensors[0].to(self.dtype).contiguous(), *tensors[1:])
+        return _apply(self, pointers, *tensors)
+
+    def changed(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """x and the weights as the passes take them."""
+        tensors = [*tensors]
+        for i, dtype, dense in self.changes:
+            x = tensors[i].to(dtype)
+            tensors[i] = x.contiguous() if dense else x
+        return tuple(tensors)
+
+    def run(self, tensors, pointers) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The output, and what is kept: x and the weights as they were taken, and the rest."""
+        if self.changes:
+            tensors = self.changed(tensors)
+            pointers = [x.data_ptr() for x in tensors]
+        weights = Weights(*tensors[1:])
+        if self.forward is None:
+            self.forward = Forward(tensors[0], weights, self.lean)
+        pointers = [pointers[i] for i in _READ]
+        out, *kept = self.forward.run(tensors[0], weights, pointers)
+        return out, (*tensors, *kept)
+
+    def run_backward(self, key: tuple, pointers, dout, x, weights: Weights, kept):
+        """Gradients of x and of the weights."""
+        one = self.backward.get(key)
+        if one is None:
+            one = Backward(x, weights, kept[1:], self.lean)
+            remember(self.backward, key, one)
+        if torch.is_autocast_enabled(self.kind) and (
+            torch.get_autocast_dtype(self.kind) != self.dtype
+        ):
+            with torch.autocast(self.kind, enabled=False):
+                return one.run(dout, x, *kept, weights, pointers)
+        return one.run(dout, x, *kept, weights, pointers)
+
+
+class _Mixer(torch.autograd.Function):
+    """The mixer where nothing looks into it."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, pointers, *tensors):
+        out, kept = call.run(tensors, pointers)
+        ctx.save_for_backward(*kept)
+        ctx.call, ctx.weights = call, tensors[1:]
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        call = ctx.call
+        x, *weights, yz, xz, x_dbl, states = ctx.saved_tensors
+        weights = Weights(*weights)
+        seen = (dout, *weights.read, xz, x_dbl, states)
+        found = None if torch.is_grad_enabled() or launch.intercepted() else launch.describe(seen)
+        if found is None:
+            _, *weights = call.changed((x, *ctx.weights))
+            kept = yz, xz, x_dbl, states
+            return None, None, *_backward_operator(dout, x, *kept, weights, call.lean)
+        pointers, (_, *description) = found
+        dx, dw_in, dw_conv, *rest = call.run_backward(
+            tuple(description), pointers[1:6], dout, x, weights, (yz, xz, x_dbl, states)
+        )
+        # Autograd gives each the dtype of its tensor.
+        return None, None, dx, dw_in, *dw_conv, *rest
+
+
+_apply = launch.fast_apply(_Mixer)
+
+
+def forget() -> None:
+    """Work every call out again, for tests that change how."""
+    for known in (_CALLS, _FORWARD, _BACKWARD):
+        known.clear()
+    scan.forget()
 
 
 def _without_autocast(x: Tensor):
@@ -93,178 +187,62 @@ def _without_autocast(x: Tensor):
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _cut(shape: _Shape, channels: int, device: torch.device) -> dict[str, int]:
-    """How the tokens and channels of a mixer are cut into programs."""
-    # Wide enough for full memory transactions, with few idle lanes at the end.
-    block = 64 if channels % 64 == 0 or channels % 64 > 32 else 32
-    tiles = shape.batch * -(-shape.length // _ROWS) * -(-channels // block)
-    # More tiles in turn load the filters once for all of them, and leave fewer partial sums of
-    # their gradients; fewer keep every multiprocessor busy.
-    steps = max(1, min(4, tiles // (4 * passes.processors(device))))
-    return dict(
-        length=shape.length,
-        n_tiles=-(-shape.length // (_ROWS * steps)),
-        steps=steps,
-        ROWS=_ROWS,
-        BLOCK=block,
-    )
-
-
-def _as_scan(x: Tensor, batch: int) -> Tensor:
-    """A view (B, 1, D, L) of tokens (M, D), whatever their row stride."""
-    length, row = x.shape[0] // batch, x.stride(0)
-    # Exact strides even where an axis has one element: kernels derive addresses from them.
-    return x.as_strided(
-        (batch, 1, x.shape[1], length), (length * row, length * row, 1, row), x.storage_offset()
-    )
-
-
-def _convolve(xz: Tensor, yz: Tensor | None, shape: _Shape, weights: _Weights):
-    """u (M, E), A (E, N) and twice the step's bias; writes the gate half of yz when given."""
-    from . import triton_kernels as kernels
-
-    channels, state, _ = weights.sizes
-    taps = weights.w_conv_x.shape[1]
-    u = xz.new_empty(xz.shape[0], channels)
-    A = xz.new_empty(channels, state, dtype=torch.float32)
-    step_bias = xz.new_empty(channels, dtype=torch.float32)
-    cut = _cut(shape, channels, xz.device)
-    with torch.cuda.device_of(xz):
-        kernels.prescan_kernel[(shape.batch * cut['n_tiles'], -(-channels // cut['BLOCK']))](
-            p_xz=xz,
-            p_wx=weights.w_conv_x,
-            p_wz=weights.w_conv_z,
-            p_log=weights.A_log,
-            p_bias=weights.dt_bias,
-            p_u=u,
-            p_yz=yz,
-            p_A=A,
-            p_step=step_bias,
-            channels=channels,
-            N=state,
-            K=taps,
-            LEFT=taps // 2,
-            WITH_Z=yz is not None,
-            num_warps=4,
-            **cut,
-        )
-    return u, A, step_bias
-
-
-def _convolve_backward(xz: Tensor, du: Tensor, dyz: Tensor, shape: _Shape, weights: _Weights):
-    """dxz (M, C) and the gradients of both convolutions' weights as one (C, K), float32."""
-    from . import triton_kernels as kernels
-
-    channels = weights.D.shape[0]
-    taps = weights.w_conv_x.shape[1]
-    cut = _cut(shape, channels, xz.device)
-    programs = shape.batch * cut['n_tiles']
-    dxz = torch.empty_like(xz)
-    parts = xz.new_empty(programs, 2 * channels, taps, dtype=torch.float32)
-    with torch.cuda.device_of(xz):
-        kernels.prescan_backward_kernel[(programs, -(-channels // cut['BLOCK']))](
-            p_xz=xz,
-            p_wx=weights.w_conv_x,
-            p_wz=weights.w_conv_z,
-            p_du=du,
-            p_dyz=dyz,
-            p_dxz=dxz,
-            p_dw=parts,
-            channels=channels,
-            K=taps,
-            LEFT=taps // 2,
-            num_warps=4,
-            **cut,
-        )
-    return dxz, parts.sum(0)
-
-
-def _scan_inputs(u, step_bias, A, x_dbl, delta, batch, weights):
-    """The scan's arguments up to the table of tokens, as views of what the projections made."""
-    _, state, rank = weights.sizes
-    return (
-        _as_scan(u, batch),
-        _as_scan(delta, batch),
-        A,
-        _as_scan(x_dbl[:, rank : rank + state], batch),
-        _as_scan(x_dbl[:, rank + state :], batch),
-        weights.D.float(),
-        None,
-        step_bias,
-        None,
-    )
+# The operators, where something looks into the mixer. Filters are (E, K), states (B, NC, N, E), and
+# the gradients of both filters are one (C, K).
 
 
 def _forward(x: Tensor, *arguments):
     """The forward pass: the output, and what the backward pass needs beside x."""
     *weights, lean = arguments
-    weights = _Weights(*weights)
-    channels, _, rank = weights.sizes
-    shape = _shape(x, weights)
+    weights = Weights(*weights)
+    weights = weights._replace(D=weights.D.float())
     with _without_autocast(x):
-        xz = x.reshape(-1, 2 * channels) @ weights.w_in.t()
-        yz = torch.empty_like(xz)
-        u, A, step_bias = _convolve(xz, yz, shape, weights)
-        x_dbl = u @ weights.w_x.t()
-        delta = x_dbl[:, :rank] @ weights.w_dt.t()
-        inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
-        into = _as_scan(yz[:, :channels], shape.batch)
-        # Without states to keep, the chunks are those of a forward pass alone.
-        states = passes.forward(inputs, True, False, not lean, out=into)[2]
-        out = (yz @ weights.w_out.t()).view(x.shape)
+        one, pointers = find(
+            _FORWARD, (*weights.read, x, *weights), (lean,), lambda: Forward(x, weights, lean)
+        )
+        out, yz, xz, x_dbl, states = one.run(x, weights, pointers[:5])
     if lean:
         return out, yz, *(x.new_empty(0) for _ in range(3))
-    if shape.every > 1:
-        states = states[:, :: shape.every][:, : shape.n_kept].contiguous()
-    return out, yz, xz, x_dbl, states
+    return out, yz, xz, x_dbl, _as_states(states, x, weights)
+
+
+def _as_states(states: Tensor, x: Tensor, weights: Weights) -> Tensor:
+    shape = shape_of(x, weights)
+    size = shape.batch, shape.n_kept, weights.sizes[1], weights.sizes[0]
+    return states.flatten()[: torch.Size(size).numel()].view(size)
 
 
 def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, states: Tensor,
               *arguments):  # fmt: skip
     """Gradients of x and of the weights; those of both convolutions are one (C, K) tensor."""
     *weights, lean = arguments
-    weights = _Weights(*weights)
-    channels, state, rank = weights.sizes
-    shape = _shape(x, weights)
-    x_rows = x.reshape(-1, 2 * channels)
-    dout = dout.reshape(-1, 2 * channels)
+    weights = Weights(*weights)
+    weights = weights._replace(D=weights.D.float())
+    kept = (None,) * 3 if lean else (xz, x_dbl, states)
     with _without_autocast(x):
-        if lean:
-            xz = x_rows @ weights.w_in.t()
-        u, A, step_bias = _convolve(xz, None, shape, weights)
-        if lean:
-            x_dbl = u @ weights.w_x.t()
-        delta = x_dbl[:, :rank] @ weights.w_dt.t()
-        inputs = _scan_inputs(u, step_bias, A, x_dbl, delta, shape.batch, weights)
-        if lean:
-            states = passes.forward(
-                inputs, True, False, True, shape.chunk, out=inputs[0], starts=True
-            )[2]
-
-        dyz = dout @ weights.w_out
-        dw_out = dout.t() @ yz
-        dx_dbl = torch.empty_like(x_dbl)
-        columns = (
-            _as_scan(dx_dbl[:, rank : rank + state], shape.batch),
-            _as_scan(dx_dbl[:, rank + state :], shape.batch),
-        )
-        dD = torch.empty_like(inputs[5])  # goes out of here, so it shares no memory
-        du, ddelta, dA, *_, dbias = passes.backward(
-            _as_scan(dyz[:, :channels], shape.batch), None, inputs, states, True, False, True,
-            shape.chunk, given=(*(None,) * 3, *columns, dD, None, None),
+        one, pointers = find(
+            _BACKWARD, (*weights.read, x, *weights, *kept), (lean,),
+            lambda: Backward(x, weights, kept, lean),
         )  # fmt: skip
-        du, ddelta = (g.squeeze(1).transpose(1, 2).flatten(0, 1) for g in (du, ddelta))
-        dw_dt = ddelta.t() @ x_dbl[:, :rank]
-        torch.mm(ddelta, weights.w_dt, out=dx_dbl[:, :rank])
-        dw_x = dx_dbl.t() @ u
-        du.addmm_(dx_dbl, weights.w_x)
-        dxz, dw_conv = _convolve_backward(xz, du, dyz, shape, weights)
-        dw_in = dxz.t() @ x_rows
-        dx = (dxz @ weights.w_in).view(x.shape)
-    return dx, dw_in, dw_conv, dw_x, dw_dt, 2 * dbias, dA * A, dD, dw_out
+        dx, dw_in, dw_conv, *rest = one.run(dout, x, yz, *kept, weights, pointers[:5])
+    return dx, dw_in, dw_conv.view(x.shape[-1], -1), *rest
 
 
-_WEIGHTS = ', '.join(f'Tensor {name}' for name in _Weights._fields)
+def _backward_operator(dout, x, yz, xz, x_dbl, states, weights, lean: bool) -> list[Tensor]:
+    """The backward pass as an operator, which says no to a second derivative."""
+    filters = weights[1].shape
+    weights[1:3] = (w.flatten(1) for w in weights[1:3])
+    if lean:
+        xz = x_dbl = states = x.new_empty(0)
+    else:
+        states = _as_states(states, x, Weights(*weights))
+    dx, dw_in, dw_conv, *rest = torch.ops.mmhybrid.mambavision_mixer_backward(
+        dout, x, yz, xz, x_dbl, states, *weights, lean
+    )
+    return [dx, dw_in, *(dw.view(filters) for dw in dw_conv.chunk(2)), *rest]
+
+
+_WEIGHTS = ', '.join(f'Tensor {name}' for name in Weights._fields)
 _library = torch.library.Library('mmhybrid', 'FRAGMENT')
 _library.define(
     f'mambavision_mixer(Tensor x, {_WEIGHTS}, bool lean) -> '
@@ -282,17 +260,17 @@ for _device in ('CPU', 'CUDA', 'XPU'):
 @torch.library.register_fake('mmhybrid::mambavision_mixer', lib=_library)
 def _forward_fake(x, *arguments):
     *weights, lean = arguments
-    weights = _Weights(*weights)
+    weights = Weights(*weights)
     channels, state, rank = weights.sizes
-    shape = _shape(x, weights)
+    shape = shape_of(x, weights)
     tokens = x.shape[0] * x.shape[1]
-    out, yz = x.new_empty(x.shape), x.new_empty(tokens, 2 * channels)
+    out, yz = x.new_empty(x.shape), x.new_empty(x.shape)
     if lean:
         return out, yz, *(x.new_empty(0) for _ in range(3))
     return (
         out,
         yz,
-        x.new_empty(tokens, 2 * channels),
+        x.new_empty(x.shape),
         x.new_empty(tokens, rank + 2 * state),
         x.new_empty(shape.batch, shape.n_kept, state, channels, dtype=torch.float32),
     )
@@ -300,7 +278,7 @@ def _forward_fake(x, *arguments):
 
 @torch.library.register_fake('mmhybrid::mambavision_mixer_backward', lib=_library)
 def _backward_fake(dout, x, yz, xz, x_dbl, states, *arguments):
-    weights = _Weights(*arguments[:-1])
+    weights = Weights(*arguments[:-1])
 
     def parameter(like, *shape):
         return like.new_empty(shape or like.shape, dtype=torch.float32)
@@ -329,7 +307,7 @@ def _autograd(ctx, dout, *_):
     if dout is None:
         return (None,) * 11
     saved = ctx.saved_tensors
-    weights = _Weights(*saved[5:])
+    weights = Weights(*saved[5:])
     dx, dw_in, dw_conv, *rest = torch.ops.mmhybrid.mambavision_mixer_backward(
         dout, *saved, ctx.lean
     )
@@ -377,7 +355,8 @@ def fused_mixer(
     Args:
         x: tokens, (B, L, C), float32, bfloat16 or float16.
         w_in: (C, C).
-        w_conv_x: filters of the scanned half, (E, K) with odd K, any floating dtype.
+        w_conv_x: filters of the scanned half with odd K, (E, 1, K) as those of ``nn.Conv1d`` or
+            (E, K), any floating dtype.
         w_conv_z: filters of the other half, like w_conv_x.
         w_x: (R + 2 N, E).
         w_dt: (E, R).
@@ -391,14 +370,20 @@ def fused_mixer(
     Returns:
         (B, L, C) in the dtype of the projections.
     """
+    tensors = (x, w_in, w_conv_x, w_conv_z, w_x, w_dt, dt_bias, A_log, D, w_out)
+    return mix(tensors, lean, prepared(tensors, lean, 'triton'))
+
+
+def _through_operator(
+    x, w_in, w_conv_x, w_conv_z, w_x, w_dt, dt_bias, A_log, D, w_out, lean: bool
+) -> Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, w_in, w_x, w_dt, w_out = (t.to(dtype) for t in (x, w_in, w_x, w_dt, w_out))
-    weights = (w_in, w_conv_x, w_conv_z, w_x, w_dt, dt_bias, A_log, D, w_out)
+    filters = (w.flatten(1).contiguous() for w in (w_conv_x, w_conv_z))
+    read = (t.contiguous() for t in (dt_bias, A_log, D))
+    weights = (w_in, *filters, w_x, w_dt, *read, w_out)
     # Without a backward pass nothing is kept.
     lean = lean or not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)))
-    return torch.ops.mmhybrid.mambavision_mixer(
-        x.contiguous(), w_in, w_conv_x.contiguous(), w_conv_z.contiguous(), w_x, w_dt, dt_bias,
-        A_log.contiguous(), D, w_out, lean,
-    )[0]  # fmt: skip
+    return torch.ops.mmhybrid.mambavision_mixer(x.contiguous(), *weights, lean)[0]

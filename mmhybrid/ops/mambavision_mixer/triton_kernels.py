@@ -122,14 +122,17 @@ def _conv_silu_backward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def prescan_backward_kernel(
-    p_xz, p_wx, p_wz, p_du, p_dyz, p_dxz, p_dw,
+    p_xz, p_wx, p_wz, p_A, p_du, p_dyz, p_dxz, p_dw, p_dlog, p_dbias,
     length, channels, n_tiles, steps,
-    K: tl.constexpr, LEFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dxz (B, L, C) from du (B, L, E) and the right half of dyz (B, L, C).
 
     A program takes ``steps`` tiles in turn and writes its share of the gradients of the taps to
-    p_dw (B n_tiles, C, K): no atomics, so every run gives the same bits.
+    p_dw (B n_tiles, C, K): no atomics, so every run gives the same bits. On the way the gradients
+    of the scan's parameters become those of the mixer's, where they lie: dlog = dA A (E, N) and
+    dbias = 2 dstep (E,).
     """
     i_b = (tl.program_id(0) // n_tiles).to(tl.int64)
     i_t = tl.program_id(0) % n_tiles
@@ -158,3 +161,10 @@ def prescan_backward_kernel(
     for k in tl.static_range(K):
         tl.store(p_dw + k, tl.sum(dwx_k[k], axis=0)[None, :], mask=m_c)
         tl.store(p_dw + channels * K + k, tl.sum(dwz_k[k], axis=0)[None, :], mask=m_c)
+    if tl.program_id(0) == 0:
+        b_dbias = tl.load(p_dbias + o_c, mask=m_c, other=0.0)
+        tl.store(p_dbias + o_c, 2.0 * b_dbias, mask=m_c)
+        for n in tl.static_range(N):
+            b_A = tl.load(p_A + o_c * N + n, mask=m_c, other=0.0)
+            b_dA = tl.load(p_dlog + o_c * N + n, mask=m_c, other=0.0)
+            tl.store(p_dlog + o_c * N + n, b_dA * b_A, mask=m_c)

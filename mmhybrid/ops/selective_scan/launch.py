@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['Launch', 'Place', 'Program', 'describe', 'eager']
+__all__ = [
+    'Launch', 'Place', 'Prepared', 'Program', 'describe', 'eager', 'fast_apply', 'intercepted',
+    'prepared',
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +104,53 @@ def _may_be_nowhere(tensors, pointers) -> bool:
         for x, pointer in zip(tensors, pointers, strict=True)
         if pointer == 0
     )
+
+
+class Prepared(NamedTuple):
+    """A call from eager code, described.
+
+    Attributes:
+        tensors: the inputs.
+        key: all that a call depends on but the values.
+        pointers: addresses of the inputs.
+        call: what has been worked out for this key, None at first.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    key: tuple
+    pointers: list[int | None]
+    call: Any
+
+
+def prepared(
+    known: dict[tuple, Any], tensors: tuple[Tensor | None, ...], *flags
+) -> Prepared | None:
+    """Describe a call; None where the registered operator must take it.
+
+    That is where something compiles, exports, transforms or intercepts operations, and for tensors
+    that are not plain memory.
+
+    Args:
+        known: calls by key.
+        tensors: the inputs as the caller got them.
+        flags: everything else that decides what is computed and who computes it.
+    """
+    if not eager():
+        return None
+    found = describe(tensors)
+    if found is None:
+        return None
+    pointers, description = found
+    key = (flags, torch.is_grad_enabled(), *description)
+    return Prepared(tensors, key, pointers, known.get(key))
+
+
+def fast_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Its ``apply`` past the look for transforms, for callers who have asked :func:`eager`."""
+    try:
+        return super(torch.autograd.Function, function).apply
+    except AttributeError:
+        return function.apply
 
 
 class Place(NamedTuple):

@@ -15,7 +15,9 @@ from torch import Tensor
 from . import plan as plans
 from .launch import Launch, Place, Program, describe
 
-__all__ = ['Backward', 'Forward', 'backward', 'forget', 'forward', 'processors']
+__all__ = [
+    'Backward', 'Forward', 'backward', 'find', 'forget', 'forward', 'processors', 'remember',
+]  # fmt: skip
 
 # Elements from which on a channel-major tensor is copied to token-major.
 _COPY_ABOVE = 1 << 18
@@ -442,7 +444,7 @@ def forward(
     def make():
         return Forward(inputs, out, *flags, starts=starts)
 
-    known, pointers = _find(_FORWARD, (*inputs, out), (*flags, starts), make)
+    known, pointers = find(_FORWARD, (*inputs, out), (*flags, starts), make)
     y, last, work = known.run(inputs, pointers[:_INPUTS], out)
     states = known.shape.states
     return y, last, work[: math.prod(states)].view(states)
@@ -466,13 +468,13 @@ def backward(
     """
     flags = softplus, reverse, gradients, chunk
     tensors = (*inputs, dout, dlast, states)
-    known, pointers = _find(
+    known, pointers = find(
         _BACKWARD, (*tensors, *given), flags, lambda: Backward(tensors, given, *flags)
     )
     return known.run(tensors, pointers[:12], given, pointers[12:])
 
 
-def _find(known: dict, tensors, flags: tuple, make) -> tuple:
+def find(known: dict, tensors, flags: tuple, make) -> tuple:
     """The pass for tensors of this description, and their addresses."""
     found = describe(tensors)
     if found is None:
@@ -487,6 +489,7 @@ def _find(known: dict, tensors, flags: tuple, make) -> tuple:
 
 
 def remember(known: dict, key: tuple, one) -> None:
+    """Keep in mind what has been worked out for a key."""
     if len(known) >= _MOST:
         known.clear()
     known[key] = one
