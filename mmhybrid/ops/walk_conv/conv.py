@@ -1,4 +1,4 @@
-"""Causal depth-wise convolution and SiLU along walks: the Triton launchers and operators.
+"""Causal depth-wise convolution and SiLU along walks: its calls, passes and PyTorch operators.
 
 B batch, K walks, E channels, L tokens, S steps of a walk (S >= L), T taps.
 """
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import triton_support
+from ..selective_scan import launch
+from ..selective_scan.launch import Launch, Place, Program
+from ..selective_scan.passes import find, remember
 
 __all__ = ['walk_conv']
 
@@ -40,6 +43,11 @@ def walk_conv(u: Tensor, weight: Tensor, bias: Tensor, slots: Tensor, steps: Ten
         ValueError: shapes do not fit together.
         RuntimeError: Triton cannot run here; the message says why.
     """
+    tensors = (u, weight, bias, slots, steps)
+    ready = launch.prepared(_CALLS, tensors)
+    if ready is not None and ready.call is not None:  # has passed all of the below
+        return ready.call(tensors, ready.pointers)
+
     reason = triton_support.reason(u.device)
     if reason:
         raise RuntimeError(f'walk_conv needs the Triton kernels, but {reason}.')
@@ -52,66 +60,205 @@ def walk_conv(u: Tensor, weight: Tensor, bias: Tensor, slots: Tensor, steps: Ten
             f'(K, S) with S >= L, got {tuple(u.shape)}, {tuple(weight.shape)}, '
             f'{tuple(bias.shape)}, {tuple(slots.shape)} and {tuple(steps.shape)}.'
         )
-    return torch.ops.mmhybrid.walk_conv(u, weight, bias, slots, steps)
+    if ready is None:
+        return torch.ops.mmhybrid.walk_conv(*tensors)
+    call = _Call(tensors)
+    remember(_CALLS, ready.key, call)
+    return call(tensors, ready.pointers)
 
 
-def _stacked(like: Tensor, walks: int, steps: int) -> Tensor:
-    """An uninitialised (B, K, E, S) that lies as (K, B, S, E), one matrix of rows per walk."""
-    batch, channels, _ = like.shape
-    return like.new_empty(walks, batch, steps, channels).permute(1, 0, 3, 2)
-
-
-def _shape(u: Tensor, weight: Tensor, slots: Tensor, lines: int, rows: int = _ROWS,
+def _sizes(u: Tensor, weight: Tensor, slots: Tensor, lines: int, rows: int = _ROWS,
            repeat: int = 1) -> dict[str, int]:
     return dict(
         batch=u.shape[0], walks=weight.shape[0], channels=u.shape[1], tokens=u.shape[2],
         steps=slots.shape[1], tiles=-(-lines // (rows * repeat)), blocks=-(-u.shape[1] // _COLS),
-        T=weight.shape[2], ROWS=rows, COLS=_COLS,
+        T=weight.shape[2], ROWS=rows, COLS=_COLS, num_warps=4,
     )  # fmt: skip
 
 
-def _forward(u, weight, bias, slots, steps):
-    from . import triton_kernels as kernels
-
-    weight, bias = weight.contiguous(), bias.contiguous()
-    walks, length = slots.shape
-    out = _stacked(u, walks, length)
-    shape = _shape(u, weight, slots, length)
-    with torch.cuda.device_of(u):
-        kernels.walk_conv_kernel[(walks * u.shape[0] * shape['tiles'] * shape['blocks'],)](
-            p_u=u, p_weight=weight, p_bias=bias, p_slots=slots, p_out=out,
-            u_sb=u.stride(0), u_sl=u.stride(2), u_sd=u.stride(1), num_warps=4, **shape,
-        )  # fmt: skip
-    return out
+def _strides(u: Tensor) -> dict[str, int]:
+    return dict(u_sb=u.stride(0), u_sl=u.stride(2), u_sd=u.stride(1))
 
 
-def _backward(dout, u, weight, bias, slots, steps):
-    from . import triton_kernels as kernels
+class _Stack:
+    """A (B, K, E, S) that lies as (K, B, S, E), one matrix of rows per walk."""
 
-    flat_weight, flat_bias = weight.contiguous(), bias.contiguous()
-    walks, length = slots.shape
-    batch, channels, tokens = u.shape
-    g = _stacked(u, walks, length)
-    shape = _shape(u, weight, slots, length, _SUM_ROWS, _REPEAT)
-    taps = shape['T']
-    sums = u.new_empty(walks, batch * shape['tiles'], taps + 1, channels, dtype=torch.float32)
-    du = u.new_empty(batch, tokens, channels).mT
-    with torch.cuda.device_of(u):
-        kernels.walk_conv_weights_kernel[(walks * batch * shape['tiles'] * shape['blocks'],)](
-            p_u=u, p_weight=flat_weight, p_bias=flat_bias, p_slots=slots, p_dout=dout, p_g=g,
-            p_sums=sums, u_sb=u.stride(0), u_sl=u.stride(2), u_sd=u.stride(1),
-            dout_sk=dout.stride(1), dout_sb=dout.stride(0), dout_sl=dout.stride(3),
-            dout_sd=dout.stride(2), REPEAT=_REPEAT, num_warps=4, **shape,
-        )  # fmt: skip
-        shape = _shape(u, weight, slots, tokens)
-        kernels.walk_conv_input_kernel[(batch * shape['tiles'] * shape['blocks'],)](
-            p_g=g, p_weight=flat_weight, p_slots=slots, p_steps=steps, p_du=du, num_warps=4,
-            **shape,
+    def __init__(self, like: Tensor, walks: int, steps: int):
+        batch, channels, _ = like.shape
+        self.size = batch, walks, channels, steps
+        self.stride = steps * channels, batch * steps * channels, 1, channels
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Uninitialised, with the dtype and on the device of another."""
+        return like.new_empty_strided(self.size, self.stride)
+
+
+class _Pass:
+    """What both passes have in common: weights and tables that lie otherwise are copied."""
+
+    def __init__(self, tensors, dense: tuple[int, ...]):
+        self.copies = tuple(i for i in dense if not tensors[i].is_contiguous())
+
+    def copied(self, tensors, pointers):
+        """The tensors as the kernels take them, with their addresses."""
+        tensors, pointers = [*tensors], [*pointers]
+        for i in self.copies:
+            tensors[i] = tensors[i].contiguous()
+            pointers[i] = tensors[i].data_ptr()
+        return tensors, pointers
+
+
+class Forward(_Pass):
+    """One kind of forward pass; its tensors are u, weight, bias and slots."""
+
+    def __init__(self, tensors):
+        from . import triton_kernels as kernels
+
+        super().__init__(tensors, (1, 2, 3))
+        u, weight, _, slots = tensors
+        walks, length = slots.shape
+        self.out = _Stack(u, walks, length)
+        sizes = _sizes(u, weight, slots, length)
+        places = dict(
+            p_u=Place(0), p_weight=Place(1), p_bias=Place(2), p_slots=Place(3), p_out=Place(4)
         )
-    sums = sums.sum(1)
-    # Laid out as the fake says; `to` alone would leave float32 transposed.
-    dweight = sums[:, :taps].mT.to(weight.dtype).contiguous()
-    return du, dweight, sums[:, taps].to(bias.dtype, copy=True)
+        grid = (walks * u.shape[0] * sizes['tiles'] * sizes['blocks'],)
+        constants = _strides(u) | sizes
+        self.program = Program(kernels, [Launch('walk_conv_kernel', grid, places, constants)])
+
+    def run(self, tensors, pointers) -> Tensor:
+        """The output."""
+        if self.copies:
+            tensors, pointers = self.copied(tensors, pointers)
+        out = self.out.empty(tensors[0])
+        self.program.run((*tensors, out), (*pointers, out.data_ptr()))
+        return out
+
+
+class Backward(_Pass):
+    """One kind of backward pass: a kernel for the sums, and one for the gradient of u.
+
+    Its tensors are the gradient of the output, u, weight, bias, slots and steps.
+    """
+
+    def __init__(self, tensors):
+        from . import triton_kernels as kernels
+
+        super().__init__(tensors, (2, 3, 4, 5))
+        dout, u, weight, _, slots, _ = tensors
+        walks, length = slots.shape
+        batch, channels, tokens = u.shape
+        self.g = _Stack(u, walks, length)
+        self.du = u.shape, (tokens * channels, 1, channels)
+        self.taps = weight.shape[2]
+        sizes = _sizes(u, weight, slots, length, _SUM_ROWS, _REPEAT)
+        self.sums = walks, batch * sizes['tiles'], self.taps + 1, channels
+        of_dout = dict(dout_sk=dout.stride(1), dout_sb=dout.stride(0), dout_sl=dout.stride(3),
+                       dout_sd=dout.stride(2))  # fmt: skip
+        sums = Launch(
+            'walk_conv_weights_kernel', (walks * batch * sizes['tiles'] * sizes['blocks'],),
+            dict(
+                p_u=Place(1), p_weight=Place(2), p_bias=Place(3), p_slots=Place(4),
+                p_dout=Place(0), p_g=Place(6), p_sums=Place(7),
+            ),
+            dict(REPEAT=_REPEAT) | _strides(u) | of_dout | sizes,
+        )  # fmt: skip
+        sizes = _sizes(u, weight, slots, tokens)
+        inputs = Launch(
+            'walk_conv_input_kernel', (batch * sizes['tiles'] * sizes['blocks'],),
+            dict(
+                p_g=Place(6), p_weight=Place(2), p_slots=Place(4), p_steps=Place(5), p_du=Place(8)
+            ),
+            sizes,
+        )  # fmt: skip
+        self.program = Program(kernels, [sums, inputs])
+
+    def run(self, tensors, pointers) -> tuple[Tensor, ...]:
+        """Gradients of u, weight and bias."""
+        if self.copies:
+            tensors, pointers = self.copied(tensors, pointers)
+        u, weight = tensors[1:3]
+        g, du = self.g.empty(u), u.new_empty_strided(*self.du)
+        sums = u.new_empty(self.sums, dtype=torch.float32)
+        self.program.run(
+            (*tensors, g, sums, du),
+            (*pointers, g.data_ptr(), sums.data_ptr(), du.data_ptr()),
+        )
+        sums = sums.sum(1)
+        # Laid out as the fake says; `to` alone would leave float32 transposed.
+        dweight = sums[:, : self.taps].mT.to(weight.dtype).contiguous()
+        return du, dweight, sums[:, self.taps]
+
+
+_CALLS: dict[tuple, '_Call'] = {}
+_FORWARD: dict[tuple, Forward] = {}
+_BACKWARD: dict[tuple, Backward] = {}
+
+
+def forget() -> None:
+    """Work every call out again, for tests that change how."""
+    for known in (_CALLS, _FORWARD, _BACKWARD):
+        known.clear()
+
+
+class _Call:
+    """One kind of call: its forward pass, and its backward passes by what reaches them."""
+
+    def __init__(self, tensors):
+        self.forward = Forward(tensors[:4])
+        self.backward: dict[tuple, Backward] = {}
+        self.gradients = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+    def __call__(self, tensors, pointers) -> Tensor:
+        """The output."""
+        if self.gradients:
+            return _apply(self, pointers, *tensors)
+        return self.forward.run(tensors[:4], pointers[:4])
+
+
+class _WalkConv(torch.autograd.Function):
+    """The convolution where nothing looks into it."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, pointers, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.call = call
+        return call.forward.run(tensors[:4], pointers[:4])
+
+    @staticmethod
+    def backward(ctx, dout):
+        tensors = (dout, *ctx.saved_tensors)
+        watched = torch.is_grad_enabled() or launch.intercepted()
+        found = None if watched else launch.describe(tensors)
+        if found is None:  # the operator says no to a second derivative
+            grads = torch.ops.mmhybrid.walk_conv_backward(*tensors)
+            return None, None, *grads, None, None
+        pointers, description = found
+        key = tuple(description)
+        one = ctx.call.backward.get(key)
+        if one is None:
+            one = Backward(tensors)
+            remember(ctx.call.backward, key, one)
+        return None, None, *one.run(tensors, pointers), None, None
+
+
+_apply = launch.fast_apply(_WalkConv)
+
+
+# The operators, where something looks into the convolution.
+
+
+def _forward(u, weight, bias, slots, steps):
+    tensors = (u, weight, bias, slots)
+    one, pointers = find(_FORWARD, tensors, (), lambda: Forward(tensors))
+    return one.run(tensors, pointers)
+
+
+def _backward(*tensors):
+    one, pointers = find(_BACKWARD, tensors, (), lambda: Backward(tensors))
+    du, dweight, dbias = one.run(tensors, pointers)
+    # Results of an operator share no memory.
+    return du, dweight, dbias.to(tensors[3].dtype, copy=True)
 
 
 _library = torch.library.Library('mmhybrid', 'FRAGMENT')
@@ -125,7 +272,7 @@ for _device in ('CPU', 'CUDA', 'XPU'):
 
 @torch.library.register_fake('mmhybrid::walk_conv', lib=_library)
 def _forward_fake(u, weight, bias, slots, steps):
-    return _stacked(u, *slots.shape)
+    return _Stack(u, *slots.shape).empty(u)
 
 
 @torch.library.register_fake('mmhybrid::walk_conv_backward', lib=_library)
