@@ -97,7 +97,7 @@ def _scan_longest(mixer: LocalSS2D, x: Tensor, merge: bool) -> list[Tensor]:
     y = cross_selective_scan(
         x.new_zeros(*x.shape[:2], length), mixer.x_proj_weight, mixer.dt_projs_weight,
         mixer.A_logs, mixer.Ds, mixer.dt_projs_bias.flatten(),
-        scan_plan(['h'] * directions, 1, length, x.device), fused=False, backend=mixer.backend)
+        scan_plan(['h'] * directions, 1, length, x.device), backend=mixer.backend)
     return [y[:, None, :, :plan.num_tokens].expand(-1, directions, -1, -1)]
 
 

@@ -48,18 +48,18 @@ class DirectionMixture(nn.Module):
         self.weights = nn.Parameter(1e-3 * torch.randn(count, 1, 1, 1))
 
     def forward(self) -> Tensor:
-        """Shares of the K directions, (K,); their sum is 1."""
+        """Weights of the K directions, (K,); their sum is 1."""
         return self.weights.flatten().softmax(dim=0)
 
 
 def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
-                     shares: Tensor | None = None) -> Tensor:
+                     weights: Tensor | None = None) -> Tensor:
     """Sum of the directions, each under channel attention.
 
     Args:
         ys: stacks (B, k, D, L) of results in row-major order, together K.
         attention: one for all directions.
-        shares: (K,); while searching, results are normalised and summed in these shares.
+        weights: (K,); while searching, results are normalised and summed with these weights.
 
     Returns:
         (B, L, D).
@@ -68,8 +68,8 @@ def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
     for stack in ys:
         count = stack.shape[1]
         y = attention(stack.permute(0, 3, 1, 2))  # B L k D
-        if shares is not None:
-            own = shares[first:first + count, None]
+        if weights is not None:
+            own = weights[first:first + count, None]
             y = own * F.layer_norm(y, y.shape[-1:])
         first += count
         y = y.sum(2) if count > 1 else y.squeeze(2)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.ops import selective_scan
 from mmhybrid.ops.cross_scan import DIRECTIONS, ScanPlan, scan_plan
-from mmhybrid.ops.selective_scan import choose_backend
+from mmhybrid.ops.selective_scan import choose_backend, run_backend
 from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
 from mmhybrid.ops.walk_conv import walk_conv
 
@@ -30,7 +29,7 @@ class Branch(NamedTuple):
     """What one direction owns.
 
     Attributes:
-        conv1d: depth-wise; looks at the tokens before each token along the walk.
+        conv1d: depth-wise; looks at the tokens that come before each token in the scan.
         x_proj: E to R + 2N, without bias.
         dt_proj: R to E; its bias enters once, inside the softplus.
         A_log: (E, N).
@@ -45,8 +44,7 @@ class Branch(NamedTuple):
 
 
 def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
-                  z: Tensor | None = None, fused: bool | str = 'auto', backend: str = 'auto'
-                  ) -> list[Tensor]:
+                  z: Tensor | None = None, backend: str = 'auto') -> list[Tensor]:
     """Causal convolution, SiLU, projections and scan of one token row in K directions.
 
     The Triton kernels read and write tokens where they are and take all directions together; for
@@ -57,8 +55,6 @@ def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
         branches: K of them.
         plan: K directions of L tokens.
         z: (B, E, L), gates the results by its SiLU.
-        fused: 'auto' to work through tables where the backend can, False for copies, True to
-            insist.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
@@ -67,24 +63,20 @@ def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
     A_log = branches[0].A_log
     dtype = torch.promote_types(torch.promote_types(u.dtype, A_log.dtype), torch.float32)
     name = choose_backend(backend, u.device, dtype, A_log.shape[1])
-    if reads_tables(fused, name):
-        y = _scan_through_tables(u, branches, plan, z)
-        if all(order.exact for order in plan.orders):
-            return [y]
-        return [plan.order_of(k).displace(y_k).unsqueeze(1) for k, y_k in enumerate(y.unbind(1))]
-    sequences = [order.take(u) for order in plan.orders]
-    gate = None if z is None else F.silu(z)
-    ys = []
-    for k, branch in enumerate(branches):
-        order = plan.order_of(k)
-        y = order.restore(_scan_sequence(sequences[plan.order_ids[k]], branch, plan.reverse[k],
-                                         name))
+    if reads_tables(name):
+        return plan.displace(_scan_through_tables(u, branches, plan, z, name))
+    ys = plan.restore([
+        _scan_sequence(x, branch, reverse, name, dtype)
+        for x, branch, reverse in zip(plan.take(u), branches, plan.reverse, strict=True)])
+    if z is not None:
+        gate = F.silu(z)
         # released weights know a gate that went the same wrong way as its tokens
-        ys.append((y if gate is None else y * order.displace(gate)).unsqueeze(1))
-    return ys
+        ys = [y * plan.order_of(k).displace(gate) for k, y in enumerate(ys)]
+    return [y.unsqueeze(1) for y in ys]
 
 
-def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str) -> Tensor:
+def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str, dtype: torch.dtype
+                   ) -> Tensor:
     """One direction of a sequence (B, E, L'); if ``reverse`` nothing is flipped but the kernel."""
     conv, x_proj, dt_proj, A_log, D = branch
     L, size = x.shape[-1], conv.kernel_size[0]
@@ -93,40 +85,41 @@ def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str) -> Te
     x = F.silu(x[..., size - 1:] if reverse else x[..., :L])
     N, R = A_log.shape[1], dt_proj.in_features
     step, B, C = torch.matmul(x_proj.weight, x).split([R, N, N], dim=1)
-    return selective_scan(
-        x, torch.matmul(dt_proj.weight, step), -torch.exp(at_least_float32(A_log)), B, C, D,
-        delta_bias=dt_proj.bias, delta_softplus=True, reverse=reverse, backend=backend)
+    y, _ = run_backend(
+        backend, dtype, x, torch.matmul(dt_proj.weight, step),
+        -torch.exp(at_least_float32(A_log)), B, C, D, None, dt_proj.bias, True, reverse)
+    return y
 
 
-def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, z: Tensor | None
-                         ) -> Tensor:
+def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, z: Tensor | None,
+                         backend: str) -> Tensor:
     """All directions at once, (B, K, E, L); the channels of a token lie side by side throughout.
 
     After the convolution a zero token of an overhanging window is zero no more, so all values from
-    there on have places for the zero tokens too, behind those of the map: S in all.
+    there on exist for the zero tokens too, behind those of the map: S in all.
     """
-    B, _, L = u.shape
+    B, E, L = u.shape
     K, N, R = len(branches), branches[0].A_log.shape[1], branches[0].dt_proj.in_features
-    slots = plan.slots()
-    S = slots.shape[1]
-    x_BKES = walk_conv(u, torch.stack([b.conv1d.weight.squeeze(1) for b in branches]),
-                       torch.stack([b.conv1d.bias for b in branches]), slots, plan.steps())
+    order = plan.permutation()
+    S = order.shape[1]
+    x_BKES = walk_conv(u, torch.stack([b.conv1d.weight for b in branches]).squeeze(2),
+                       torch.stack([b.conv1d.bias for b in branches]), order,
+                       plan.inverse_permutation())
 
-    def project(rows, layers):
-        return torch.bmm(rows, torch.stack([layer.weight for layer in layers]).mT)
+    def spread(rows, width):
+        return rows.view(K, B, S, width).permute(1, 0, 3, 2)
 
-    def spread(rows):
-        return rows.unflatten(1, (B, S)).permute(1, 0, 3, 2)
-
-    rows = project(x_BKES.permute(1, 0, 3, 2).flatten(1, 2), [b.x_proj for b in branches])
-    step, b, c = rows.split([R, N, N], dim=2)
-    delta_BKES = spread(project(step, [b.dt_proj for b in branches]))
+    rows = torch.bmm(x_BKES.permute(1, 0, 3, 2).flatten(1, 2),
+                     torch.stack([b.x_proj.weight for b in branches]).mT)
+    step, b, c = rows.split_with_sizes([R, N, N], 2)
+    delta = torch.bmm(step, torch.stack([b.dt_proj.weight for b in branches]).mT)
     if z is not None:  # one copy for all directions, where there are zero tokens
         z = (F.pad(z.mT, (0, 0, 0, S - L)).mT if S > L else z).unsqueeze(1).expand(-1, K, -1, -1)
     y_BKES = selective_scan_ordered(
-        x_BKES, delta_BKES, -torch.exp(at_least_float32(torch.cat([b.A_log for b in branches]))),
-        spread(b), spread(c), torch.cat([b.D for b in branches]), z,
-        torch.cat([b.dt_proj.bias for b in branches]), True, order=slots, backend='triton')
+        x_BKES, spread(delta, E),
+        -torch.exp(at_least_float32(torch.cat([b.A_log for b in branches]))), spread(b, N),
+        spread(c, N), torch.cat([b.D for b in branches]), z,
+        torch.cat([b.dt_proj.bias for b in branches]), True, order=order, backend=backend)
     return y_BKES.mT[:, :, :L].mT  # cut with the channels last, so that its gradient lies that way
 
 
@@ -144,18 +137,17 @@ class VimMixer(nn.Module):
         divide: take the mean of the directions instead of the sum.
         depth: blocks of the network; the output projection starts smaller by its root.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
-        fused: see :class:`mmhybrid.layers.ss2d.SS2D`.
     """
 
     directions = ('h', 'h_flip')
 
     def __init__(self, dim: int, state_dim: int = 16, conv_size: int = 4,
                  dt_rank: int | None = None, divide: bool = True, depth: int = 24,
-                 backend: str = 'auto', fused: bool | str = 'auto'):
+                 backend: str = 'auto'):
         super().__init__()
         inner = 2 * dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.divide, self.backend, self.fused = divide, backend, fused
+        self.divide, self.backend = divide, backend
         self.A_log = nn.Parameter(torch.empty(inner, state_dim))
         self.D = nn.Parameter(torch.ones(inner))
         self.A_b_log = nn.Parameter(torch.empty(inner, state_dim))
@@ -189,7 +181,7 @@ class VimMixer(nn.Module):
         """Shape (B, L, C) in and out; the shape of the map plays no role."""
         u, z = self.in_proj(x).mT.chunk(2, dim=1)
         plan = scan_plan(self.directions, 1, x.shape[1], x.device)
-        ys = scan_branches(u, self.branches(), plan, fused=self.fused, backend=self.backend)
+        ys = scan_branches(u, self.branches(), plan, backend=self.backend)
         y = (ys[0].sum(1) if len(ys) == 1 else sum(ys[1:], ys[0]).squeeze(1)) * F.silu(z)
         # Half of the weight is half of the result, in every digit.
         weight = self.out_proj.weight * 0.5 if self.divide else self.out_proj.weight
@@ -204,29 +196,27 @@ class LocalVimMixer(nn.Module):
 
     Args:
         dim: C.
-        directions: K scan directions; None for all eight in learned shares, the form in which
+        directions: K scan directions; None for all eight under learned weights, the form in which
             directions are searched.
         class_token: whether the sequence has a class token in its middle.  It is read at the same
-            index by every direction.
+            position by every direction.
         v_restore: see :class:`mmhybrid.layers.ss2d.SS2D`.
         state_dim: N.
         conv_size: kernel of the causal convolutions.
         dt_rank: R; None for ceil(C / 16).
         depth: blocks of the network; the output projection starts smaller by its root.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
-        fused: see :class:`mmhybrid.layers.ss2d.SS2D`.
     """
 
     def __init__(self, dim: int, directions: Sequence[str] | None, *, class_token: bool = False,
                  v_restore: str = 'exact', state_dim: int = 16, conv_size: int = 4,
-                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto',
-                 fused: bool | str = 'auto'):
+                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto'):
         super().__init__()
         inner = 2 * dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.directions = tuple(directions or DIRECTIONS)
         self.class_token, self.v_restore = class_token, v_restore
-        self.backend, self.fused = backend, fused
+        self.backend = backend
         # Plans are cheap; building one here refuses unknown directions before training starts.
         scan_plan(self.directions, 1, 1, restore=v_restore)
         self.in_proj = token_linear(dim, 2 * inner, bias=False)
@@ -251,14 +241,15 @@ class LocalVimMixer(nn.Module):
 
     def branches(self) -> list[Branch]:
         """What the K directions own."""
-        return [Branch(*(getattr(self, f'{name}_{k}') for name in Branch._fields))
-                for k in range(len(self.directions))]
+        return [Branch(getattr(self, f'conv1d_{k}'), getattr(self, f'x_proj_{k}'),
+                       getattr(self, f'dt_proj_{k}'), getattr(self, f'A_log_{k}'),
+                       getattr(self, f'D_{k}')) for k in range(len(self.directions))]
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, L, C) of a map of ``grid`` = (H, W) in and out."""
         u, z = self.in_proj(x).mT.chunk(2, dim=1)
         plan = scan_plan(self.directions, *grid, x.device, restore=self.v_restore,
                          class_token=grid[0] * grid[1] // 2 if self.class_token else None)
-        ys = scan_branches(u, self.branches(), plan, z=z, fused=self.fused, backend=self.backend)
+        ys = scan_branches(u, self.branches(), plan, z=z, backend=self.backend)
         y = merge_directions(ys, self.attn, self.multi_scan() if self.multi_scan else None)
         return self.out_proj(y)

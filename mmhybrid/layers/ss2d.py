@@ -42,21 +42,19 @@ class SS2D(nn.Module):
         v_restore: 'exact', or 'released' for the column restore of LocalMamba's release, which is
             wrong for maps that are not square.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
-        fused: 'auto' to scan without reordered copies where the backend can; False never; True to
-            insist.
     """
 
     def __init__(self, dim: int, *, state_dim: int = 1, ratio: float = 2.0,
                  dt_rank: int | None = None,
                  directions: Sequence[str] = ('h', 'v', 'h_flip', 'v_flip'), gate: bool = False,
                  conv_bias: bool = False, channel_first: bool = False, float32_scan: bool = False,
-                 v_restore: str = 'exact', backend: str = 'auto', fused: bool | str = 'auto'):
+                 v_restore: str = 'exact', backend: str = 'auto'):
         super().__init__()
         inner, K, N = int(ratio * dim), len(directions), state_dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.directions, self.v_restore = tuple(directions), v_restore
         self.gate, self.channel_first, self.float32_scan = gate, channel_first, float32_scan
-        self.backend, self.fused = backend, fused
+        self.backend = backend
         # Plans are cheap; building one here refuses unknown directions before training starts.
         scan_plan(self.directions, 1, 1, restore=v_restore)
 
@@ -102,7 +100,7 @@ class SS2D(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """Map (B, D, H, W) to the sum of its scans, in the layout of this module."""
         y = self.scan_directions(x, merge=True)
-        return y.view(x.shape) if self.channel_first else y.mT.unflatten(1, x.shape[-2:])
+        return y.view(x.shape) if self.channel_first else y.view(x.shape).permute(0, 2, 3, 1)
 
     def scan_directions(self, x: Tensor, merge: bool) -> Tensor | list[Tensor]:
         """Map (B, D, H, W) to (B, D, L), or to stacks (B, k, D, L) of them if not ``merge``."""
@@ -110,7 +108,7 @@ class SS2D(nn.Module):
         y = cross_selective_scan(
             x.flatten(2), self.x_proj_weight, self.dt_projs_weight,
             -torch.exp(at_least_float32(self.A_logs)), self.Ds, self.dt_projs_bias.flatten(), plan,
-            merge=merge, float32=self.float32_scan, fused=self.fused, backend=self.backend)
+            merge=merge, float32=self.float32_scan, backend=self.backend)
         # what follows has the precision of its weights
         dtype = self.out_norm.weight.dtype
         return y.to(dtype) if merge else [y_k.to(dtype) for y_k in y]
@@ -124,7 +122,7 @@ class LocalSS2D(SS2D):
 
     Args:
         dim: C.
-        directions: K scan directions; None for all eight in learned shares, the form in which
+        directions: K scan directions; None for all eight under learned weights, the form in which
             directions are searched.
         **options: of :class:`SS2D`.
     """

@@ -89,8 +89,8 @@ def test_published_mixer(backend):
 
 def test_no_flip_and_no_copy_of_the_sequence(monkeypatch):
     mixer, calls = VimMixer(16), []
-    monkeypatch.setattr('mmhybrid.layers.directional.selective_scan',
-                        lambda u, *a, reverse, **k: calls.append((u.shape, reverse)) or u)
+    monkeypatch.setattr('mmhybrid.layers.directional.run_backend', lambda _, dtype, u, *rest: (
+        calls.append((u.shape, rest[-1])) or u, None))
     mixer(torch.randn(2, 9, 16))
     assert calls == [((2, 32, 9), False), ((2, 32, 9), True)]
 

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from mmhybrid.layers import directional
+from mmhybrid.layers.directional import LocalVimMixer, VimMixer
+from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import (
     DIRECTIONS,
     cross_merge,
@@ -24,6 +27,7 @@ from mmhybrid.ops.cross_scan import (
 )
 from mmhybrid.ops.cross_scan.orders import _MAX_CACHED_TABLES, _PLANS, _TABLES
 from mmhybrid.ops.cross_scan.reference import order_reference, restore_reference
+from mmhybrid.ops.selective_scan import choose_backend, ordered
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
@@ -32,7 +36,7 @@ SIZES = [(1, 1), (1, 5), (5, 1), (5, 7), (6, 10), (7, 7), (9, 13), (14, 14)]
 NAMES = (*DIRECTIONS, 'w3', 'w5_flip', 'w10')
 
 
-def walk(plan, k):
+def order_along(plan, k):
     order = plan.order_of(k).order.tolist()
     return order[::-1] if plan.reverse[k] else order
 
@@ -41,13 +45,14 @@ def walk(plan, k):
 def test_orders_follow_the_definition(size):
     plan = scan_plan(NAMES, *size)
     for k, name in enumerate(NAMES):
-        assert walk(plan, k) == order_reference(name, *size), name
+        assert order_along(plan, k) == order_reference(name, *size), name
         order = plan.order_of(k)
-        assert order.order.dtype == order.place.dtype == torch.int32
+        assert order.order.dtype == order.restored_from.dtype == torch.int32
         assert order.length == order.order.numel() and order.exact
-        place = [order.length - 1 - p for p in order.place.tolist()] if plan.reverse[k] \
-            else order.place.tolist()
-        assert place == restore_reference(name, *size), name
+        positions = order.restored_from.tolist()
+        if plan.reverse[k]:
+            positions = [order.length - 1 - p for p in positions]
+        assert positions == restore_reference(name, *size), name
 
 
 @pytest.mark.parametrize('size', ['5x7', '6x10', '14x14'])
@@ -58,17 +63,18 @@ def test_released_tables_of_localmamba(size):
         plan = scan_plan(DIRECTIONS, height, width, restore=restore)
         for k, name in enumerate(DIRECTIONS):
             order = plan.order_of(k)
-            assert walk(plan, k) == golden[f'{size}/{name}/scan'].tolist(), name
-            # Positions count along the walk, which for a flip is the order from its end.
-            place = order.length - 1 - order.place if plan.reverse[k] else order.place
-            assert place.tolist() == golden[f'{size}/{name}/restore_{kind}'].tolist(), name
+            assert order_along(plan, k) == golden[f'{size}/{name}/scan'].tolist(), name
+            # Positions count along the direction, which for a flip is the order from its end.
+            positions = order.restored_from
+            positions = order.length - 1 - positions if plan.reverse[k] else positions
+            assert positions.tolist() == golden[f'{size}/{name}/restore_{kind}'].tolist(), name
 
 
 @pytest.mark.parametrize('size', ['5x7', '6x10', '14x14'])
 def test_released_tables_of_vmamba(size):
     golden = np.load(DATA / 'vmamba' / 'ss2d_only.npz')[f'cross_scan_index/{size}']
     plan = scan_plan(('h', 'v', 'h_flip', 'v_flip'), *map(int, size.split('x')))
-    assert [walk(plan, k) for k in range(4)] == golden.tolist()
+    assert [order_along(plan, k) for k in range(4)] == golden.tolist()
 
 
 def test_flips_share_the_order_of_the_plain_direction():
@@ -122,11 +128,11 @@ def literal_scan(u, x_proj, dt_weight, A, D, dt_bias, directions, size, restore)
             dt_bias[rows], True, False)
         plain = name.removesuffix('_flip')
         y = y.flip(-1) if plain != name else y
-        place = torch.tensor(restore_reference(plain, *size))
+        positions = torch.tensor(restore_reference(plain, *size))
         if plain == 'v' and restore == 'released':
             j = torch.arange(size[0] * size[1])
-            place = (j % size[0]) * size[1] + j // size[0]
-        results.append(y[..., place])
+            positions = (j % size[0]) * size[1] + j // size[0]
+        results.append(y[..., positions])
     return results
 
 
@@ -171,13 +177,13 @@ def test_cross_selective_scan_equals_one_scan_per_direction(directions, restore,
         torch.testing.assert_close(g, w, msg=lambda m, name=name: f'gradient of {name}: {m}')
 
 
-def test_class_token_keeps_its_index_in_every_walk():
+def test_class_token_keeps_its_index_in_every_direction():
     height = width = 6
     token = 18
     plan = scan_plan(DIRECTIONS, height, width, class_token=token)
     assert plan.num_tokens == 37
     for k, name in enumerate(DIRECTIONS):
-        read = walk(plan, k)
+        read = order_along(plan, k)
         assert read.index(token) == token, name
         others = [t if t < token else t - 1 for t in read if t not in (token, -1)]
         assert others == [t for t in order_reference(name, height, width) if t >= 0], name
@@ -277,31 +283,43 @@ def test_operators():
         assert len(found) >= 4 and set(found.values()) == {'SUCCESS'}
 
 
-def test_slots_give_every_zero_token_a_place():
+def test_a_permutation_has_an_index_for_every_zero_token():
     plan = scan_plan(('v_flip', 'w2', 'w7_flip'), 3, 5)
-    walks, slots, steps = plan.walks(), plan.slots(), plan.steps()
-    assert walks.shape == slots.shape == steps.shape == (3, 49)
+    orders, permutation = plan.scan_order(), plan.permutation()
+    inverse = plan.inverse_permutation()
+    assert orders.shape == permutation.shape == inverse.shape == (3, 49)
+    assert orders.dtype == permutation.dtype == inverse.dtype == torch.int32
     for k, name in enumerate(plan.directions):
-        walk = order_reference(name, 3, 5)
-        assert walks[k].tolist() == walk + [-1] * (49 - len(walk)), name
-        assert sorted(slots[k].tolist()) == list(range(49))
-        assert torch.equal(slots[k][walks[k] >= 0], walks[k][walks[k] >= 0])
-        assert torch.equal(slots[k][steps[k].long()], torch.arange(49, dtype=torch.int32))
-    assert plan.walks() is walks and plan.slots() is slots  # made once
+        order = order_reference(name, 3, 5)
+        assert orders[k].tolist() == order + [-1] * (49 - len(order)), name
+        assert sorted(permutation[k].tolist()) == list(range(49))
+        tokens = orders[k] >= 0
+        assert torch.equal(permutation[k][tokens], orders[k][tokens])
+        assert torch.equal(permutation[k][inverse[k].long()], torch.arange(49, dtype=torch.int32))
+    assert plan.scan_order() is orders and plan.permutation() is permutation  # made once
 
 
-@pytest.mark.parametrize('fused', [True, False])
-def test_asking_for_tables_or_copies(fused):
-    arguments = (torch.zeros(1, 2, 9), torch.zeros(2, 3, 2), torch.ones(2, 2, 1),
-                 -torch.ones(4, 1), torch.ones(4), torch.ones(4), scan_plan(('h', 'v'), 3, 3))
-    if fused:
-        with pytest.raises(RuntimeError, match="would run on 'torch'; use fused='auto'"):
-            cross_selective_scan(*arguments, fused=True, backend='torch')
-        with pytest.raises(ValueError, match="got fused='no', expected 'auto', True or False"):
-            cross_selective_scan(*arguments, fused='no')
-    else:
-        y = cross_selective_scan(*arguments, fused=False, backend='torch')
-        assert torch.equal(y, torch.zeros(1, 2, 9))
+@pytest.mark.parametrize('make', [
+    lambda backend: (SS2D(4, channel_first=True, backend=backend), (1, 4, 3, 5)),
+    lambda backend: (LocalSS2D(8, ('h', 'v', 'w2_flip'), backend=backend), (1, 3, 5, 8)),
+    lambda backend: (VimMixer(4, backend=backend), (1, 15, 4), (3, 5)),
+    lambda backend: (LocalVimMixer(8, ('h', 'v', 'w2'), backend=backend), (1, 15, 8), (3, 5))],
+    ids=['SS2D', 'LocalSS2D', 'VimMixer', 'LocalVimMixer'])
+@pytest.mark.parametrize('backend', ['auto', 'torch', 'reference'])
+def test_the_backend_is_chosen_once_per_call(make, backend, monkeypatch):
+    chosen = []
+
+    def choose(*args):
+        chosen.append(args[0])
+        return choose_backend(*args)
+
+    for module in (scan, directional):
+        monkeypatch.setattr(module, 'choose_backend', choose)
+    again = mock.Mock(side_effect=AssertionError('chosen for a second time'))
+    monkeypatch.setattr(ordered, 'choose_backend', again)
+    mixer, shape, *rest = make(backend)
+    mixer(torch.randn(shape), *rest)
+    assert chosen == [backend]
 
 
 @pytest.mark.parametrize(('call', 'message'), [

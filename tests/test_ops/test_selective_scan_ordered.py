@@ -5,9 +5,10 @@ import torch
 
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.cross_scan import scan_plan
+from mmhybrid.ops.reorder import inverse_of, reorder
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 
-BATCH, HEADS, STATE = 2, 3, 4
+BATCH, GROUP_DIM, STATE = 2, 3, 4
 
 
 def make_inputs(groups, tokens):
@@ -16,15 +17,15 @@ def make_inputs(groups, tokens):
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    channels = groups * HEADS
+    channels = groups * GROUP_DIM
     return {
-        'u': randn(BATCH, groups, HEADS, tokens),
-        'delta': randn(BATCH, groups, HEADS, tokens),
+        'u': randn(BATCH, groups, GROUP_DIM, tokens),
+        'delta': randn(BATCH, groups, GROUP_DIM, tokens),
         'A': (-torch.rand(channels, STATE, dtype=torch.float64)).requires_grad_(),
         'B': randn(BATCH, groups, STATE, tokens),
         'C': randn(BATCH, groups, STATE, tokens),
         'D': randn(channels),
-        'z': randn(BATCH, groups, HEADS, tokens),
+        'z': randn(BATCH, groups, GROUP_DIM, tokens),
         'delta_bias': randn(channels),
     }
 
@@ -64,7 +65,7 @@ def test_one_table_per_group_and_a_shared_map():
     order = torch.stack([torch.arange(6), torch.randperm(6)])
     y = selective_scan_ordered(**inputs, order=order)
     for g in range(2):
-        d = slice(g * HEADS, (g + 1) * HEADS)
+        d = slice(g * GROUP_DIM, (g + 1) * GROUP_DIM)
         alone = {name: x[d] if x.dim() < 3 else x[:, g : g + 1] for name, x in inputs.items()}
         torch.testing.assert_close(y[:, g : g + 1], selective_scan_ordered(**alone, order=order[g]))
 
@@ -78,6 +79,25 @@ def test_the_table_decides_what_the_state_has_seen():
     inputs['u'][..., 3] += 1
     changed = (selective_scan_ordered(**inputs, order=order) - y).abs().amax((0, 1, 2)) > 0
     assert changed.tolist() == [False, True, False, True]
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize('rows', [1, 2])
+def test_orders_of_several_groups_are_an_operator(rows):
+    """The gather that all copies take, with a table per group and holes in it."""
+    order = torch.tensor([[2, 0, -1, 3, 1, -1], [0, -1, -1, 1, 2, 3]])[:rows]
+    inverse = inverse_of(order, 4)
+    assert inverse.tolist() == [[1, 4, 0, 3], [0, 3, 4, 5]][:rows]
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    y = reorder(x, order, inverse, True, False)
+    for g in range(2):
+        row = order[min(g, rows - 1)]
+        assert torch.equal(y[:, g], x[:, g, :, row.clamp_min(0)] * (row >= 0))
+    assert torch.equal(reorder(y, inverse, order, False, True), x)
+    assert torch.autograd.gradcheck(lambda x: reorder(x, order, inverse, True, False), x)
+    found = torch.library.opcheck(
+        torch.ops.mmhybrid.reorder.default, (x, order, inverse, True, False))
+    assert set(found.values()) == {'SUCCESS'}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +115,10 @@ def test_the_table_decides_what_the_state_has_seen():
         ({'D': torch.zeros(2)}, ValueError, r'expects D of shape \(3,\)'),
         ({'delta_bias': torch.zeros(4)}, ValueError, r'expects delta_bias of shape \(3,\)'),
         ({'A': torch.zeros(3, 4, device='meta')}, ValueError, 'expects A on cpu like u, got meta'),
+        ({'u': torch.zeros(2, 1, 3, 4).long()}, TypeError, 'u of a real floating dtype, got .*64'),
+        ({'D': torch.zeros(3, dtype=torch.complex64)}, TypeError, 'D of a real floating dtype'),
+        ({'A': torch.zeros(3, 0), 'B': torch.zeros(2, 1, 0, 4), 'C': torch.zeros(2, 1, 0, 4)},
+         ValueError, r'with N >= 1, got \(2, 1, 0, 4\)'),
     ],
 )
 def test_errors_say_what_was_expected(change, error, message):

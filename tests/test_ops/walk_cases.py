@@ -83,7 +83,7 @@ def test_cross_scan(directions, size, merge, restore):
     results = []
     for dtype, backend in ((torch.float32, 'triton'), (torch.float64, 'torch')):
         leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
-        with mock.patch.object(scan, 'selective_scan', wraps=scan.selective_scan) as copies, \
+        with mock.patch.object(scan, 'run_backend', wraps=scan.run_backend) as copies, \
                 counted_scans() as kernels:
             y = cross_selective_scan(*leaves.values(), plan, merge=merge, backend=backend)
         assert kernels.call_count == (backend == 'triton')
@@ -189,11 +189,11 @@ def conv_inputs(directions, size, channels=3, taps=4, dtype=torch.float32):
 
 def conv_reference(u, weight, bias, plan):
     results = []
-    for k, slots in enumerate(plan.slots().long()):
-        row = F.pad(u, (0, len(slots) - u.shape[2]))[..., slots]
+    for k, order in enumerate(plan.permutation().long()):
+        row = F.pad(u, (0, len(order) - u.shape[2]))[..., order]
         row = F.pad(row, (weight.shape[2] - 1, 0))
         y = F.silu(F.conv1d(row, weight[k][:, None], bias[k], groups=u.shape[1]))
-        results.append(torch.zeros_like(y).index_copy(-1, slots, y))
+        results.append(torch.zeros_like(y).index_copy(-1, order, y))
     return torch.stack(results, 1)
 
 
@@ -204,7 +204,8 @@ def test_walk_conv(directions, size, channels, taps):
     tensors, plan = conv_inputs(directions, size, channels, taps)
     leaves = [x.requires_grad_() for x in tensors]
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    y, expected = walk_conv(*leaves, plan.slots(), plan.steps()), conv_reference(*exact, plan)
+    y = walk_conv(*leaves, plan.permutation(), plan.inverse_permutation())
+    expected = conv_reference(*exact, plan)
     assert y.permute(1, 0, 3, 2).is_contiguous()
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     results = []
@@ -216,7 +217,8 @@ def test_walk_conv(directions, size, channels, taps):
 
 def test_walk_conv_is_an_operator():
     tensors, plan = conv_inputs(('h', 'w2_flip'), (3, 3))
-    arguments = (*(x.requires_grad_() for x in tensors), plan.slots(), plan.steps())
+    arguments = (*(x.requires_grad_() for x in tensors), plan.permutation(),
+                 plan.inverse_permutation())
     torch.library.opcheck(torch.ops.mmhybrid.walk_conv.default, arguments)
     y = walk_conv(*arguments)
     plain = [x.detach() for x in (torch.ones_like(y), *arguments)]
@@ -318,7 +320,7 @@ def test_no_copy_per_direction(family, checked):
 
         expected = [('walk_conv', K), ('bmm', K), ('selective_scan_triton', K)]
     with torch.no_grad():
-        plan.walks(), plan.slots(), plan.steps()
+        plan.scan_order(), plan.permutation(), plan.inverse_permutation()
         found = {}
         for backend in ('triton', 'torch'):
             with Allocations() as allocations:

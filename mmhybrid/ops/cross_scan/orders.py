@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..reorder import inverse_of, reorder
 
 __all__ = ['DIRECTIONS', 'Direction', 'ScanOrder', 'ScanPlan', 'scan_plan']
 
@@ -25,13 +28,13 @@ _MAX_CACHED_PLANS = 128
 
 @dataclass(frozen=True)
 class Direction:
-    """One named way to walk over a map.
+    """One named way to read a map.
 
     Attributes:
         kind: 'h' row by row, 'v' column by column, 'w' window by window (row-major over the grid
             of windows and inside each window).
         window: side of the window; 0 unless ``kind`` is 'w'.
-        flip: whether the walk is taken from its end to its start.
+        flip: whether it is read from its end to its start.
     """
 
     kind: str
@@ -63,7 +66,7 @@ class ScanOrder:
             windows overhang the map.
         order: int32 (L',); the token read at each position, -1 for a zero token.
         inverse: int32 (L,); the position at which each token is read.
-        place: int32 (L,); the position from which each token is restored.
+        restored_from: int32 (L,); the position whose result each token gets.
         overhang: side of the windows if some of them overhang the map, else 0; orders of a map
             with the same overhang have the same length.
         identity: whether the sequence is the map itself.
@@ -76,64 +79,31 @@ class ScanOrder:
         self.overhang, self.identity, self.exact = overhang, identity, exact
         self.order, self.inverse = order, inverse
         # The released column restore reads as if the sequence were the map read by columns.
-        self.place = inverse if exact else order
+        self.restored_from = inverse if exact else order
 
     def take(self, x: Tensor) -> Tensor:
         """Tokens (..., L) in row-major order -> sequence (..., L')."""
         if self.identity:
             return x
-        return _reorder(x, self.order, self.inverse, self.overhang > 0, False)
+        return reorder(x, self.order, self.inverse, self.overhang > 0, False)
 
     def restore(self, y: Tensor) -> Tensor:
         """Sequence (..., L') -> tokens (..., L) in row-major order; zero tokens are dropped."""
         if self.identity:
             return y
-        unplace = self.order if self.exact else self.inverse
-        return _reorder(y, self.place, unplace, False, self.overhang > 0)
+        back = self.order if self.exact else self.inverse
+        return reorder(y, self.restored_from, back, False, self.overhang > 0)
 
     def displace(self, y: Tensor) -> Tensor:
         """Results (..., L) at the tokens that were scanned -> where :meth:`restore` puts them."""
         return y if self.exact else self.restore(self.take(y))
 
 
-# Two operators, so that a compiler sees one node where there would be ten, whatever the size.
+# An operator, so that a compiler sees one node where there would be ten, whatever the size.
 _library = torch.library.Library('mmhybrid', 'FRAGMENT')
-_library.define('reorder(Tensor x, Tensor table, Tensor inverse, bool holes, bool inverse_holes) '
-                '-> Tensor')
 _library.define('scan_tables(Tensor like, str kind, int window, bool flip, SymInt height, '
                 'SymInt width, SymInt? class_token) -> (Tensor order, Tensor inverse)')
-_reorder, _scan_tables = torch.ops.mmhybrid.reorder, torch.ops.mmhybrid.scan_tables
-
-
-@torch.library.impl(_library, 'reorder', 'CompositeExplicitAutograd')
-def _gather(x, table, inverse, holes, inverse_holes):
-    """Read the last axis of x by a table; one with holes has -1 where a zero is read."""
-    # torch.gather with an expanded index: several times faster than index_select on a CPU.
-    index = table.long()
-    if not holes:
-        return x.gather(-1, index.expand(*x.shape[:-1], -1))
-    out = x.gather(-1, index.clamp_min(0).expand(*x.shape[:-1], -1))
-    return out.masked_fill_(index < 0, 0)
-
-
-@torch.library.register_fake('mmhybrid::reorder', lib=_library)
-def _gather_fake(x, table, *_):
-    return x.new_empty((*x.shape[:-1], table.shape[0]))
-
-
-def _reorder_context(ctx, inputs, output):
-    _, table, inverse, *holes = inputs
-    ctx.save_for_backward(inverse, table)
-    ctx.holes = holes[::-1]
-
-
-def _reorder_backward(ctx, grad):
-    """The gradient reads by the inverse: no scatter, no atomics."""
-    return _reorder(grad, *ctx.saved_tensors, *ctx.holes), None, None, None, None
-
-
-torch.library.register_autograd('mmhybrid::reorder', _reorder_backward,
-                                setup_context=_reorder_context, lib=_library)
+_scan_tables = torch.ops.mmhybrid.scan_tables
 
 
 @dataclass(frozen=True)
@@ -150,6 +120,7 @@ class ScanPlan:
         order_ids: K indices into ``orders``.
         orders: the distinct orders.
         num_tokens: L, tokens of the map (a class token included).
+        exact: whether restoring undoes taking in every direction.
     """
 
     directions: tuple[str, ...]
@@ -157,11 +128,35 @@ class ScanPlan:
     order_ids: tuple[int, ...]
     orders: tuple[ScanOrder, ...]
     num_tokens: int
+    exact: bool = True
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def order_of(self, k: int) -> ScanOrder:
-        """The order that direction ``k`` walks along."""
+        """The order that direction ``k`` follows, from its start or from its end."""
         return self.orders[self.order_ids[k]]
+
+    def take(self, x: Tensor) -> list[Tensor]:
+        """Tokens (..., L) -> K sequences (..., L'_k); directions of one order share theirs."""
+        taken = [order.take(x) for order in self.orders]
+        return [taken[i] for i in self.order_ids]
+
+    def restore(self, ys: Sequence[Tensor]) -> list[Tensor]:
+        """K sequences (..., L'_k) -> K results (..., L) in row-major order."""
+        return [self.order_of(k).restore(y) for k, y in enumerate(ys)]
+
+    def restored_sum(self, ys: Sequence[Tensor]) -> Tensor:
+        """The sum of what :meth:`restore` gives; directions of one order go back together."""
+        sums = [functools.reduce(torch.add, [y for y, of in zip(ys, self.order_ids, strict=True)
+                                             if of == i]) for i in range(len(self.orders))]
+        return functools.reduce(
+            torch.add, [order.restore(y) for order, y in zip(self.orders, sums, strict=True)])
+
+    def displace(self, y: Tensor) -> list[Tensor]:
+        """K results (B, K, D, L) at the tokens that were scanned -> where :meth:`restore` puts
+        them, in stacks (B, k, D, L)."""
+        if self.exact:
+            return [y]
+        return [self.order_of(k).displace(y_k).unsqueeze(1) for k, y_k in enumerate(y.unbind(1))]
 
     def groups(self) -> list[tuple[bool, list[int]]]:
         """Directions that one scan without tables takes together: (reverse, their indices)."""
@@ -171,44 +166,42 @@ class ScanPlan:
             grouped[key] = [*grouped.get(key, ()), k]
         return [(reverse, ks) for (reverse, _), ks in grouped.items()]
 
-    def walks(self) -> Tensor:
-        """int32 (K, S): the token visited at each step, -1 for a zero token.
+    def scan_order(self) -> Tensor:
+        """int32 (K, S): the token read at each position of each direction, -1 for a zero token.
 
         The flips are in the table, so that one scan serves directions of both senses.  S is the
-        length of the longest sequence; shorter ones visit zero tokens after their end, where they
+        length of the longest sequence; shorter ones read zero tokens after their end, where they
         change no result.
         """
         def build():
-            steps = max(order.length for order in self.orders)
+            length = max(order.length for order in self.orders)
             rows = []
             for k, reverse in enumerate(self.reverse):
                 order = self.order_of(k)
                 row = order.order.flip(0) if reverse else order.order
-                rows.append(F.pad(row, (0, steps - order.length), value=-1))
+                rows.append(F.pad(row, (0, length - order.length), value=-1))
             return torch.stack(rows)
 
-        return self._keep('walks', build)
+        return self._keep('scan_order', build)
 
-    def slots(self) -> Tensor:
-        """int32 (K, S): the walks with an own place for every zero token, behind the L tokens.
+    def permutation(self) -> Tensor:
+        """int32 (K, S): :meth:`scan_order` with an index for every zero token, from L on.
 
-        Rows are permutations of S places, for what stores a value also for zero tokens.
+        For what stores a value also for zero tokens: S of them, in each row once.
         """
         def build():
-            walks = self.walks()
-            zero = walks < 0
-            return torch.where(zero, self.num_tokens - 1 + zero.cumsum(1), walks).int()
+            order = self.scan_order()
+            zero = order < 0
+            return torch.where(zero, self.num_tokens - 1 + zero.cumsum(1), order).int()
 
-        return self._keep('slots', build)
+        return self._keep('permutation', build)
 
-    def steps(self) -> Tensor:
-        """int32 (K, S): the step at which each place of :meth:`slots` is visited."""
+    def inverse_permutation(self) -> Tensor:
+        """int32 (K, S): the position at which each index of :meth:`permutation` is read."""
         def build():
-            slots = self.slots().long()
-            steps = torch.arange(slots.shape[1], device=slots.device).expand_as(slots)
-            return torch.empty_like(slots).scatter_(1, slots, steps).int()
+            return inverse_of(self.permutation(), self.permutation().shape[1]).int()
 
-        return self._keep('steps', build)
+        return self._keep('inverse_permutation', build)
 
     def _keep(self, name: str, build: Callable[[], Tensor]) -> Tensor:
         if name in self._kept:
@@ -264,7 +257,8 @@ def _build_plan(directions, height, width, device, restore, class_token) -> Scan
         reverse.append(direction.flip)
     return ScanPlan(directions, tuple(reverse), tuple(order_ids),
                     tuple(order for _, order in orders.values()),
-                    height * width + int(class_token is not None))
+                    height * width + int(class_token is not None),
+                    all(order.exact for _, order in orders.values()))
 
 
 _PLANS: OrderedDict[tuple, ScanPlan] = OrderedDict()
@@ -309,7 +303,10 @@ def _for_training():
 
 def _traced(device: torch.device) -> bool:
     """Whether a compiler or a mode watches, for which tensors are not what they seem."""
-    return torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor
+    if torch.compiler.is_compiling():
+        return True
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return watched and type(torch.empty(0, device=device)) is not Tensor
 
 
 def _worth_keeping(table: Tensor) -> bool:
@@ -374,7 +371,7 @@ def _tables(device, kind, window, flip, height, width, class_token) -> tuple[Ten
     """The token read at each position, -1 for a zero token; and the position of each token."""
     order, inverse = _map_tables(kind, window, height, width, device)
     if class_token is not None:
-        # The index counts along the walk, so from the end of the order when that is flipped.
+        # The index counts along the direction, so from the end of the order when that is flipped.
         at = order.shape[0] - class_token if flip else class_token
         order = _inserted(order + (order >= class_token), at, class_token)
         inverse = _inserted(inverse + (inverse >= at), class_token, at)

@@ -1,7 +1,6 @@
 """Maps to sequences, sequences to maps, and the scan over all directions of a map."""
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import autocast_off
-from ..selective_scan import choose_backend, selective_scan
+from ..selective_scan import choose_backend, run_backend
 from ..selective_scan.ordered import reads_tables, selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
@@ -26,12 +25,11 @@ def cross_scan(x: Tensor, directions: Sequence[str]) -> list[Tensor]:
 
     Returns:
         K sequences (B, D, L'_k).  Those of flipped directions are flipped copies; use
-        :func:`scan_plan` where the reader can walk in reverse, which needs none.
+        :func:`scan_plan` where the reader can start at the end, which needs none.
     """
     plan = scan_plan(directions, *x.shape[-2:], x.device)
-    taken = [order.take(x.flatten(2)) for order in plan.orders]
-    return [taken[i].flip(-1) if reverse else taken[i]
-            for i, reverse in zip(plan.order_ids, plan.reverse, strict=True)]
+    return [taken.flip(-1) if reverse else taken
+            for taken, reverse in zip(plan.take(x.flatten(2)), plan.reverse, strict=True)]
 
 
 def cross_restore(ys: Sequence[Tensor], directions: Sequence[str], height: int, width: int, *,
@@ -42,8 +40,8 @@ def cross_restore(ys: Sequence[Tensor], directions: Sequence[str], height: int, 
         K maps (B, D, H, W).  For ``restore`` see :func:`scan_plan`.
     """
     plan = scan_plan(directions, height, width, ys[0].device, restore=restore)
-    return [plan.order_of(k).restore(y.flip(-1) if plan.reverse[k] else y)
-            .unflatten(-1, (height, width)) for k, y in enumerate(ys)]
+    ys = [y.flip(-1) if reverse else y for y, reverse in zip(ys, plan.reverse, strict=True)]
+    return [y.unflatten(-1, (height, width)) for y in plan.restore(ys)]
 
 
 def cross_merge(ys: Sequence[Tensor], directions: Sequence[str], height: int, width: int, *,
@@ -54,8 +52,7 @@ def cross_merge(ys: Sequence[Tensor], directions: Sequence[str], height: int, wi
 
 def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                          dt_bias: Tensor, plan: ScanPlan, *, merge: bool = True,
-                         float32: bool = False, fused: bool | str = 'auto', backend: str = 'auto'
-                         ) -> Tensor | list[Tensor]:
+                         float32: bool = False, backend: str = 'auto') -> Tensor | list[Tensor]:
     """Selective scan of one map in K directions, results back in row-major order.
 
     Everything that goes in is row-major and exists once: the step, input and output projections
@@ -77,8 +74,6 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
         merge: sum over the directions, or their results in stacks.
         float32: what follows ``x_proj`` is in float32 under autocast and for half precision, the
             results too.
-        fused: 'auto' to read through tables where the backend can, False for copies, True to
-            insist.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
@@ -87,7 +82,7 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
 
     Source: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.1.
     """
-    K, channels, _ = dt_weight.shape
+    K = dt_weight.shape[0]
     if len(plan.directions) != K or u.shape[-1] != plan.num_tokens:
         raise ValueError(
             f'weights for {K} directions and a map of {u.shape[-1]} tokens came with a plan for '
@@ -95,64 +90,64 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
             'scan_plan(directions, height, width) of this map')
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     name = choose_backend(backend, u.device, dtype, A.shape[-1])
-    tables = reads_tables(fused, name)
+    tables = reads_tables(name)
     if tables:
         # Channels side by side are what the kernels read; one copy serves all directions.
         u = u.mT.contiguous().mT
-    weight = x_proj.flatten(0, 1)
-    proj = F.linear(u.mT, weight).mT if tables else torch.matmul(weight, u)
-    precision = contextlib.nullcontext()
-    if float32:
-        u, proj = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (u, proj))
-        precision = autocast_off(u.device)
-    proj = proj.unflatten(1, (K, -1))
-    A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
-    with precision:
+        proj = F.linear(u.mT, x_proj.flatten(0, 1)).mT
+    else:
+        proj = torch.matmul(x_proj.flatten(0, 1), u)
+    proj = proj.view(u.shape[0], K, x_proj.shape[1], plan.num_tokens)
+
+    def scan(u, proj):
         inputs = u, proj, dt_weight, A, D, dt_bias, plan, name
-        ys = _scan_through_tables(*inputs) if tables else _scan_copies(*inputs, merge)
+        return _scan_through_tables(*inputs) if tables else _scan_copies(*inputs, dtype, merge)
+
+    if not float32:
+        ys = scan(u, proj)
+    else:
+        with autocast_off(u.device):
+            ys = scan(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (u, proj)))
     return _total([y.squeeze(1) if y.shape[1] == 1 else y.sum(1) for y in ys]) if merge else ys
 
 
 def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                          dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
     """One call for all directions: the kernels read and write tokens where they are."""
-    rank, N = dt_weight.shape[2], A.shape[-1]
-    step, b, c = proj.split([rank, N, N], dim=2)
+    K, _, rank = dt_weight.shape
+    step, b, c = proj.split_with_sizes([rank, A.shape[-1], A.shape[-1]], 2)
     delta = (step.mT @ dt_weight.to(step.dtype).mT).mT  # channels side by side
     y = selective_scan_ordered(
-        u.unsqueeze(1).expand(-1, len(plan.directions), -1, -1), delta, A.flatten(0, 1), b, c,
-        D.flatten(), delta_bias=dt_bias.flatten(), delta_softplus=True, order=plan.walks(),
-        backend=backend)
-    if all(order.exact for order in plan.orders):
-        return [y]
-    return [plan.order_of(k).displace(y_k).unsqueeze(1) for k, y_k in enumerate(y.unbind(1))]
+        u.unsqueeze(1).expand(-1, K, -1, -1), delta, A, b, c, D, delta_bias=dt_bias,
+        delta_softplus=True, order=plan.scan_order(), backend=backend)
+    return plan.displace(y)
 
 
 def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                 dt_bias: Tensor, plan: ScanPlan, backend: str, merge: bool) -> list[Tensor]:
+                 dt_bias: Tensor, plan: ScanPlan, backend: str, dtype: torch.dtype, merge: bool
+                 ) -> list[Tensor]:
     """Tokens are reordered before the scan and put back after it; merged, K is 1."""
-    rank, N = dt_weight.shape[2], A.shape[-1]
-    sequences: dict[tuple[int, ...], Tensor] = {}
-    ys: list[Tensor | None] = [None] * len(plan.directions)
+    K, channels, rank = dt_weight.shape
+    N = A.shape[-1]
+    A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
+    taken = plan.take(u)
+    together: dict[tuple[int, ...], Tensor] = {}
+    ys: list[Tensor | None] = [None] * K
     for reverse, ks in plan.groups():
         ids = tuple(plan.order_ids[k] for k in ks)
-        if ids not in sequences:  # both walking senses read the same sequences
-            sequences[ids] = torch.cat([plan.orders[i].take(u) for i in ids], dim=1)
+        if ids not in together:  # both senses read the same sequences
+            together[ids] = torch.cat([taken[k] for k in ks], dim=1)
         rows = torch.stack([plan.order_of(k).take(proj[:, k]) for k in ks], dim=1)
-        step, b, c = rows.split([rank, N, N], dim=2)
+        step, b, c = rows.split_with_sizes([rank, N, N], 2)
         delta = (_pick(dt_weight, ks).to(step.dtype) @ step).flatten(1, 2)
-        y = selective_scan(
-            sequences[ids], delta, _pick(A, ks).flatten(0, 1), b, c, _pick(D, ks).flatten(),
-            delta_bias=_pick(dt_bias, ks).flatten(), delta_softplus=True, reverse=reverse,
-            backend=backend)
+        y, _ = run_backend(
+            backend, dtype, together[ids], delta, _pick(A, ks).flatten(0, 1), b, c,
+            _pick(D, ks).flatten(), None, _pick(dt_bias, ks).flatten(), True, reverse)
         for k, y_k in zip(ks, y.chunk(len(ks), dim=1), strict=True):
             ys[k] = y_k
-    if not merge:
-        return [plan.order_of(k).restore(y).unsqueeze(1) for k, y in enumerate(ys)]
-    # Both senses of one order are summed before the way back, which is then walked once.
-    restored = [order.restore(_total([y for k, y in enumerate(ys) if plan.order_ids[k] == i]))
-                for i, order in enumerate(plan.orders)]
-    return [_total(restored).unsqueeze(1)]
+    if merge:
+        return [plan.restored_sum(ys).unsqueeze(1)]
+    return [y.unsqueeze(1) for y in plan.restore(ys)]
 
 
 def _total(tensors: list[Tensor]) -> Tensor:

@@ -293,13 +293,36 @@ def selective_scan(
     ours = _BACKENDS[name].run is triton_backend.selective_scan_triton
     if ready is not None and ours and triton_backend.takes(tensors):
         return triton_backend.scan(ready, *flags)
+    y, last_state = run_backend(name, dtype, u, delta, A, B, C, D, z, delta_bias, *flags[:2])
+    return (y, last_state) if return_last_state else y
+
+
+def run_backend(
+    name: str,
+    dtype: torch.dtype,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and the last state by a backend that :func:`choose_backend` has named; nothing is checked.
+
+    Args:
+        name: of the backend.
+        dtype: of the state, that for which the backend was chosen.
+
+    The other arguments are those of :func:`selective_scan`.
+    """
     B, C = (x.unsqueeze(1) if x.dim() == 3 else x for x in (B, C))
     A, D, delta_bias = (x if x is None else x.to(dtype) for x in (A, D, delta_bias))
     if u.numel() == 0:  # nothing to cut into chunks
         name = 'reference'
     # Autocast would lower the state to half precision in the middle of the recurrence.
     with autocast_off(u.device):
-        y, last_state = _BACKENDS[name].run(
-            u, delta, A, B, C, D, z, delta_bias, *flags[:2]
-        )
-    return (y, last_state) if return_last_state else y
+        return _BACKENDS[name].run(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)

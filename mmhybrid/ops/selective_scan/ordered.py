@@ -1,35 +1,20 @@
-"""The selective scan in a named order of the tokens: through a table, without copies on a GPU.
+"""The selective scan in any order of the tokens: through a table, without copies on a GPU.
 
-B batch, G groups, H channels per group, D = G H, L tokens, L' places of the sequence, N state.
+B batch, G groups, H channels per group, D = G H, L tokens, L' positions of the sequence, N state.
 """
 
 import torch
 from torch import Tensor
 
-from . import _wish_of_environment, choose_backend, selective_scan, triton_backend
+from ..reorder import inverse_of, reorder
+from . import _wish_of_environment, choose_backend, run_backend, triton_backend
 
 __all__ = ['reads_tables', 'selective_scan_ordered']
 
 
-def reads_tables(fused: bool | str, backend: str) -> bool:
-    """Whether a mixer's scan will read tokens through tables rather than from reordered copies.
-
-    Args:
-        fused: 'auto' where it can, False never, True to insist.
-        backend: what :func:`choose_backend` has chosen.
-
-    Raises:
-        ValueError: for another value of ``fused``.
-        RuntimeError: ``fused`` is True and the backend cannot.
-    """
-    if fused not in ('auto', True, False):
-        raise ValueError(f"got fused={fused!r}, expected 'auto', True or False")
-    if fused is True and backend != 'triton':
-        raise RuntimeError(
-            f"fused=True needs the Triton kernels, but the scan would run on '{backend}'; use "
-            "fused='auto', or see `mmhybrid doctor` for what Triton lacks"
-        )
-    return fused is not False and backend == 'triton'
+def reads_tables(backend: str) -> bool:
+    """Whether a backend reads and writes tokens through tables instead of reordered copies."""
+    return backend == 'triton'
 
 
 def selective_scan_ordered(
@@ -48,7 +33,7 @@ def selective_scan_ordered(
     reverse: bool = False,
     backend: str = 'auto',
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scan that visits token ``order[p]`` at place p and leaves every y at its token.
+    """Selective scan that visits token ``order[p]`` at position p and leaves every y at its token.
 
     The Triton kernels read and write through the table; other backends get reordered copies.
 
@@ -67,12 +52,12 @@ def selective_scan_ordered(
         order: int32 or int64, (L',) for all groups or (G, L') for one sequence each. Every token
             appears once in a row; -1 stands for a zero token (zeros in u, delta, B, C and z), as
             in windows that overhang the map. The values are not checked.
-        reverse: visit the places from right to left.
+        reverse: visit the positions from right to left.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
         y (B, G, H, L) in u's dtype; with ``return_last_state`` also the state after the last
-        place, (B, G * H, N). Both are differentiable, once, in every floating input.
+        position, (B, G * H, N). Both are differentiable, once, in every floating input.
 
     Raises:
         TypeError: the order is no integer tensor.
@@ -87,7 +72,6 @@ def selective_scan_ordered(
         return ready.call(tensors, ready.pointers)
 
     _check(u, delta, A, B, C, D, z, delta_bias, order)
-    groups, group_dim, tokens = u.shape[1:]
     dtype = torch.float32
     for x in (u, delta, A, B, C, D, z, delta_bias):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
@@ -100,36 +84,31 @@ def selective_scan_ordered(
         A, D, delta_bias = (
             x if x is None else x.to(dtype).contiguous() for x in (A, D, delta_bias)
         )
-        y, last_state = triton_backend.scan_grouped(
-            u, delta, A, B, C, D, z, delta_bias, order.int().contiguous(),
-            *flags[:2],
-        )  # fmt: skip
-        return (y, last_state) if return_last_state else y
+        order = order.int().contiguous()
+        found = triton_backend.scan_grouped(u, delta, A, B, C, D, z, delta_bias, order, *flags[:2])
+    else:
+        found = _scan_copies(name, dtype, *tensors[:8], order, *flags[:2])
+    return found if return_last_state else found[0]
 
-    order = order.long()
-    live = order >= 0
-    index = order.clamp_min(0)[None, :, None]
+
+def _scan_copies(
+    name, dtype, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse
+):  # fmt: skip
+    """Tokens are reordered before the scan, and y is put back after it."""
+    groups, group_dim, tokens = u.shape[1:]
+    inverse = inverse_of(order, tokens)
 
     def take(x):
-        if x is None:
-            return None
-        taken = x.gather(-1, index.expand(x.shape[0], groups, x.shape[2], -1))
-        return taken.masked_fill(~live[None, :, None], 0)
+        return None if x is None else reorder(x, order, inverse, True, False)
 
     def flat(x):
         return None if x is None else x.flatten(1, 2)
 
-    y, last_state = selective_scan(
-        flat(take(u)), flat(take(delta)), A, take(B), take(C), D, flat(take(z)), delta_bias,
-        delta_softplus, True, reverse=reverse, backend=name,
+    y, last_state = run_backend(
+        name, dtype, flat(take(u)), flat(take(delta)), A, take(B), take(C), D, flat(take(z)),
+        delta_bias, delta_softplus, reverse,
     )  # fmt: skip
-    # Places without a token write to one that is cut off: where each token was visited.
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    visited = order.new_zeros(len(order), tokens + 1)
-    visited.scatter_(1, torch.where(live, order, tokens), places)
-    visited = visited[:, :tokens][None, :, None].expand(u.shape[0], groups, group_dim, -1)
-    y = y.unflatten(1, (groups, group_dim)).gather(-1, visited)
-    return (y, last_state) if return_last_state else y
+    return reorder(y.unflatten(1, (groups, group_dim)), inverse, order, False, True), last_state
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
@@ -161,8 +140,17 @@ def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
                 f'selective_scan_ordered expects {name} of shape {shape} with u of shape '
                 f'{tuple(u.shape)} and B of shape {tuple(B.shape)}, got {tuple(x.shape)}.'
             )
-    for name, x in (('delta', delta), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z),
+    if state == 0:
+        raise ValueError(
+            f'selective_scan_ordered expects B of shape (B, G, N, L) with N >= 1, '
+            f'got {tuple(B.shape)}.'
+        )
+    for name, x in (('u', u), ('delta', delta), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z),
                     ('delta_bias', delta_bias)):  # fmt: skip
+        if x is not None and not x.is_floating_point():
+            raise TypeError(
+                f'selective_scan_ordered expects {name} of a real floating dtype, got {x.dtype}.'
+            )
         if x is not None and x.device != u.device:
             raise ValueError(
                 f'selective_scan_ordered expects {name} on {u.device} like u, got {x.device}.'
