@@ -92,12 +92,12 @@ class RandomStateHook(Hook):
                 hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
                 or hook.save_last and hook.is_last_train_iter(runner))
                for hook in _checkpoint_hooks(runner)):
-            self._gather(runner)
+            self.gather(runner)
 
     def after_train_epoch(self, runner) -> None:
         """Collect the states if a checkpoint follows after this epoch."""
         if any(hook.by_epoch for hook in _checkpoint_hooks(runner)):
-            self._gather(runner)
+            self.gather(runner)
 
     def before_val(self, runner) -> None:
         """Remember the states: a validation must not disturb the training that follows it."""
@@ -105,7 +105,7 @@ class RandomStateHook(Hook):
             return  # only evaluating; asking the runner for its epoch would build the train loop
         self._before_val = get_random_state()
         if any(hook.save_best for hook in _checkpoint_hooks(runner)):
-            self._gather(runner)
+            self.gather(runner)
 
     def after_val(self, runner) -> None:
         """Put the states back."""
@@ -131,10 +131,7 @@ class RandomStateHook(Hook):
             checkpoint[pending_gradients.KEY] = self._saved[2]
 
     def gather(self, runner) -> None:
-        """Collect the states for a checkpoint that another hook writes now; call on all ranks."""
-        self._gather(runner)
-
-    def _gather(self, runner) -> None:
+        """Collect the states for a checkpoint that is written now; call on all ranks."""
         state = self._before_val or get_random_state()
         self._saved = (_position(runner), all_gather_object(state),
                        pending_gradients.collect(runner))

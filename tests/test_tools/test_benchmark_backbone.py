@@ -60,16 +60,20 @@ def test_compiled(backbone, capsys):
 def test_choices_reach_every_mixer(backbone):
     for name, arguments in SMALL.items():
         model = backbone.build(name, arguments)
-        mixers = [m for m in model.modules() if hasattr(m, 'fused')]
+        mixers = [m for m in model.modules() if hasattr(m, 'backend')]
         assert len(mixers) == (4 if name == 'VMamba' else 2)
-        for choice, expected in (('triton-plain', ('triton', False)), ('torch', ('torch', 'auto'))):
+        for choice in ('triton', 'torch'):
             backbone.choose(model, choice)
-            assert {(m.backend, m.fused) for m in mixers} == {expected}
+            assert {m.backend for m in mixers} == {choice}
+        with pytest.raises(SystemExit, match=f'no choice for {name}, .* take torch'):
+            backbone.choose(model, 'torch-plain')
     hybrid = backbone.build('MambaVision', dict(arch=dict(
         dim=8, stem_width=4, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 4),
         window_size=(8, 8, 4, 3))))
-    backbone.choose(hybrid, 'torch-plain')
-    assert {m.backend for m in hybrid.modules() if hasattr(m, 'fused')} == {'torch'}
+    mixers = [m for m in hybrid.modules() if hasattr(m, 'backend')]
+    for choice, expected in (('torch-plain', ('torch', False)), ('triton', ('triton', 'auto'))):
+        backbone.choose(hybrid, choice)
+        assert {(m.backend, m.fused) for m in mixers} == {expected}
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [

@@ -1,14 +1,14 @@
 """Time whole backbones of all families, with scan backends and fused or plain mixers in turns.
 
     python tools/benchmark/backbone.py --size 512 512 --batch 2 --csv results/backbone.csv
-    python tools/benchmark/backbone.py --models Vim:tiny --choices triton,triton-plain --plot
+    python tools/benchmark/backbone.py --models MambaVision:tiny --choices triton,triton-plain
 
 A model is CLASS:ARCH from the registry. A choice is a scan backend, with `-plain` behind it for
-mixers without their fused way (no kernel around the scan, tokens copied into each direction's
-order). All choices share their weights and take turns (A B A B) in one process. Before anything is
-timed, every choice must agree with the sequential reference scan in float32 on a small image; one
-that does not is reported and not timed, one that raises is reported and left out, and either makes
-the exit code 1. Rows are written as they are measured, and --minutes limits the run.
+MambaVision's mixers as ordinary layers around the scan. All choices share their weights and take
+turns (A B A B) in one process. Before anything is timed, every choice must agree with the
+sequential reference scan in float32 on a small image; one that does not is reported and not timed,
+one that raises is reported and left out, and either makes the exit code 1. Rows are written as they
+are measured, and --minutes limits the run.
 
 Modes: eager; compiled (torch.compile); graph (the calls as a CUDA graph, on a GPU). Memory: what
 one forward pass keeps for its backward pass, and on a GPU the peak of a whole step.
@@ -73,18 +73,25 @@ def choose(model: torch.nn.Module, choice: str) -> torch.nn.Module:
     if plain not in ('', 'plain') or backend not in ('auto', *available_backends()):
         raise SystemExit(f'{choice} is no choice: expected a backend '
                          f'({", ".join(available_backends())}), or one followed by -plain.')
-    mixers = [m for m in model.modules() if hasattr(m, 'backend') and hasattr(m, 'fused')]
+    mixers = [m for m in model.modules() if hasattr(m, 'backend')]
     assert mixers, f'{type(model).__name__} has no mixer with a backend'
+    fused = [m for m in mixers if hasattr(m, 'fused')]
+    if plain and not fused:
+        raise SystemExit(f'{choice} is no choice for {type(model).__name__}, whose mixers go one '
+                         f'way on a backend; take {backend}.')
     for mixer in mixers:
-        mixer.backend, mixer.fused = backend, False if plain else 'auto'
+        mixer.backend = backend
+    for mixer in fused:
+        mixer.fused = False if plain else 'auto'
     return model
 
 
-def default_choices(device: str) -> list[str]:
+def default_choices(device: str, model: str) -> list[str]:
     """What is usable here, best first; the reference only for the correctness gate."""
     usable = [name for name, status in available_backends().items() if status.usable]
     if device == 'cuda':
-        return [*(['triton', 'triton-plain'] if 'triton' in usable else []), 'torch']
+        ways = ['triton', 'triton-plain'] if model.startswith('MambaVision') else ['triton']
+        return [*(ways if 'triton' in usable else []), 'torch']
     return [name for name in ('cpp', 'torch') if name in usable]
 
 
@@ -272,7 +279,6 @@ def main(arguments: list[str] | None = None, build_arguments: dict[str, dict] | 
     args = parse(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
-    choices = args.choices.split(',') if args.choices else default_choices(args.device)
     record = environment(args.device, args.clock)
     print('  '.join(f'{key} {value}' for key, value in record.items()))
     if args.csv:
@@ -283,6 +289,8 @@ def main(arguments: list[str] | None = None, build_arguments: dict[str, dict] | 
             continue
         with failures.noted(model):
             own = (build_arguments or {}).get(model)
+            choices = (args.choices.split(',') if args.choices
+                       else default_choices(args.device, model))
             for row in measure(args, model, choices, record, failures, own):
                 shown = ('model', 'pass', 'mode', 'choice', 'p20_ms', 'p50_ms', 'p80_ms',
                          'images_per_s', 'saved_MB', 'peak_MB', 'error')  # fmt: skip
