@@ -130,18 +130,17 @@ def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tenso
     K, channels, rank = dt_weight.shape
     N = A.shape[-1]
     A, D, dt_bias = (t.unflatten(0, (K, channels)) for t in (A, D, dt_bias))
-    taken = plan.take(u)
-    together: dict[tuple[int, ...], Tensor] = {}
+    sequences: dict[tuple[int, ...], Tensor] = {}
     ys: list[Tensor | None] = [None] * K
     for reverse, ks in plan.groups():
         ids = tuple(plan.order_ids[k] for k in ks)
-        if ids not in together:  # both senses read the same sequences
-            together[ids] = torch.cat([taken[k] for k in ks], dim=1)
+        if ids not in sequences:  # both senses read the same sequences
+            sequences[ids] = torch.cat([plan.orders[i].take(u) for i in ids], dim=1)
         rows = torch.stack([plan.order_of(k).take(proj[:, k]) for k in ks], dim=1)
         step, b, c = rows.split_with_sizes([rank, N, N], 2)
         delta = (_pick(dt_weight, ks).to(step.dtype) @ step).flatten(1, 2)
         y, _ = run_backend(
-            backend, dtype, together[ids], delta, _pick(A, ks).flatten(0, 1), b, c,
+            backend, dtype, sequences[ids], delta, _pick(A, ks).flatten(0, 1), b, c,
             _pick(D, ks).flatten(), None, _pick(dt_bias, ks).flatten(), True, reverse)
         for k, y_k in zip(ks, y.chunk(len(ks), dim=1), strict=True):
             ys[k] = y_k

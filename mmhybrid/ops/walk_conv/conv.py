@@ -33,7 +33,7 @@ def walk_conv(u: Tensor, weight: Tensor, bias: Tensor, slots: Tensor, steps: Ten
         weight: (K, E, T).
         bias: (K, E).
         slots: int32 (K, S), rows are permutations: the place visited at each step; places from L on
-            are no tokens. See :meth:`mmhybrid.ops.cross_scan.ScanPlan.slots`.
+            are no tokens. See :meth:`mmhybrid.ops.cross_scan.ScanPlan.permutation`.
         steps: int32 (K, S), the inverse of each row.
 
     Returns:
