@@ -5,6 +5,7 @@ A script of this folder finds it with ``from timing import ...`` when it is run 
 
 import contextlib
 import csv
+import gc
 import math
 import platform
 import statistics
@@ -79,8 +80,7 @@ class Failures(list):
         except Exception as error:
             self.append(what)
             traceback.print_exc()
-            text = (str(error).strip().splitlines() or [''])[0]
-            print(f'FAILED {what}: {type(error).__name__}: {text}', flush=True)
+            print(f'FAILED {what}: {in_one_line(error)}', flush=True)
         if torch.cuda.is_available():
             try:
                 torch.cuda.synchronize()
@@ -90,6 +90,23 @@ class Failures(list):
                     f'the GPU answers nothing after that ({error}); leave {what} out and start '
                     'again. Rows measured so far are in the file of --csv.'
                 ) from error
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error, and the first of those that led to it.
+
+    A capture that failed ends in "operation failed due to a previous error during capture", which
+    says nothing; what broke it is the error before.
+    """
+
+    def line(error):
+        text = (str(error).strip().splitlines() or [''])[0]
+        return f'{type(error).__name__}: {text}'
+
+    first = error
+    while before := first.__cause__ or (None if first.__suppress_context__ else first.__context__):
+        first = before
+    return line(error) if first is error else f'{line(error)} (first came {line(first)})'
 
 
 class TimeLimit:
@@ -124,18 +141,31 @@ def in_sequence(calls: Sequence[Callable[[], object]]) -> Work:
     return Work(run, len(calls))
 
 
+#: Calls before a capture: the first compiles, the second lets the scan note what reaches Triton's
+#: launchers, and the third launches as the captured one will.
+WARM_UPS = 3
+
+
 def as_graph(calls: Sequence[Callable[[], object]]) -> Work:
-    """The same calls captured in one CUDA graph, which the GPU replays without the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills the caches of libraries
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    """The same calls captured in one CUDA graph, which the GPU replays without the host.
+
+    They are warmed up on the stream of the capture, so that libraries have their workspaces for it.
+    A backward pass cannot be captured while an earlier autograd graph of the same parameters lives:
+    its nodes wait for the stream on which they were made.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    # A capture that fails leaves its stream behind as the current one; leaving this block does not.
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            for call in calls:
+                call()
+        gc.collect()  # cyclic garbage may hold autograd graphs, and other CUDA graphs
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(stream)
     return Work(graph.replay, len(calls))
 
 
@@ -242,7 +272,10 @@ def saved_bytes(call: Callable[[], object], ignored: Iterable[torch.Tensor] = ()
         if storage._cdata not in seen and x.shape not in shapes:
             seen.add(storage._cdata)
             total += storage.nbytes()
-        return x
+        # Not x: an operator that keeps its own output would keep itself alive through it, and with
+        # it the whole autograd graph, for good. No backward pass of its parameters could then be
+        # captured in a CUDA graph.
+        return x.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = call()  # kept until all is counted, so that no identity is used twice
