@@ -13,6 +13,7 @@ def pytest_configure(config):
         'markers', 'plain_empty: leave torch.empty alone (for tests that look at memory or graphs)'
     )
     config.addinivalue_line('markers', 'slow: takes minutes to hours; runs with -m slow only')
+    config.addinivalue_line('markers', 'gpu: a GPU adds something; run_tests.sh --gpu takes these')
     torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS', '2') or 2)))
 
 

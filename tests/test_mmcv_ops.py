@@ -196,6 +196,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(got_grad, expected_grad.to(dtype))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_agrees_with_cpu(dtype):

@@ -45,6 +45,7 @@ def test_checkpoint_of_an_accelerator_loads_on_a_cpu(model):
     assert 'loss_scaler' in state  # the caller's dict is left alone
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
 def test_gpu_computes_in_half_precision(model, dtype):

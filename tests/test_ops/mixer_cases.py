@@ -1,10 +1,10 @@
 """Cases of the fused MambaVision mixer, run by test_mambavision_mixer.py in their own process."""
 
-import os
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import DEVICE, begin_cases, generator
 from torch import nn
 
 from mmhybrid.layers import MambaVisionMixer, recomputed
@@ -12,10 +12,8 @@ from mmhybrid.ops.mambavision_mixer import fused, passes
 from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
 from mmhybrid.ops.selective_scan import passes as scan_passes
 from mmhybrid.ops.selective_scan import plan as plans
-from mmhybrid.ops.selective_scan import triton_backend as scan
 
-assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_mambavision_mixer.py instead'
-torch.set_num_threads(1)
+begin_cases()
 
 # The interpreter cuts off where a GPU rounds, so one unit in the last place, not half of one.
 STORED = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -46,7 +44,7 @@ def results(mixer, x, dy, autocast=None, run=None):
     """The output and every gradient by name, in a dictionary."""
     mixer.zero_grad()
     x = x.detach().requires_grad_()
-    with torch.autocast('cpu', dtype=autocast, enabled=autocast is not None):
+    with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
         y = (mixer if run is None else run)(x)
     y.backward(dy.to(y.dtype))
     grads = {name: p.grad.clone() for name, p in mixer.named_parameters()}
@@ -55,8 +53,8 @@ def results(mixer, x, dy, autocast=None, run=None):
 
 def compare(fused_mixer, x, tolerance, autocast=None, run=None, **more):
     """The fused mixer against the plain module in float64; returns the fused results."""
-    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
-    with torch.autocast('cpu', dtype=autocast, enabled=autocast is not None):
+    dy = torch.randn(x.shape, generator=generator(5))
+    with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
         assert fused_mixer.path(x) == 'fused'
     got = results(fused_mixer, x, dy, autocast, run)
     twin = MambaVisionMixer(x.shape[-1], backend='torch', fused=False, **more).double()
@@ -137,7 +135,7 @@ def test_autocast_stores_halves_and_keeps_gradients_whole(dtype):
     got = compare(mixer, x, 2 * STORED[dtype], autocast=dtype, state_dim=2)
     assert got.pop('y').dtype == dtype
     assert {value.dtype for value in got.values()} == {torch.float32}
-    with torch.autocast('cpu', dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         plain = MambaVisionMixer(24, fused=False)(torch.randn(2, 19, 24))
     assert plain.dtype == dtype
 
@@ -148,7 +146,7 @@ def test_backward_inside_autocast():
     outside = results(mixer, x, dy)
     y = mixer(x)
     mixer.zero_grad()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         y.backward(dy)
     for name, p in mixer.named_parameters():
         assert torch.equal(p.grad, outside[name]), name
@@ -185,7 +183,7 @@ def test_convolutions_against_their_twin(length, steps, monkeypatch):
     """u and the gate half exactly where the concatenation wants them, and all gradients."""
     monkeypatch.setattr(scan_passes, 'processors', lambda _: 1 if steps > 1 else 132)
     channels, shape = 35, passes.Shape(2, length, 0, 1, 0)
-    assert passes.cut(shape, channels, torch.device('cpu'))['steps'] == steps
+    assert passes.cut(shape, channels, torch.device(DEVICE))['steps'] == steps
     xz = torch.randn(2 * length, 2 * channels)
     mixer = MambaVisionMixer(2 * channels)
     weights = passes.Weights(*(w.detach() for w in weights_of(mixer)))
@@ -305,7 +303,8 @@ def test_opcheck(lean):
 
 def test_compiled_module():
     mixer, x = make_mixer(8, state_dim=2), torch.randn(2, 6, 8)
-    assert mixer.path(x) == 'plain'  # 'auto' on a CPU, where the scan is not Triton's
+    # 'auto' on a CPU, where the scan is not Triton's
+    assert mixer.path(x) == ('plain' if DEVICE == 'cpu' else 'fused')
     mixer.backend = 'triton'
     assert mixer.path(x) == 'fused'
     dy = torch.randn(2, 6, 8)

@@ -9,6 +9,7 @@ from mmhybrid.ops import selective_scan, triton_support
 from mmhybrid.ops.selective_scan import launch, triton_backend
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
     pytest.mark.skipif(
         triton_support.unavailable_reason() is not None or triton_support.interpreting(),

@@ -17,10 +17,12 @@ from mmhybrid.ops.selective_scan import available_backends, choose_backend
 CASES = Path(__file__).parent / 'triton_cases.py'
 
 
+@pytest.mark.gpu
 def test_values_and_gradients():
     assert run_cases(CASES, '-m', 'not slow', '-k', 'pairwise') >= 20
 
 
+@pytest.mark.gpu
 def test_properties_and_operators():
     assert run_cases(CASES, '-m', 'not slow', '-k', 'not pairwise') >= 15
 

@@ -1,23 +1,21 @@
 """Cases of the Triton scan, run by test_selective_scan_triton.py in a process of their own.
 
-Triton decides when it is imported whether kernels are compiled or interpreted, so these need
-``TRITON_INTERPRET=1`` in the environment of a fresh process: the name of this file keeps pytest
-from collecting it together with the other tests.
+They run compiled with a GPU and interpreted without one (interpreter.py). The name of this file
+keeps pytest from collecting it together with the other tests.
 """
 
 import itertools
-import os
 
 import pytest
 import torch
+from interpreter import begin_cases, generator
 
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.selective_scan import passes, triton_backend
 from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
-assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_selective_scan_triton.py instead'
-torch.set_num_threads(1)
+begin_cases()
 
 FACTORS = {
     'length': (7, 37, 2, 64, 1),
@@ -81,10 +79,10 @@ def case_id(case):
 
 def make_inputs(case, seed=0):
     """The eight inputs in the dtypes of a mixed-precision model; absent ones are None."""
-    generator = torch.Generator().manual_seed(seed)
+    numbers = generator(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=numbers)
 
     batch, groups, group_dim = case.get('batch', 1), case['groups'], case['group_dim']
     channels, tokens, state = groups * group_dim, case['length'], case['state']
@@ -92,7 +90,7 @@ def make_inputs(case, seed=0):
     inputs = {
         'u': randn(batch, channels, tokens),
         'delta': delta if case['softplus'] else 0.5 * delta.abs(),
-        'A': -0.05 - 2 * torch.rand(channels, state, generator=generator),
+        'A': -0.05 - 2 * torch.rand(channels, state, generator=numbers),
         'B': randn(batch, groups, state, tokens),
         'C': randn(batch, groups, state, tokens),
         'D': randn(channels) if case['skip'] else None,
@@ -112,10 +110,10 @@ def make_order(case):
     """An int32 table (1, L') or (G, L'); holes are places of the sequence without a token."""
     if case['order'] is None:
         return None
-    generator = torch.Generator().manual_seed(1)
+    numbers = generator(1)
     rows = case['groups'] if case['order'] == 'per group' else 1
     holes = 2 if case['order'] == 'with holes' else 0
-    table = [torch.randperm(case['length'] + holes, generator=generator) for _ in range(rows)]
+    table = [torch.randperm(case['length'] + holes, generator=numbers) for _ in range(rows)]
     table = torch.stack(table).int()
     return torch.where(table < case['length'], table, -1)
 
@@ -177,9 +175,9 @@ def check_case(case):
     inputs, order = make_inputs(case), make_order(case)
     exact = [None if x is None else x.double().requires_grad_() for x in inputs.values()]
     y_exact, last_exact = ordered_reference(exact, order, case['softplus'], case['reverse'])
-    generator = torch.Generator().manual_seed(2)
-    dy = torch.randn(y_exact.shape, generator=generator).to(case['dtype'])
-    dlast = torch.randn(last_exact.shape, generator=generator) * case['last']
+    numbers = generator(2)
+    dy = torch.randn(y_exact.shape, generator=numbers).to(case['dtype'])
+    dlast = torch.randn(last_exact.shape, generator=numbers) * case['last']
     wanted = [x for x in exact if x is not None]
     grads_exact = torch.autograd.grad(
         (y_exact, last_exact), wanted, (dy.double(), dlast.double()), allow_unused=True
@@ -278,7 +276,7 @@ def test_shared_tensor_and_strided_cotangent():
     """Groups that share u through a stride of zero, and the gradient of a plain sum."""
     case = SMALL | {'groups': 2, 'gate': False}
     inputs = make_inputs(case)
-    shared = torch.randn(2, 1, 4, 13, generator=torch.Generator().manual_seed(3))
+    shared = torch.randn(2, 1, 4, 13, generator=generator(3))
     results = []
     for dtype in (torch.float64, torch.float32):
         u = shared.to(dtype).requires_grad_()
@@ -382,7 +380,7 @@ def operator_arguments(chunk):
     shaped = [
         x.unflatten(1, (1, -1)) if name in ('u', 'delta', 'z') else x for name, x in inputs.items()
     ]
-    order = torch.randperm(6, generator=torch.Generator().manual_seed(4)).int()[None]
+    order = torch.randperm(6, generator=generator(4)).int()[None]
     return [x.requires_grad_() for x in shaped], (order, True, False, True, chunk)
 
 

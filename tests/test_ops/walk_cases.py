@@ -1,15 +1,16 @@
 """Cases of the scans through order tables, run by test_walks_triton.py in a process of their own.
 
-Mixers and operators on Triton's interpreter against the same in float64 on reordered copies. The
-name of this file keeps pytest from collecting it together with the other tests.
+Mixers and operators on Triton's kernels, compiled or interpreted (interpreter.py), against the same
+in float64 on reordered copies. The name of this file keeps pytest from collecting it together with
+the other tests.
 """
 
-import os
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import DEVICE, begin_cases, generator
 from scan_cases import assert_same
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,8 +23,7 @@ from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan
 from mmhybrid.ops.selective_scan import passes, triton_backend
 from mmhybrid.ops.walk_conv import walk_conv
 
-assert os.environ.get('TRITON_INTERPRET') == '1', 'run test_walks_triton.py instead'
-torch.set_num_threads(1)
+begin_cases()
 
 VMAMBA = ('h', 'v', 'h_flip', 'v_flip')
 
@@ -37,7 +37,7 @@ def compare(module, x, *rest, tolerance=2e-5):
         module.backend = backend
         image = x.detach().to(dtype).requires_grad_()
         y = module(image, *rest)
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        weight = torch.randn(y.shape, generator=generator(1)).to(dtype)
         (y * weight).sum().backward()
         found.append({'y': y.detach(), 'gradient of x': image.grad} | {
             f'gradient of {name}': p.grad.clone() for name, p in module.named_parameters()})
@@ -70,10 +70,10 @@ def counted_scans():
                          ids=lambda c: f'{len(c)}-{c[-1]}' if isinstance(c, tuple) else str(c))
 def test_cross_scan(directions, size, merge, restore):
     K, B, D, N, R, L = len(directions), 1, 3, 2, 2, size[0] * size[1]
-    generator = torch.Generator().manual_seed(K)
+    numbers = generator(K)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=numbers)
 
     inputs = dict(
         u=randn(B, D, L), x_proj=randn(K, R + 2 * N, D), dt_weight=randn(K, D, R),
@@ -164,7 +164,7 @@ def test_half_precision():
         mixer.backend = 'torch'
         expected = mixer(x, *rest)
         mixer.backend = 'triton'
-        with torch.autocast('cpu', torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = mixer(x, *rest)
         # the interpreter cuts off where a GPU rounds
         assert_same({'y': y}, {'y': expected}, 0.06)
@@ -178,10 +178,10 @@ def test_half_precision():
 
 def conv_inputs(directions, size, channels=3, taps=4, dtype=torch.float32):
     plan = scan_plan(directions, *size)
-    generator = torch.Generator().manual_seed(0)
+    numbers = generator(0)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=numbers).to(dtype)
 
     K, L = len(directions), plan.num_tokens
     return [randn(2, L, channels).mT, randn(K, channels, taps), randn(K, channels)], plan
@@ -207,7 +207,7 @@ def test_walk_conv(directions, size, channels, taps):
     y = walk_conv(*leaves, plan.permutation(), plan.inverse_permutation())
     expected = conv_reference(*exact, plan)
     assert y.permute(1, 0, 3, 2).is_contiguous()
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(y.shape, generator=generator(2))
     results = []
     for result, inputs in ((y, leaves), (expected, exact)):
         grads = torch.autograd.grad((result * weight).sum(), inputs)

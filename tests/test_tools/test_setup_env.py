@@ -159,3 +159,49 @@ def test_run_tests_stops_at_the_linters(clone, tmp_path):
 def test_run_tests_refuses_an_unknown_stack(clone):
     result = bash('tools/run_tests.sh', '--stack', 'newest', cwd=clone)
     assert result.returncode != 0 and "'newest'" in result.stderr
+
+
+def gpu_environment(clone, tmp_path, *, gpu=True, without=''):
+    """A Python that sees a GPU or none, lacks some modules, and notes how pytest is called."""
+    (clone / 'tests').mkdir()
+    (clone / 'tests' / 'test_a.py').write_text('pytestmark = pytest.mark.gpu')
+    (clone / 'tests' / 'test_b.py').write_text('def test(): pass')
+    return script(tmp_path / 'python', f"""
+case "$*" in
+*is_available*) exit {int(not gpu)} ;;
+*find_spec*) echo "{without}" ;;
+*'import pytest'*) [[ "{without}" != *pytest* ]] ;;
+*'-m pytest'*) printf '%s|' "$@" > "$CALLS" ;;
+esac""")
+
+
+def test_gpu_takes_an_environment_as_it_is(clone, tmp_path, bare_path):
+    python, calls = gpu_environment(clone, tmp_path), tmp_path / 'calls'
+    (bare_path / 'grep').symlink_to(shutil.which('grep'))  # and nothing that installs
+    result = bash('tools/run_tests.sh', '--gpu', '-k', 'x or y', cwd=clone, CALLS=str(calls),
+                  PYTHON=str(python), PATH=str(bare_path))
+    assert result.returncode == 0, result.stderr
+    assert calls.read_text() == ('-m|pytest|-m|gpu|-rs|--durations|15|-n|4|--dist|loadfile|'
+                                 'tests/test_a.py|-k|x or y|')
+    assert not (clone / '.venv').exists() and '[setup]' not in result.stderr
+
+
+def test_gpu_names_what_is_missing(clone, tmp_path):
+    python = gpu_environment(clone, tmp_path, without='mmdet xdist')
+    calls = tmp_path / 'calls'
+    result = bash('tools/run_tests.sh', '--gpu', cwd=clone, CALLS=str(calls), PYTHON=str(python))
+    assert result.returncode == 0, result.stderr
+    assert 'not installed: mmdet xdist.' in result.stderr and '|-n|' not in calls.read_text()
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (dict(gpu=False), 'PyTorch sees no GPU; run this on a machine with one, or leave out --gpu.'),
+    (dict(without='pytest'), 'has no pytest; install it there, or unset PYTHON.'),
+])
+def test_gpu_says_in_a_sentence_why_not(clone, tmp_path, options, message):
+    python = gpu_environment(clone, tmp_path, **options)
+    calls = tmp_path / 'calls'
+    result = bash('tools/run_tests.sh', '--gpu', cwd=clone, CALLS=str(calls), PYTHON=str(python))
+    assert result.returncode == 1 and not calls.exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith('[tests] ERROR: ') and line.endswith(message)

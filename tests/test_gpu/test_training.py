@@ -1,0 +1,157 @@
+"""Training on a GPU: mixed precision, compilers, one process of a group, the mini detector.
+
+Without a GPU every test runs its own code on the CPU, small: three steps, float32 where mixed
+precision needs an accelerator, gloo for NCCL, a backend of torch.compile that compiles nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip('mmengine')
+pytest.importorskip('mmcv')
+
+from backbone_cases import CASES, build
+from fill import make_input
+from interpreter import DEVICE
+from torch import nn
+
+from mmhybrid.datasets.mini_coco import write_mini_coco
+from mmhybrid.engine.amp import AmpOptimWrapper
+
+ROOT = Path(__file__).resolve().parents[2]
+ON_GPU = DEVICE == 'cuda'
+STEPS = 300 if ON_GPU else 3
+#: Of the mini detector after its ten epochs; its masks of an untrained network have none at all.
+AP = 0.05
+
+pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]
+
+#: Another file shows the same on a CPU, or it takes minutes there.
+on_gpu_or_slow = pytest.mark.usefixtures() if ON_GPU else pytest.mark.slow
+# One of each class of the registry, in the order of its table.
+FAMILIES = list({case.values[0]: case for case in CASES}.values())
+
+
+def network(cls, arguments):
+    """A backbone with a linear read-out of every map, and images with targets to learn."""
+    arch = dict(arguments['arch'], **(dict(dim=32) if ON_GPU else {}))
+    backbone = build(cls, arguments | dict(arch=arch))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+            with torch.no_grad():
+                maps = backbone(make_input(0, (1, 3, 64, 64)))
+            self.heads = nn.ModuleList(nn.Conv2d(y.shape[1], 4, 1) for y in maps)
+
+        def forward(self, x, target):
+            total = 0
+            for head, y in zip(self.heads, self.backbone(x), strict=True):
+                scores = head(y).float().mean((2, 3))
+                total = total + nn.functional.cross_entropy(scores, target)
+            return total
+
+    torch.manual_seed(0)
+    model = Network().train().to(DEVICE)
+    return model, make_input(1, (4, 3, 64, 64)).to(DEVICE), torch.arange(4, device=DEVICE)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
+def test_mixed_precision(cls, arguments, dtype):
+    """No loss is infinite or not a number, and four images are learned by heart."""
+    model, x, target = network(cls, arguments)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    wrapper = AmpOptimWrapper(optimizer, dtype=dtype)
+    assert wrapper.active == ON_GPU
+    losses = []
+    for _ in range(STEPS):
+        with wrapper.optim_context(model):
+            loss = model(x, target)
+        wrapper.update_params(loss)
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    assert losses.isfinite().all(), f'step {int((~losses.isfinite()).nonzero()[0])}: {losses}'
+    assert losses[-1] < losses[0] * (0.2 if ON_GPU else 1), losses
+
+
+@on_gpu_or_slow
+@pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
+def test_torch_compile(cls, arguments):
+    """A compiled training step gives the maps and gradients of the eager one."""
+    model, x, target = network(cls, arguments)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='inductor' if ON_GPU else 'eager')
+    found = []
+    for run in (model, compiled):
+        model.zero_grad()
+        loss = run(x, target)
+        loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    torch._dynamo.reset()
+    (expected, wanted), (got, grads) = found
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert grads.keys() == wanted.keys()
+    for name, want in wanted.items():
+        scale = want.abs().max().item() or 1
+        assert (grads[name] - want).abs().max().item() <= 2e-2 * scale, name
+
+
+def test_one_process_of_a_group(tmp_path):
+    """NCCL with one process (gloo without a GPU): gradients of a wrapped model are its own."""
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    cls, arguments = FAMILIES[0].values
+    model, x, target = network(cls, arguments)
+    model(x, target).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    backend = 'nccl' if ON_GPU else 'gloo'
+    distributed.init_process_group(
+        backend, init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped(x, target).backward()
+        total = torch.ones(3, device=DEVICE)
+        distributed.all_reduce(total)
+        assert total.tolist() == [1, 1, 1]
+    finally:
+        distributed.destroy_process_group()
+    for name, p in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@on_gpu_or_slow
+@pytest.mark.parametrize('amp', [False, True], ids=['float32', 'amp'])
+def test_mini_detector(tmp_path, amp):
+    """The command of the README on the generated data, to its AP on held-out images."""
+    pytest.importorskip('mmdet')
+    data = tmp_path / 'mini_coco'
+    write_mini_coco(data, **({} if ON_GPU else dict(train=4, val=2)))
+    short = ['--cfg-options', 'train_cfg.max_epochs=1', 'train_dataloader.num_workers=0',
+             'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
+             'val_dataloader.persistent_workers=False', 'model.test_cfg.rcnn.score_thr=0.0',
+             'model.test_cfg.rcnn.max_per_img=5']  # fmt: skip
+    command = [
+        sys.executable, ROOT / 'tools' / 'train.py',
+        ROOT / 'configs' / 'cascade_mambavision_mini_coco.py', '--data-root', f'{data}/',
+        '--work-dir', tmp_path / 'work', *(['--amp'] if amp else []), *([] if ON_GPU else short),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = [json.loads(line) for path in tmp_path.glob('work/*/vis_data/*.json')
+            for line in path.read_text().splitlines() if line.startswith('{')]
+    found = [row['coco/segm_mAP'] for row in rows if 'coco/segm_mAP' in row]
+    assert found, rows
+    assert not ON_GPU or max(found) >= AP, found
