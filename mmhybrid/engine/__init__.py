@@ -4,7 +4,9 @@ from .amp import AmpOptimWrapper
 from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from .dump import DumpSegmentation
 from .errors import UserError
+from .faster import CompileHook, CudaGraphsHook
 from .finite_loss import FiniteLossHook
+from .graphs import use_cuda_graphs
 from .param_groups import HybridOptimWrapperConstructor
 from .preflight import CheckpointCheckHook
 from .progress import ProgressHook
@@ -14,10 +16,10 @@ from .search import DirectionSearchHook
 from .stop_signals import StopSignalHook
 
 __all__ = [
-    'AmpOptimWrapper', 'CheckpointCheckHook', 'DirectionSearchHook', 'DumpSegmentation',
-    'FiniteLossHook', 'HybridOptimWrapperConstructor', 'ImageFolder', 'LoadPicture',
-    'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook', 'StopSignalHook', 'TimmTransform',
-    'TopAccuracy', 'UserError',
+    'AmpOptimWrapper', 'CheckpointCheckHook', 'CompileHook', 'CudaGraphsHook',
+    'DirectionSearchHook', 'DumpSegmentation', 'FiniteLossHook', 'HybridOptimWrapperConstructor',
+    'ImageFolder', 'LoadPicture', 'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook',
+    'StopSignalHook', 'TimmTransform', 'TopAccuracy', 'UserError', 'use_cuda_graphs',
 ]
 
 checkpoint_schemes.install()

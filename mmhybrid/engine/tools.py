@@ -27,6 +27,7 @@ from .config import (
 )
 from .distributed import prepare_launch
 from .errors import UserError, launched_rank
+from .faster import apply_faster
 from .loop_check import check_loops
 from .options import OptionsAction, check_given
 from .pipeline_guard import guard_image_files
@@ -95,6 +96,7 @@ def _run_training(args, change) -> Runner:
     warnings += apply_amp(cfg, args.amp)
     if args.auto_scale_lr:
         apply_auto_scale_lr(cfg)
+    apply_faster(cfg, args.cuda_graphs, args.compile)
     _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)
@@ -160,6 +162,7 @@ def test(argv: list[str] | None = None) -> dict:
     for key in ('test_dataloader', 'test_cfg', 'test_evaluator'):
         if cfg.get(key) is None:
             raise UserError(f'{args.config} has no {key}, so it cannot be tested.')
+    apply_faster(cfg, args.cuda_graphs, args.compile)
     check_checkpoint_file(args.checkpoint)
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.show or args.show_dir:
@@ -183,6 +186,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='change the config, e.g. train_cfg.max_epochs=1 '
                              'or key="[(1,2),(3,4)]"')
+    parser.add_argument('--cuda-graphs', action='store_true',
+                        help='record CUDA graphs of the backbone and replay them (needs a GPU)')
+    parser.add_argument('--compile', action='store_true',
+                        help='compile the backbone with torch.compile')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch passes the one or the other, depending on its version.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)

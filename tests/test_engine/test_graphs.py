@@ -699,7 +699,6 @@ def test_few_graphs_for_training_at_many_scales(divisor, graphs, more):
     pixels, padded = (sum(height * width for height, width in sizes)
                       for sizes in (batches, buckets))
     assert padded <= (1 + more) * pixels
-    print(divisor, len(set(buckets)), padded / pixels)
 
 
 # --- padding --------------------------------------------------------------------------------------

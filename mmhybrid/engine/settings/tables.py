@@ -29,6 +29,7 @@ from mmengine.visualization import Visualizer
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader
 
+from ..faster import CompileHook, CudaGraphsHook
 from ..finite_loss import FiniteLossHook
 
 __all__ = ['DEFAULT_TYPES', 'EXTRA', 'KINDS', 'KWARGS', 'OPAQUE', 'OPERATORS', 'PLACES', 'SETTINGS',
@@ -43,9 +44,9 @@ def _arguments(*functions: Callable) -> str:
 #: Top-level names that mmengine's runner or one of our tools reads.
 SETTINGS = frozenset((
     _arguments(Runner.__init__) + ' '
-    'activation_checkpointing compile custom_imports data_root efficient_conv_bn_eval '
-    'extra_settings find_unused_parameters model_wrapper_cfg pretrained published_checkpoint '
-    'runner_type sync_bn tta_model tta_pipeline').split()) - {'cfg'}
+    'activation_checkpointing compile compile_backbone cuda_graphs custom_imports data_root '
+    'efficient_conv_bn_eval extra_settings find_unused_parameters model_wrapper_cfg pretrained '
+    'published_checkpoint runner_type sync_bn tta_model tta_pipeline').split()) - {'cfg'}
 
 #: Names that configs use for parts of themselves. Nothing reads them once the config is whole.
 VARIABLES = frozenset((
@@ -75,6 +76,8 @@ PLACES = {
     '^.auto_scale_lr': 'enable base_batch_size',
     '^.custom_imports': 'imports allow_failed_imports',
     '^.compile': 'target ' + _arguments(torch.compile),
+    '^.compile_backbone': _arguments(CompileHook),
+    '^.cuda_graphs': _arguments(CudaGraphsHook),
     '^.published_checkpoint': 'name url licence ...',
     '^.default_hooks': 'timer logger param_scheduler checkpoint sampler_seed runtime_info '
                        'visualization finite_loss ...',
