@@ -95,7 +95,7 @@ def build(kernel, arguments, capability, folder):
     line = r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);'
     code = [(int(at, 16), op, rest) for at, op, rest in re.findall(line, dump('--dump-sass'))]
     assert code, 'the disassembly has no instructions: has its format changed?'
-    loops, bodies = [], []
+    bodies = []
     for at, op, rest in code:
         target = re.search(r'0x([0-9a-f]+)', rest) if op.startswith('BRA') else None
         if target and int(target[1], 16) < at:

@@ -56,8 +56,8 @@ class Log(TorchDispatchMode):
     """Counts PyTorch's operations that are neither views nor allocations."""
 
     FREE = {'t', 'view', '_unsafe_view', 'as_strided', 'slice', 'split_with_sizes', 'transpose',
-            'unsqueeze', 'squeeze', 'permute', 'select', 'detach', 'new_empty', 'empty', 'empty_like',
-            'new_empty_strided'}  # fmt: skip
+            'unsqueeze', 'squeeze', 'permute', 'select', 'detach', 'new_empty', 'empty',
+            'empty_like', 'new_empty_strided'}  # fmt: skip
 
     def __init__(self):
         super().__init__()

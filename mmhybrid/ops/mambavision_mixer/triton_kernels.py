@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..selective_scan.kernels.common import sigmoid
+from ..unrolled import for_this_triton
 
 # Numbers that follow the size of the image: a kernel is compiled once for all their values.
 _SIZES = ['length', 'n_tiles', 'steps']
@@ -168,3 +169,6 @@ def prescan_backward_kernel(
             b_A = tl.load(p_A + o_c * N + n, mask=m_c, other=0.0)
             b_dA = tl.load(p_dlog + o_c * N + n, mask=m_c, other=0.0)
             tl.store(p_dlog + o_c * N + n, b_dA * b_A, mask=m_c)
+
+
+globals().update(for_this_triton(globals()))

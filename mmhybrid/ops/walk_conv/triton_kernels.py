@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..selective_scan.kernels.common import sigmoid
+from ..unrolled import for_this_triton
 
 _SIZES = ['batch', 'walks', 'tokens', 'steps', 'tiles']
 
@@ -144,3 +145,6 @@ def walk_conv_input_kernel(
         p_weight += channels * T
     p_du += (i_b * tokens + o_t)[:, None] * channels + o_d[None, :]
     tl.store(p_du, b_du.to(p_du.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
+
+
+globals().update(for_this_triton(globals()))

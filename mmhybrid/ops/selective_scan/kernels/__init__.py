@@ -9,6 +9,7 @@ the order of visit. B batch, G groups, H channels per group, D = G H, L tokens, 
 All arithmetic is float32; offsets that grow with a tensor's size are int64.
 """
 
+from ...unrolled import for_this_triton
 from .backward import (
     scan_backward_aggregate_kernel,
     scan_backward_kernel,
@@ -22,3 +23,5 @@ __all__ = [
     'AGGREGATE', 'FINAL', 'SINGLE', 'scan_backward_aggregate_kernel', 'scan_backward_kernel',
     'scan_carry_kernel', 'scan_forward_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
 ]  # fmt: skip
+
+globals().update(for_this_triton(globals()))
