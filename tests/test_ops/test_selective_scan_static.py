@@ -186,6 +186,17 @@ def test_loads_lie_ahead_of_their_use(name, kernels, monkeypatch, tmp_path):
         assert near[0] >= 40 and near[len(near) // 10] >= 85 and near[len(near) // 2] >= 120, near
 
 
+def test_a_few_chunks_take_two_launches(kernels, monkeypatch, tmp_path):
+    calls = launches(kernels, monkeypatch, **DETECTION | dict(length=256, softplus=True, bias=True))
+    forward = [call for call in calls if call[0].fn.__name__ == 'scan_forward_kernel']
+    assert [arguments['MODE'] for _, arguments in forward] == [
+        kernels.AGGREGATE.value, kernels.FEW.value]  # fmt: skip
+    assert [kernel.fn.__name__ for kernel, _ in calls[:2]] == ['scan_forward_kernel'] * 2
+    program = build(*forward[1], 90, tmp_path)
+    assert program.stack == 0 and program.registers <= 96
+    assert count(program.opcodes, 'BAR', 'STS', 'LDS') == 0
+
+
 def test_states_that_are_no_words_are_loaded_one_by_one(kernels, monkeypatch, tmp_path):
     for other in (dict(state=6), dict(dtype=torch.float32), dict(token_major=False)):
         calls = launches(kernels, monkeypatch, **DETECTION | dict(group_dim=32) | other)
@@ -206,7 +217,8 @@ def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
                 found.add((kernel.fn.__name__, repr(specialisation(kernel, arguments))))
         return collections.Counter(name for name, _ in found)
 
-    # Three modes of the forward kernel, two of the backward one (whole or in chunks).
+    # Three modes of the forward kernel, two of the backward one (whole or in chunks); the last
+    # sweep of a few chunks is a mode of its own, which none of these sizes has.
     expected = dict.fromkeys(KERNELS, 1) | {
         'scan_forward_kernel': 3, 'scan_backward_kernel': 2, 'scan_carry_kernel': 2,
     }  # fmt: skip

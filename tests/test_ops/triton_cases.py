@@ -237,6 +237,41 @@ def test_chunks_do_not_change_the_result():
             assert_close(f'{name} at chunk {chunk}', x, whole[name], 5e-7)
 
 
+def test_the_last_sweep_carries_a_few_chunks_and_a_kernel_more(monkeypatch):
+    """What follows from the states at the starts of the chunks is the same."""
+    results = []
+    for few in (1, 16):
+        fused.forget()
+        monkeypatch.setattr(passes, '_FEW_CHUNKS', few)
+        results.append(gradients(SMALL, chunk=4))
+    fused.forget()
+    for name, x in results[0].items():
+        assert_close(name, results[1][name], x, 5e-7)
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_carry(backward):
+    """Chunks for all rows of a program, with and without a state before them."""
+    from mmhybrid.ops.selective_scan.kernels import scan_carry_kernel
+
+    generator = torch.Generator().manual_seed(6)
+    for n_chunks, channels, state, first in ((1, 5, 2, False), (70, 33, 1, True)):
+        states = torch.randn(2, n_chunks, state, channels, generator=generator)
+        sums = 0.3 * torch.rand(2, n_chunks, channels, generator=generator)
+        A = -torch.rand(channels, state, generator=generator)
+        h = torch.randn(2, channels, state, generator=generator) * first
+        given, expected = h.clone() if first else None, torch.empty_like(states)
+        for c in range(n_chunks)[:: -1 if backward else 1]:
+            expected[:, c] = h.mT
+            h = torch.exp(A * sums[:, c, :, None]) * h + states[:, c].mT
+        blocks = -(-channels // 32)
+        scan_carry_kernel[(2 * state * blocks,)](
+            states, sums, A, given, channels, n_chunks, blocks, N=state, BLOCK=32, LOG_ROWS=5,
+            UNROLL=8, HAS_FIRST=first, BACKWARD=backward,
+        )  # fmt: skip
+        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_every_run_gives_the_same_bits():
     first, second = gradients(SMALL, chunk=8), gradients(SMALL, chunk=8)
     for name, x in first.items():

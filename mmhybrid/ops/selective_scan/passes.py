@@ -21,6 +21,9 @@ __all__ = [
 
 # Elements from which on a channel-major tensor is copied to token-major.
 _COPY_ABOVE = 1 << 18
+# Chunks up to which the last sweep of a forward pass carries the states itself: every program reads
+# what all chunks before its own added, which for many chunks is far more than all else it reads.
+_FEW_CHUNKS = 16
 # Bytes that the start of everything in a shared buffer is a multiple of.
 _ALIGN = 128
 # Kinds of calls that are kept in mind; a training run over many image sizes meets hundreds.
@@ -106,8 +109,8 @@ class _Shape:
             dict(p_state=states, p_sum=sums, p_A=Place(2), p_first=first),
             dict(
                 channels=self.channels, n_chunks=self.plan.n_chunks, n_blocks=n_blocks,
-                N=self.state, BLOCK=32, UNROLL=8, HAS_FIRST=first is not None, BACKWARD=backward,
-                num_warps=1,
+                N=self.state, BLOCK=32, LOG_ROWS=5, UNROLL=8, HAS_FIRST=first is not None,
+                BACKWARD=backward, num_warps=8,
             ),
         )  # fmt: skip
 
@@ -159,19 +162,20 @@ def packs(B: Tensor, C: Tensor) -> bool:
     )
 
 
-def most_registers(state: int, packed: bool, gate: bool) -> dict[str, int]:
+def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str, int]:
     """Most registers of a thread of the forward kernel, an option of its launch.
 
     Left alone the compiler aims at 64, which one-warp programs cannot turn into more warps, and
-    puts the loads off. AMD's compiler has no such option.
+    puts the loads off. ``more`` is for a gate, or the chunks before. AMD's compiler has no such
+    option.
     """
     if torch.version.hip:
         return {}
     if state <= 2:
         return dict(maxnreg=80)
-    if state <= 8 and packed:
-        return dict(maxnreg=96 if gate else 80)
-    return dict(maxnreg=128 if state <= 8 or packed else 168)
+    if block == 32 and state <= 8 and packed:
+        return dict(maxnreg=96 if more else 80)
+    return dict(maxnreg=128 if block == 32 and (state <= 8 or packed) else 168)
 
 
 class _Pass:
@@ -209,34 +213,44 @@ class Forward(_Pass):
         self.last = (shape.batch, *A.shape) if last else None
         n_states = math.prod(shape.states)
         n_sums = n_states // shape.state
-        self.work = n_states + n_sums + (0 if last else shape.batch * A.numel())
-        states, sums = Place(11), Place(11, 4 * n_states, torch.float32)
+        # A few chunks are carried by the last sweep itself, which leaves the states behind them.
+        few = 1 < plan.n_chunks <= _FEW_CHUNKS and not starts
+        states, added = Place(11), Place(11, 4 * n_states if few else 0, torch.float32)
+        sums = Place(11, 4 * n_states * (1 + few), torch.float32)
+        last_state = Place(11, 4 * (n_states * (1 + few) + n_sums), torch.float32)
         places = dict(
             p_u=Place(0), p_delta=Place(1), p_A=Place(2), p_B=Place(3), p_C=Place(4),
             p_D=None if D is None else Place(5), p_z=None if z is None else Place(6),
             p_bias=None if bias is None else Place(7),
             p_order=None if order is None else Place(8), p_out=Place(9),
-            p_last=Place(10) if last else Place(11, 4 * (n_states + n_sums), torch.float32),
-            p_state=states, p_sum=sums,
+            p_last=Place(10) if last else last_state, p_state=added, p_sum=sums, p_start=states,
         )  # fmt: skip
+        self.work = n_states * (1 + few) + n_sums + (0 if last else shape.batch * A.numel())
         into, packed = self._out_strides(out), packs(B, C)
         constants = (
             shape.common(inputs, softplus, reverse, cut)
             | shape.strides(u=u, delta=delta, B=B, C=C, z=z, out=into)
             | dict(UNROLL=cut.unroll, AHEAD=4 if shape.state <= 2 else 2, HAS_D=D is not None)
-            | dict(PACK=packed, **most_registers(shape.state, packed, z is not None))
+            | dict(PACK=packed)
         )
 
         def sweep(mode):
             grid = (shape.programs(cut),)
-            return Launch('scan_forward_kernel', grid, places, constants | dict(MODE=mode.value))
+            more = z is not None or mode is kernels.FEW
+            registers = most_registers(cut.block, shape.state, packed, more)
+            return Launch(
+                'scan_forward_kernel', grid, places,
+                constants | dict(MODE=mode.value) | registers,
+            )  # fmt: skip
 
         launches = []
         if plan.n_chunks > 1:
             launches.append(sweep(kernels.AGGREGATE))
+        if plan.n_chunks > 1 and not few:
             launches.append(shape.carry(kernels, states, sums, None, backward=False))
         if not starts:
-            launches.append(sweep(kernels.FINAL if plan.n_chunks > 1 else kernels.SINGLE))
+            mode = kernels.FEW if few else kernels.FINAL
+            launches.append(sweep(mode if plan.n_chunks > 1 else kernels.SINGLE))
         self.program = Program(kernels, launches)
         del self.laid
 

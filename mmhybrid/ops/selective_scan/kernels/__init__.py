@@ -17,11 +17,12 @@ from .backward import (
     sum_over_chunks_kernel,
 )
 from .common import scan_carry_kernel
-from .forward import AGGREGATE, FINAL, SINGLE, scan_forward_kernel
+from .forward import AGGREGATE, FEW, FINAL, SINGLE, scan_forward_kernel
 
 __all__ = [
-    'AGGREGATE', 'FINAL', 'SINGLE', 'scan_backward_aggregate_kernel', 'scan_backward_kernel',
-    'scan_carry_kernel', 'scan_forward_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
+    'AGGREGATE', 'FEW', 'FINAL', 'SINGLE', 'scan_backward_aggregate_kernel',
+    'scan_backward_kernel', 'scan_carry_kernel', 'scan_forward_kernel', 'sum_over_blocks_kernel',
+    'sum_over_chunks_kernel',
 ]  # fmt: skip
 
 globals().update(for_this_triton(globals()))

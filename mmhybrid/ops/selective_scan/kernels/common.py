@@ -120,45 +120,87 @@ def step_size(b_delta, b_bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     return b_delta
 
 
+@triton.jit
+def through_rows(decay, b_h, o_r, LOG: tl.constexpr):
+    """The state that leaves each row when all rows before it (2^LOG at most) are gone through too.
+
+    A state h leaves a row alone as decay h + b_h. Each turn puts a stretch of rows after the one of
+    the same length before it.
+    """
+    for i in tl.static_range(LOG):
+        o_before = tl.maximum(o_r - (1 << i), 0) + tl.zeros_like(b_h).to(tl.int32)
+        more = o_r >= (1 << i)
+        b_h = tl.where(more, decay * tl.gather(b_h, o_before, 0) + b_h, b_h)
+        decay = tl.where(more, decay * tl.gather(decay, o_before, 0), decay)
+    return b_h
+
+
 @triton.jit(do_not_specialize=['n_chunks'])
 def scan_carry_kernel(
     p_state, p_sum, p_A, p_first,
     channels, n_chunks, n_blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, LOG_ROWS: tl.constexpr, UNROLL: tl.constexpr,
     HAS_FIRST: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Replace what each chunk adds to the state by the state that enters it, in place.
 
     p_state (B, NC, N, D); the decay of a chunk is exp(A p_sum), p_sum (B, NC, D). BACKWARD runs
     from the last chunk to the first, for the gradient of the state, from p_first (B, D, N).
+
+    Each of 2^LOG_ROWS rows has a run of chunks. It first sums up the run before its own; with all
+    rows before it that is the state before its own run, through which it then goes.
     """
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % n_blocks
     n = (pid // n_blocks) % N
     i_b = pid // (n_blocks * N)
     channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
-    o_d = i_block * BLOCK + tl.arange(0, BLOCK)
+    ROWS: tl.constexpr = 1 << LOG_ROWS
+    o_r = tl.arange(0, ROWS)[:, None]
+    o_d = i_block * BLOCK + tl.arange(0, BLOCK)[None, :]
     m_d = o_d < channels
     b_A = tl.load(p_A + o_d * N + n, mask=m_d, other=0.0) * LOG2E
-    b_h = tl.zeros([BLOCK], tl.float32)
-    if HAS_FIRST:
-        b_h = tl.load(p_first + (i_b * channels + o_d) * N + n, mask=m_d, other=0.0)
     p_sum += i_b * n_chunks * channels + o_d
     p_state += (i_b * n_chunks * N + n) * channels + o_d
-    for c0 in range(0, n_chunks, UNROLL):
-        # The loads of several chunks are in flight together; only the multiply-adds are in turn.
+    run = tl.cdiv(n_chunks, ROWS)
+
+    b_h = tl.zeros([ROWS, BLOCK], tl.float32)
+    b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if HAS_FIRST:
+        p_first += (i_b * channels + o_d) * N + n
+        b_h = tl.load(p_first + o_r * 0, mask=m_d & (o_r == 0), other=0.0)
+    # The loads of several chunks are in flight together; only the multiply-adds are in turn. What
+    # is not there is a chunk of no steps.
+    for c0 in range(0, run, UNROLL):
         add_k = ()
         sum_k = ()
         for k in tl.static_range(UNROLL):
-            c = tl.minimum(c0 + k, n_chunks - 1)
+            c = (o_r - 1) * run + c0 + k
+            m_c = m_d & (c >= 0) & (c < n_chunks) & (c0 + k < run)
             if BACKWARD:
                 c = n_chunks - 1 - c
-            sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_d, other=0.0),)
-            add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_d, other=0.0),)
+            sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_c, other=0.0),)
+            add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_c, other=0.0),)
         for k in tl.static_range(UNROLL):
-            c = tl.minimum(c0 + k, n_chunks - 1)
-            m_c = c0 + k < n_chunks
+            b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
+            b_sum += sum_k[k]
+    b_h = through_rows(tl.exp2(b_A * b_sum), b_h, o_r, LOG_ROWS)
+    # The states are overwritten by other threads of this program than those that read them.
+    tl.debug_barrier()
+    for c0 in range(0, run, UNROLL):
+        add_k = ()
+        sum_k = ()
+        for k in tl.static_range(UNROLL):
+            c = o_r * run + c0 + k
+            m_c = m_d & (c < n_chunks) & (c0 + k < run)
             if BACKWARD:
                 c = n_chunks - 1 - c
-            tl.store(p_state + c * N * channels, b_h, mask=m_d & m_c)
+            sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_c, other=0.0),)
+            add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_c, other=0.0),)
+        for k in tl.static_range(UNROLL):
+            c = o_r * run + c0 + k
+            m_c = m_d & (c < n_chunks) & (c0 + k < run)
+            if BACKWARD:
+                c = n_chunks - 1 - c
+            tl.store(p_state + c * N * channels, b_h, mask=m_c)
             b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]

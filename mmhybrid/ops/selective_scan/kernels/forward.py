@@ -19,11 +19,15 @@ from .common import (
 SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
 AGGREGATE = tl.constexpr(1)  # the end state and the summed step of every chunk, from zero states
 FINAL = tl.constexpr(2)  # every chunk again, from the state that the carry kernel left for it
+FEW = tl.constexpr(3)  # every chunk again, from what the chunks before it added
+# Chunks whose sums are in flight together.
+_TOGETHER = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_forward_kernel(
     p_u, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_order, p_out, p_last, p_state, p_sum,
+    p_start,
     u_sb, u_sg, u_sd, u_sl, delta_sb, delta_sg, delta_sd, delta_sl,
     B_sb, B_sg, B_sn, B_sl, C_sb, C_sg, C_sn, C_sl,
     z_sb, z_sg, z_sd, z_sl, out_sb, out_sg, out_sd, out_sl, order_sg,
@@ -36,7 +40,8 @@ def scan_forward_kernel(
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
     p_state (B, NC, N, D) and p_sum (B, NC, D) are float32: AGGREGATE writes the end states of the
-    chunks and their summed steps, FINAL reads the states before the chunks. p_last is (B, D, N).
+    chunks and their summed steps, which FEW reads to write the states before the chunks to p_start
+    (B, NC, N, D). FINAL reads the states before the chunks in p_state. p_last is (B, D, N).
     """
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % n_blocks
@@ -57,7 +62,10 @@ def scan_forward_kernel(
     if ORDER:
         p_order += i_g * order_sg
     channels = groups.to(tl.int64) * group_dim
-    p_state += (i_b * n_chunks + i_c) * N * channels + o_d
+    p_sum += i_b * n_chunks * channels + o_d
+    p_start += (i_b * n_chunks + i_c) * N * channels + o_d
+    p_before = p_state + i_b * n_chunks * N * channels + o_d
+    p_state = p_before + i_c * N * channels
     p_A += o_d * N
 
     b_bias = tl.zeros([BLOCK], tl.float32)
@@ -75,6 +83,25 @@ def scan_forward_kernel(
         else:
             b_h = b_h + (tl.zeros([BLOCK], tl.float32),)
     b_sum = tl.zeros([BLOCK], tl.float32)
+    if MODE == FEW:
+        for c0 in range(0, i_c.to(tl.int32), _TOGETHER):
+            sum_k = ()
+            add_k = ()
+            for k in tl.static_range(_TOGETHER):
+                m_c = m_d & (c0 + k < i_c)
+                sum_k = sum_k + (tl.load(p_sum + (c0 + k) * channels, mask=m_c, other=0.0),)
+                add_n = ()
+                for n in tl.static_range(N):
+                    p_add = p_before + ((c0 + k) * N + n) * channels
+                    add_n = add_n + (tl.load(p_add, mask=m_c, other=0.0),)
+                add_k = add_k + (add_n,)
+            for k in tl.static_range(_TOGETHER):
+                b_next = ()
+                for n in tl.static_range(N):
+                    b_next = b_next + (tl.exp2(b_A[n] * sum_k[k]) * b_h[n] + add_k[k][n],)
+                b_h = b_next
+        for n in tl.static_range(N):
+            tl.store(p_start + n * channels, b_h[n], mask=m_d)
 
     first = i_c.to(tl.int32) * chunk
     end = tl.minimum(first + chunk, length)
@@ -172,7 +199,7 @@ def scan_forward_kernel(
     if MODE == AGGREGATE:
         for n in tl.static_range(N):
             tl.store(p_state + n * channels, b_h[n], mask=m_d)
-        tl.store(p_sum + (i_b * n_chunks + i_c) * channels + o_d, b_sum, mask=m_d)
+        tl.store(p_sum + i_c * channels, b_sum, mask=m_d)
     else:
         p_last += (i_b * channels + o_d) * N
         for n in tl.static_range(N):
