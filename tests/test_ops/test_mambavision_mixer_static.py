@@ -16,7 +16,7 @@ from mmhybrid.ops.selective_scan.plan import launch_plan
 KERNELS = ('prescan_kernel', 'prescan_backward_kernel')
 SCAN_KERNELS = (
     'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
-    'scan_backward_aggregate_kernel', 'sum_over_blocks_kernel', 'sum_over_chunks_kernel',
+    'scan_backward_aggregate_kernel', 'sum_gradients_kernel',
 )  # fmt: skip
 
 
@@ -95,8 +95,7 @@ def test_launches(kernels, monkeypatch):
     """Beside the matrix products: one kernel before the scan, and the scan's own."""
     forward, backward = launches(kernels, monkeypatch, 2, 12544, 320)  # detection
     assert names(forward) == ['prescan', 'scan_forward', 'scan_carry', 'scan_forward']
-    in_scan = ['scan_backward_aggregate', 'scan_carry', 'scan_backward', 'sum_over_blocks',
-               'sum_over_chunks']  # fmt: skip
+    in_scan = ['scan_backward_aggregate', 'scan_carry', 'scan_backward', 'sum_gradients']
     assert names(backward) == ['prescan', *in_scan, 'prescan_backward']
     forward, backward = launches(kernels, monkeypatch, 128, 49, 640)  # classification
     assert names(forward) == ['prescan', 'scan_forward']

@@ -293,16 +293,17 @@ class Backward(_Pass):
         self.sizes = [0, 0]  # bytes of the buffer over tokens with the scratch, and of parameters
         where = self._gradients(inputs, given)
         plan, cut = shape.plan, shape.plan.backward
+        if shape.state > 2:  # the states of 64 channels and their gradients would not fit registers
+            cut = cut._replace(block=32)
         n_blocks = -(-shape.group_dim // cut.block)
         runs = -(-shape.length // plans.RUN)
         rows = shape.batch * plan.n_chunks
         width = shape.state * shape.channels
-        scratch = self._scratch(shape.batch * runs * width)
-        dbc = self._scratch(
-            2 * n_blocks * shape.batch * shape.groups * runs * plans.RUN * shape.state
-        )
+        n_runs = shape.batch * shape.groups * n_blocks * runs * shape.state
+        scratch = self._scratch(n_runs * cut.block)
+        dbc = self._scratch(n_runs * 2 * plans.RUN)
         dchannel = self._scratch(rows * (shape.state + 2) * shape.channels)
-        gstates = self._scratch(rows * width)
+        gstates = self._scratch(rows * width) if plan.n_chunks > 1 else None
         first = None if dlast is None else Place(10)
 
         def present(x, place):
@@ -315,6 +316,7 @@ class Backward(_Pass):
         )  # fmt: skip
         common = shape.common(inputs, softplus, reverse, cut)
         constants = common | shape.strides(delta=delta, C=C, z=z, dout=dout)
+        constants |= dict(K=plans.RUN, PACK=packs(B, C))
         grid = (shape.programs(cut),)
         launches = []
         if plan.n_chunks > 1:
@@ -322,11 +324,11 @@ class Backward(_Pass):
             launches += [
                 Launch(
                     'scan_backward_aggregate_kernel', grid,
-                    places | dict(p_state=gstates, p_sum=sums),
-                    constants | dict(UNROLL=cut.unroll),
+                    places | dict(p_state=gstates, p_sum=sums), constants,
                 ),
                 shape.carry(kernels, gstates, sums, first, backward=True),
             ]  # fmt: skip
+        over_blocks = -(-shape.length * shape.state // 256) * shape.batch * shape.groups
         launches += [
             Launch(
                 'scan_backward_kernel', grid,
@@ -338,29 +340,25 @@ class Backward(_Pass):
                 constants
                 | shape.strides(u=u, B=B, **self._token_strides(inputs, given))
                 | dict(
-                    batch=shape.batch, K=plans.RUN, CHUNKED=plan.n_chunks > 1,
+                    AT_ONCE=4 if constants['PACK'] else 2, CHUNKED=plan.n_chunks > 1,
                     HAS_DLAST=dlast is not None, HAS_D=D is not None,
                 ),
             ),
             Launch(
-                'sum_over_blocks_kernel',
-                (-(-shape.length * shape.state // 256) * shape.batch * shape.groups, 2),
-                dict(p_dbc=dbc, p_dB=where['B'], p_dC=where['C'], p_order=ordered),
+                'sum_gradients_kernel',
+                (over_blocks + -(-shape.channels // 32) * (shape.state + 2),),
                 dict(
-                    order_sg=common['order_sg'], batch=shape.batch, groups=shape.groups,
-                    length=shape.length, tokens=shape.tokens, n_blocks=n_blocks,
-                    row=shape.state if given[3] is None else given[3].stride(-1),
-                    N=shape.state, K=plans.RUN, COLS=256, ORDER=order is not None,
-                    REVERSE=reverse,
+                    p_dbc=dbc, p_dB=where['B'], p_dC=where['C'], p_dchannel=dchannel,
+                    p_dA=where['A'], p_dD=where.get('D'), p_dbias=where.get('delta_bias'),
+                    p_order=ordered,
                 ),
-            ),
-            Launch(
-                'sum_over_chunks_kernel', (-(-shape.channels // 32), shape.state + 2),
-                dict(p_dchannel=dchannel, p_dA=where['A'], p_dD=where.get('D'),
-                     p_dbias=where.get('delta_bias')),
                 dict(
-                    channels=shape.channels, rows=rows, state=shape.state, ROWS=32, COLS=32,
-                    HAS_D=D is not None, HAS_BIAS=bias is not None,
+                    order_sg=common['order_sg'], groups=shape.groups, length=shape.length,
+                    tokens=shape.tokens, n_blocks=n_blocks,
+                    row=shape.state if given[3] is None else given[3].stride(-1),
+                    channels=shape.channels, rows=rows, over_blocks=over_blocks,
+                    N=shape.state, K=plans.RUN, COLS=256, HAS_D=D is not None,
+                    HAS_BIAS=bias is not None, ORDER=order is not None, REVERSE=reverse,
                 ),
             ),
         ]  # fmt: skip

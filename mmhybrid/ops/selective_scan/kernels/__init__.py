@@ -13,16 +13,14 @@ from ...unrolled import for_this_triton
 from .backward import (
     scan_backward_aggregate_kernel,
     scan_backward_kernel,
-    sum_over_blocks_kernel,
-    sum_over_chunks_kernel,
+    sum_gradients_kernel,
 )
 from .common import scan_carry_kernel
 from .forward import AGGREGATE, FEW, FINAL, SINGLE, scan_forward_kernel
 
 __all__ = [
     'AGGREGATE', 'FEW', 'FINAL', 'SINGLE', 'scan_backward_aggregate_kernel',
-    'scan_backward_kernel', 'scan_carry_kernel', 'scan_forward_kernel', 'sum_over_blocks_kernel',
-    'sum_over_chunks_kernel',
+    'scan_backward_kernel', 'scan_carry_kernel', 'scan_forward_kernel', 'sum_gradients_kernel',
 ]  # fmt: skip
 
 globals().update(for_this_triton(globals()))

@@ -1,9 +1,117 @@
-"""The backward kernels: the forward sweep mirrored, all gradients of a chunk, and their sums."""
+"""The backward kernels: the forward sweep mirrored, all gradients of a chunk, and their sums.
+
+Nothing tells the compiler that a store overlaps no input, so it moves no load over a store, and a
+load that waits for its use costs a trip to memory per run. So all sweeps go in runs of K tokens,
+and load what a run reads one run ahead: its values while the run before it is computed, its entries
+of the table of tokens another run ahead of that. Values are carried as they lie in memory.
+"""
 
 import triton
 import triton.language as tl
 
-from .common import LOG2E, SIZES, load_channels, sigmoid, step_size, token_at
+from .common import (
+    LOG2E,
+    SIZES,
+    entries_at,
+    load_channels,
+    load_raw,
+    load_states,
+    program_place,
+    sigmoid,
+    state_of,
+    step_size,
+    token_of,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_parameters(
+    p_A, p_bias, o_d, m_d, N: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Rates in units of the base two, and the bias of the step."""
+    b_A = ()
+    for n in tl.static_range(N):
+        b_A = b_A + (load_channels(p_A + o_d * N + n, m_d, EVEN) * LOG2E,)
+    if HAS_BIAS:
+        return b_A, load_channels(p_bias + o_d, m_d, EVEN)
+    else:
+        return b_A, tl.zeros(o_d.shape, tl.float32)
+
+
+@triton.jit
+def load_run(
+    p, stride, entry_k, s0, length, m_d,
+    K: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The channels of a run of tokens, as they lie in memory."""
+    raw_k = ()
+    for k in tl.static_range(K):
+        token, _ = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
+        raw_k = raw_k + (load_raw(p + token * stride, m_d, EVEN),)
+    return raw_k
+
+
+@triton.jit
+def load_run_states(
+    p, step, stride, entry_k, s0, length,
+    K: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """N values of B or C for each token of a run, as they lie in memory."""
+    words_k = ()
+    for k in tl.static_range(K):
+        token, _ = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
+        words_k = words_k + (load_states(p + token * stride, step, N, PACK),)
+    return words_k
+
+
+@triton.jit
+def steps_of_run(
+    raw_k, entry_k, b_bias, s0, length, K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Step sizes of a run. Behind the end the step is zero, which leaves the state alone."""
+    delta_k = ()
+    for k in tl.static_range(K):
+        b_delta = raw_k[k].to(tl.float32)
+        if ORDER:
+            b_delta = tl.where(entry_k[k] >= 0, b_delta, 0.0)
+        b_delta = step_size(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
+        delta_k = delta_k + (tl.where(s0 + k < length, b_delta, 0.0),)
+    return delta_k
+
+
+@triton.jit
+def inputs_of_run(raw_k, entry_k, K: tl.constexpr, ORDER: tl.constexpr):
+    """u of a run; a hole of the table is a token of zeros."""
+    u_k = ()
+    for k in tl.static_range(K):
+        b_u = raw_k[k].to(tl.float32)
+        if ORDER:
+            b_u = tl.where(entry_k[k] >= 0, b_u, 0.0)
+        u_k = u_k + (b_u,)
+    return u_k
+
+
+@triton.jit
+def slopes_of_run(
+    dout_k, z_k, entry_k, s0, length,
+    K: tl.constexpr, HAS_Z: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Gradients of y, which is the output before the gate, for a run."""
+    dy_k = ()
+    for k in tl.static_range(K):
+        b_dy = dout_k[k].to(tl.float32)
+        if HAS_Z:
+            b_z = z_k[k].to(tl.float32)
+            b_dy = b_dy * b_z * sigmoid(b_z)
+        live = s0 + k < length
+        if ORDER:
+            live = live & (entry_k[k] >= 0)
+        dy_k = dy_k + (tl.where(live, b_dy, 0.0),)
+    return dy_k
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -12,7 +120,7 @@ def scan_backward_aggregate_kernel(
     delta_sb, delta_sg, delta_sd, delta_sl, C_sb, C_sg, C_sn, C_sl,
     z_sb, z_sg, z_sd, z_sl, dout_sb, dout_sg, dout_sd, dout_sl, order_sg,
     group_dim, groups, length, chunk, n_chunks, n_blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -20,15 +128,11 @@ def scan_backward_aggregate_kernel(
 
     The mirror of the forward AGGREGATE: g_t = exp(dt_t A) (g_{t+1} + dy_t C_t), from the right.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = pid % n_blocks
-    i_g = (pid // n_blocks) % groups
-    i_c = (pid // (n_blocks * groups)) % n_chunks
-    i_b = pid // (n_blocks * groups * n_chunks)
-
+    i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_h < group_dim
     o_d = i_g * group_dim + o_h
+    channels = groups.to(tl.int64) * group_dim
     p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
     p_C += i_b * C_sb + i_g * C_sg
     p_dout += i_b * dout_sb + i_g * dout_sg + o_h * dout_sd
@@ -36,53 +140,179 @@ def scan_backward_aggregate_kernel(
         p_z += i_b * z_sb + i_g * z_sg + o_h * z_sd
     if ORDER:
         p_order += i_g * order_sg
-    channels = groups.to(tl.int64) * group_dim
-    p_A += o_d * N
-
-    b_bias = tl.zeros([BLOCK], tl.float32)
-    if HAS_BIAS:
-        b_bias = load_channels(p_bias + o_d, m_d, EVEN)
-    b_A = ()
+    b_A, b_bias = load_parameters(p_A, p_bias, o_d, m_d, N, HAS_BIAS, EVEN)
     b_g = ()
-    for n in tl.static_range(N):
-        b_A = b_A + (load_channels(p_A + n, m_d, EVEN) * LOG2E,)
+    for _ in tl.static_range(N):
         b_g = b_g + (tl.zeros([BLOCK], tl.float32),)
     b_sum = tl.zeros([BLOCK], tl.float32)
 
     first = i_c.to(tl.int32) * chunk
-    n_subs = tl.cdiv(tl.minimum(chunk, length - first), UNROLL)
-    for i in range(0, n_subs):
-        s0 = first + (n_subs - 1 - i) * UNROLL
-        delta_k = ()
-        dy_k = ()
-        token_k = ()
-        for j in tl.static_range(UNROLL):
-            s = s0 + UNROLL - 1 - j
-            token, live = token_at(p_order, s, length, ORDER, REVERSE)
-            b_delta = load_channels(p_delta + token * delta_sl, m_d, EVEN)
-            if ORDER:
-                b_delta = tl.where(live, b_delta, 0.0)
-            b_dy = load_channels(p_dout + token * dout_sl, m_d, EVEN)
-            if HAS_Z:
-                b_z = load_channels(p_z + token * z_sl, m_d, EVEN)
-                b_dy = b_dy * b_z * sigmoid(b_z)
-            delta_k = delta_k + (b_delta,)
-            dy_k = dy_k + (tl.where(live & (s < length), b_dy, 0.0),)
-            token_k = token_k + (token,)
-        for j in tl.static_range(UNROLL):
-            b_delta = step_size(delta_k[j], b_bias, HAS_BIAS, SOFTPLUS)
-            b_delta = tl.where(s0 + UNROLL - 1 - j < length, b_delta, 0.0)
+    n_runs = tl.cdiv(tl.minimum(chunk, length - first), K)
+    s0 = first + (n_runs - 1) * K
+    entry_k = entries_at(p_order, s0, length, K, ORDER, REVERSE)
+    delta_raw = load_run(p_delta, delta_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    dout_raw = load_run(p_dout, dout_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    z_raw = dout_raw
+    if HAS_Z:
+        z_raw = load_run(p_z, z_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    C_raw = load_run_states(p_C, C_sn, C_sl, entry_k, s0, length, K, N, PACK, ORDER, REVERSE)
+    ahead_k = entries_at(p_order, s0 - K, length, K, ORDER, REVERSE)
+    for i in range(0, n_runs):
+        s0 = first + (n_runs - 1 - i) * K
+        s1 = s0 - K
+        further_k = entries_at(p_order, s1 - K, length, K, ORDER, REVERSE)
+        delta_next = load_run(p_delta, delta_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        dout_next = load_run(p_dout, dout_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        z_next = dout_next
+        if HAS_Z:
+            z_next = load_run(p_z, z_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        C_next = load_run_states(p_C, C_sn, C_sl, ahead_k, s1, length, K, N, PACK, ORDER, REVERSE)
+        delta_k = steps_of_run(
+            delta_raw, entry_k, b_bias, s0, length, K, HAS_BIAS, SOFTPLUS, ORDER
+        )
+        dy_k = slopes_of_run(dout_raw, z_raw, entry_k, s0, length, K, HAS_Z, ORDER)
+        for j in tl.static_range(K):
             b_next = ()
             for n in tl.static_range(N):
-                b_C = tl.load(p_C + n * C_sn + token_k[j] * C_sl).to(tl.float32)
-                b_next = b_next + (tl.exp2(b_A[n] * b_delta) * (b_g[n] + dy_k[j] * b_C),)
+                b_C = state_of(C_raw[K - 1 - j], n, p_C.dtype.element_ty, PACK)
+                b_decay = tl.exp2(b_A[n] * delta_k[K - 1 - j])
+                b_next = b_next + (b_decay * (b_g[n] + dy_k[K - 1 - j] * b_C),)
             b_g = b_next
-            b_sum += b_delta
+            b_sum += delta_k[K - 1 - j]
+        entry_k = ahead_k
+        ahead_k = further_k
+        delta_raw = delta_next
+        dout_raw = dout_next
+        z_raw = z_next
+        C_raw = C_next
 
     p_state += (i_b * n_chunks + i_c) * N * channels + o_d
     for n in tl.static_range(N):
         tl.store(p_state + n * channels, b_g[n], mask=m_d)
     tl.store(p_sum + (i_b * n_chunks + i_c) * channels + o_d, b_sum, mask=m_d)
+
+
+@triton.jit
+def note_states(
+    b_h, p_u, p_delta, p_B, p_order, p_scratch, u_sl, delta_sl, B_sn, B_sl,
+    b_A, b_bias, m_d, first, n_runs, length,
+    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Go forwards through a chunk from the states b_h and note those before every run in p_scratch.
+
+    Returns those before the last run, which are in no memory.
+    """
+    entry_k = entries_at(p_order, first, length, K, ORDER, REVERSE)
+    u_raw = load_run(p_u, u_sl, entry_k, first, length, m_d, K, ORDER, REVERSE, EVEN)
+    delta_raw = load_run(p_delta, delta_sl, entry_k, first, length, m_d, K, ORDER, REVERSE, EVEN)
+    B_raw = load_run_states(p_B, B_sn, B_sl, entry_k, first, length, K, N, PACK, ORDER, REVERSE)
+    ahead_k = entries_at(p_order, first + K, length, K, ORDER, REVERSE)
+    for i in range(0, n_runs - 1):
+        s0 = first + i * K
+        s1 = s0 + K
+        further_k = entries_at(p_order, s1 + K, length, K, ORDER, REVERSE)
+        u_next = load_run(p_u, u_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        delta_next = load_run(p_delta, delta_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        B_next = load_run_states(p_B, B_sn, B_sl, ahead_k, s1, length, K, N, PACK, ORDER, REVERSE)
+        for n in tl.static_range(N):
+            tl.store(p_scratch + (s0 // K * N + n) * BLOCK, b_h[n])
+        delta_k = steps_of_run(
+            delta_raw, entry_k, b_bias, s0, length, K, HAS_BIAS, SOFTPLUS, ORDER
+        )
+        u_k = inputs_of_run(u_raw, entry_k, K, ORDER)
+        for k in tl.static_range(K):
+            b_x = delta_k[k] * u_k[k]
+            b_next = ()
+            for n in tl.static_range(N):
+                b_B = state_of(B_raw[k], n, p_B.dtype.element_ty, PACK)
+                b_next = b_next + (tl.exp2(b_A[n] * delta_k[k]) * b_h[n] + b_x * b_B,)
+            b_h = b_next
+        entry_k = ahead_k
+        ahead_k = further_k
+        u_raw = u_next
+        delta_raw = delta_next
+        B_raw = B_next
+    return b_h
+
+
+@triton.jit
+def fold(b_a, b_b, PARTS: tl.constexpr):
+    """Two blocks of PARTS sums each become one of 2 PARTS, each sum spread over half the lanes.
+
+    Lane (rest, half, part) of both becomes lane (rest, which of the two, part): one exchange
+    between lanes, where a sum of each block alone would take two.
+    """
+    b_both = tl.reshape(tl.join(b_a, b_b), [16 // PARTS, 2, PARTS, 2])
+    b_left, b_right = tl.split(tl.reshape(tl.permute(b_both, [0, 3, 2, 1]), [32, 2]))
+    return b_left + b_right
+
+
+@triton.jit
+def sums_over_channels(x, BLOCK: tl.constexpr):
+    """Sums of eight blocks as one block of eight, with nine exchanges between lanes, not forty."""
+    tl.static_assert(len(x) == 8)
+    if BLOCK > 32:  # a lane has two neighbours
+        halves = ()
+        for i in tl.static_range(8):
+            halves = halves + (tl.sum(tl.reshape(x[i], [32, BLOCK // 32]), axis=1),)
+        x = halves
+    b_0123 = fold(fold(x[0], x[1], 1), fold(x[2], x[3], 1), 2)
+    b_4567 = fold(fold(x[4], x[5], 1), fold(x[6], x[7], 1), 2)
+    return tl.sum(tl.reshape(fold(b_0123, b_4567, 4), [4, 8]), axis=0)
+
+
+@triton.jit
+def slope_of_softplus(y):
+    """The derivative of softplus where its value is y: 1 - exp(-y), a series where that cancels."""
+    p = 1.0 - y * (1.0 / 7.0)
+    p = 1.0 - y * p * (1.0 / 6.0)
+    p = 1.0 - y * p * (1.0 / 5.0)
+    p = 1.0 - y * p * (1.0 / 4.0)
+    p = 1.0 - y * p * (1.0 / 3.0)
+    p = 1.0 - y * p * (1.0 / 2.0)
+    return tl.where(y < 0.25, y * p, 1.0 - tl.exp2(-y * LOG2E))
+
+
+@triton.jit
+def gradients_of_state(
+    b_A, b_state, b_g, b_dA, B_k, C_k, delta_k, x_k, dy_k, dx_k, dd_k, y_k,
+    K: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """One state of a run: its values again from the left, then all its gradients from the right.
+
+    Returns the gradients of the state before the run and of A, what is summed over the states (the
+    gradients of x and of the decay's exponent over A, y before the skip), and what is to be summed
+    over the channels: dC of the K tokens, then dB.
+    """
+    decay_k = ()
+    before_k = ()
+    dC_k = ()
+    ynew_k = ()
+    for k in tl.static_range(K):
+        b_decay = tl.exp2(b_A * delta_k[k])
+        b_state = b_decay * b_state
+        decay_k = decay_k + (b_decay,)
+        before_k = before_k + (b_state,)
+        b_state += x_k[k] * B_k[k]
+        dC_k = dC_k + (dy_k[k] * b_state,)
+        if HAS_Z:
+            ynew_k = ynew_k + (y_k[k] + C_k[k] * b_state,)
+        else:
+            ynew_k = ynew_k + (y_k[k],)
+    dB_k = ()
+    dxnew_k = ()
+    ddnew_k = ()
+    for j in tl.static_range(K):
+        b_g += dy_k[K - 1 - j] * C_k[K - 1 - j]
+        dB_k = (b_g * x_k[K - 1 - j],) + dB_k
+        b_q = b_g * before_k[K - 1 - j]
+        b_dA += b_q * delta_k[K - 1 - j]
+        dxnew_k = (dx_k[K - 1 - j] + b_g * B_k[K - 1 - j],) + dxnew_k
+        ddnew_k = (dd_k[K - 1 - j] + b_q * b_A,) + ddnew_k
+        b_g = b_g * decay_k[K - 1 - j]
+    return b_g, b_dA, dxnew_k, ddnew_k, ynew_k, dC_k + dB_k
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -94,29 +324,27 @@ def scan_backward_kernel(
     z_sb, z_sg, z_sd, z_sl, dout_sb, dout_sg, dout_sd, dout_sl,
     du_sb, du_sg, du_sd, du_sl, ddelta_sb, ddelta_sg, ddelta_sd, ddelta_sl,
     dz_sb, dz_sg, dz_sd, dz_sl, order_sg,
-    batch, group_dim, groups, length, chunk, n_chunks, n_blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, CHUNKED: tl.constexpr,
-    HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    group_dim, groups, length, chunk, n_chunks, n_blocks,
+    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
+    PACK: tl.constexpr, AT_ONCE: tl.constexpr,
+    CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk.
 
-    A first sweep stores the state at every K-th token in p_scratch (B, ceil(L / K), N, D); the
-    second goes back over the runs of K tokens and rebuilds their states in registers. The sums
-    over channels go to p_dbc (2, blocks, B, G, positions, N), with a position for every token of
-    every run, and the sums over tokens to p_dchannel (B, NC, N + 2, D) (A, then D, then the bias).
+    A first sweep stores the state at every K-th token in p_scratch, (B, G, blocks, ceil(L / K), N,
+    BLOCK); the second goes back over the runs of K tokens and rebuilds their states in registers.
+    The sums over channels go to p_dbc (B, G, blocks, ceil(L / K), N, 2 K), dC of a run's tokens
+    before their dB, and the sums over tokens to p_dchannel (B, NC, N + 2, D) (A, D, the bias).
     A second pass adds them up in a fixed order: no atomics, so every run gives the same bits.
     p_gstate (B, NC, N, D) holds the gradient of the state that leaves each chunk.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = pid % n_blocks
-    i_g = (pid // n_blocks) % groups
-    i_c = (pid // (n_blocks * groups)) % n_chunks
-    i_b = pid // (n_blocks * groups * n_chunks)
-
+    i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_h < group_dim
     o_d = i_g * group_dim + o_h
+    channels = groups.to(tl.int64) * group_dim
     p_u += i_b * u_sb + i_g * u_sg + o_h * u_sd
     p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
     p_B += i_b * B_sb + i_g * B_sg
@@ -129,225 +357,247 @@ def scan_backward_kernel(
         p_dz += i_b * dz_sb + i_g * dz_sg + o_h * dz_sd
     if ORDER:
         p_order += i_g * order_sg
-    channels = groups.to(tl.int64) * group_dim
-    p_A += o_d * N
-    p_scratch += i_b * tl.cdiv(length, K) * N * channels + o_d
-    positions = tl.cdiv(length, K) * K
-    p_dB = p_dbc + ((i_block * batch + i_b) * groups + i_g) * positions * N
-    p_dC = p_dB + n_blocks.to(tl.int64) * batch * groups * positions * N
+    runs = tl.cdiv(length, K)
+    o_runs = ((i_b * groups + i_g) * n_blocks + i_block) * runs * N
+    p_scratch += o_runs * BLOCK + tl.arange(0, BLOCK)
+    p_dbc += o_runs * 2 * K + tl.arange(0, 2 * K)
+    o_chunk = (i_b * n_chunks + i_c) * N * channels + o_d
+    p_dchannel += (i_b * n_chunks + i_c) * (N + 2) * channels + o_d
 
-    b_bias = tl.zeros([BLOCK], tl.float32)
-    if HAS_BIAS:
-        b_bias = load_channels(p_bias + o_d, m_d, EVEN)
+    b_A, b_bias = load_parameters(p_A, p_bias, o_d, m_d, N, HAS_BIAS, EVEN)
     b_skip = tl.zeros([BLOCK], tl.float32)
     if HAS_D:
         b_skip = load_channels(p_D + o_d, m_d, EVEN)
-    o_chunk = (i_b * n_chunks + i_c) * N * channels + o_d
-    p_gstate += o_chunk
-    p_dchannel += (i_b * n_chunks + i_c) * (N + 2) * channels + o_d
-    b_A = ()
     b_h = ()
+    b_g = ()
+    b_dA = ()
     for n in tl.static_range(N):
-        b_A = b_A + (load_channels(p_A + n, m_d, EVEN) * LOG2E,)
         if CHUNKED:
             b_h = b_h + (load_channels(p_state + o_chunk + n * channels, m_d, EVEN),)
+            b_g = b_g + (load_channels(p_gstate + o_chunk + n * channels, m_d, EVEN),)
         else:
             b_h = b_h + (tl.zeros([BLOCK], tl.float32),)
-            b_g = tl.zeros([BLOCK], tl.float32)
             if HAS_DLAST:
-                b_g = load_channels(p_dlast + (i_b * channels + o_d) * N + n, m_d, EVEN)
-            tl.store(p_gstate + n * channels, b_g, mask=m_d)
-        tl.store(p_dchannel + n * channels, tl.zeros([BLOCK], tl.float32), mask=m_d)
+                p_last = p_dlast + (i_b * channels + o_d) * N + n
+                b_g = b_g + (load_channels(p_last, m_d, EVEN),)
+            else:
+                b_g = b_g + (tl.zeros([BLOCK], tl.float32),)
+        b_dA = b_dA + (tl.zeros([BLOCK], tl.float32),)
     b_dD = tl.zeros([BLOCK], tl.float32)
     b_dbias = tl.zeros([BLOCK], tl.float32)
 
     first = i_c.to(tl.int32) * chunk
-    n_subs = tl.cdiv(tl.minimum(chunk, length - first), K)
-
-    for n in tl.static_range(N):
-        tl.store(p_scratch + (first // K * N + n) * channels, b_h[n], mask=m_d)
-    for i in range(0, n_subs - 1):
-        s0 = first + i * K
-        for k in tl.static_range(K):
-            token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
-            b_u = load_channels(p_u + token * u_sl, m_d, EVEN)
-            b_delta = load_channels(p_delta + token * delta_sl, m_d, EVEN)
-            if ORDER:
-                b_u = tl.where(live, b_u, 0.0)
-                b_delta = tl.where(live, b_delta, 0.0)
-            b_delta = step_size(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
-            b_x = b_delta * b_u
-            b_next = ()
-            for n in tl.static_range(N):
-                b_B = tl.load(p_B + n * B_sn + token * B_sl).to(tl.float32)
-                b_next = b_next + (tl.exp2(b_A[n] * b_delta) * b_h[n] + b_x * b_B,)
-            b_h = b_next
-        for n in tl.static_range(N):
-            tl.store(p_scratch + ((s0 // K + 1) * N + n) * channels, b_h[n], mask=m_d)
+    n_runs = tl.cdiv(tl.minimum(chunk, length - first), K)
+    b_h = note_states(
+        b_h, p_u, p_delta, p_B, p_order, p_scratch, u_sl, delta_sl, B_sn, B_sl,
+        b_A, b_bias, m_d, first, n_runs, length,
+        N, BLOCK, K, PACK, HAS_BIAS, SOFTPLUS, ORDER, REVERSE, EVEN,
+    )  # fmt: skip
     # The scratch is read by other threads of this program than those that wrote it.
     tl.debug_barrier()
 
-    for i in range(0, n_subs):
-        s0 = first + (n_subs - 1 - i) * K
-        delta_k = ()
+    s0 = first + (n_runs - 1) * K
+    entry_k = entries_at(p_order, s0, length, K, ORDER, REVERSE)
+    u_raw = load_run(p_u, u_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    delta_raw = load_run(p_delta, delta_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    dout_raw = load_run(p_dout, dout_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    z_raw = dout_raw
+    if HAS_Z:
+        z_raw = load_run(p_z, z_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    SOME: tl.constexpr = min(AT_ONCE, N)
+    B_raw = load_run_states(p_B, B_sn, B_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
+    C_raw = load_run_states(p_C, C_sn, C_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
+    ahead_k = entries_at(p_order, s0 - K, length, K, ORDER, REVERSE)
+    for i in range(0, n_runs):
+        s0 = first + (n_runs - 1 - i) * K
+        s1 = s0 - K
+        further_k = entries_at(p_order, s1 - K, length, K, ORDER, REVERSE)
+        u_next = load_run(p_u, u_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        delta_next = load_run(p_delta, delta_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        dout_next = load_run(p_dout, dout_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+        z_next = dout_next
+        if HAS_Z:
+            z_next = load_run(p_z, z_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
+
+        delta_k = steps_of_run(
+            delta_raw, entry_k, b_bias, s0, length, K, HAS_BIAS, SOFTPLUS, ORDER
+        )
+        u_k = inputs_of_run(u_raw, entry_k, K, ORDER)
+        dy_k = slopes_of_run(dout_raw, z_raw, entry_k, s0, length, K, HAS_Z, ORDER)
         x_k = ()
-        dy_k = ()
         dx_k = ()
         dd_k = ()
         y_k = ()
         for k in tl.static_range(K):
-            token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
-            b_u = load_channels(p_u + token * u_sl, m_d, EVEN)
-            b_delta = load_channels(p_delta + token * delta_sl, m_d, EVEN)
-            b_dy = load_channels(p_dout + token * dout_sl, m_d, EVEN)
-            if ORDER:
-                b_u = tl.where(live, b_u, 0.0)
-                b_delta = tl.where(live, b_delta, 0.0)
-            b_dy = tl.where(live & (s0 + k < length), b_dy, 0.0)
-            if HAS_Z:
-                b_z = load_channels(p_z + token * z_sl, m_d, EVEN)
-                b_dy = b_dy * b_z * sigmoid(b_z)
-                y_k = y_k + (b_skip * b_u,)
-            b_delta = step_size(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
-            b_delta = tl.where(s0 + k < length, b_delta, 0.0)
-            if HAS_D:
-                b_dD += b_dy * b_u
-            delta_k = delta_k + (b_delta,)
-            x_k = x_k + (b_delta * b_u,)
-            dy_k = dy_k + (b_dy,)
+            x_k = x_k + (delta_k[k] * u_k[k],)
             dx_k = dx_k + (tl.zeros([BLOCK], tl.float32),)
             dd_k = dd_k + (tl.zeros([BLOCK], tl.float32),)
+            y_k = y_k + (b_skip * u_k[k],)
 
-        # A loop that is not unrolled: the code stays small for any N, and what belongs to one state
-        # (its value before the run, its gradient, dA) waits in memory, touched once per K tokens.
-        for i_n in range(0, N):
-            b_rate = load_channels(p_A + i_n, m_d, EVEN)
-            b_An = b_rate * LOG2E
-            b_state = load_channels(p_scratch + (s0 // K * N + i_n) * channels, m_d, EVEN)
-            b_g = load_channels(p_gstate + i_n * channels, m_d, EVEN)
-            b_dA = load_channels(p_dchannel + i_n * channels, m_d, EVEN)
-            B_k = ()
-            C_k = ()
-            for k in tl.static_range(K):
-                token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
-                B_k = B_k + (tl.load(p_B + i_n * B_sn + token * B_sl).to(tl.float32),)
-                C_k = C_k + (tl.load(p_C + i_n * C_sn + token * C_sl).to(tl.float32),)
-            decay_k = ()
-            before_k = ()
-            ynew_k = ()
-            for k in tl.static_range(K):
-                b_decay = tl.exp2(b_An * delta_k[k])
-                b_state = b_decay * b_state
-                before_k = before_k + (b_state,)
-                b_state += x_k[k] * B_k[k]
-                decay_k = decay_k + (b_decay,)
-                tl.store(p_dC + (s0 + k) * N + i_n, tl.sum(dy_k[k] * b_state, axis=0))
-                if HAS_Z:
-                    ynew_k = ynew_k + (y_k[k] + C_k[k] * b_state,)
-            if HAS_Z:
-                y_k = ynew_k
-            dxnew_k = ()
-            ddnew_k = ()
-            for j in tl.static_range(K):
-                b_g += dy_k[K - 1 - j] * C_k[K - 1 - j]
-                o_dB = (s0 + K - 1 - j) * N + i_n
-                tl.store(p_dB + o_dB, tl.sum(b_g * x_k[K - 1 - j], axis=0))
-                b_q = b_g * before_k[K - 1 - j]
-                b_dA += b_q * delta_k[K - 1 - j]
-                dxnew_k = (dx_k[K - 1 - j] + b_g * B_k[K - 1 - j],) + dxnew_k
-                ddnew_k = (dd_k[K - 1 - j] + b_q * b_rate,) + ddnew_k
-                b_g = b_g * decay_k[K - 1 - j]
-            dx_k = dxnew_k
-            dd_k = ddnew_k
-            tl.store(p_gstate + i_n * channels, b_g, mask=m_d)
-            tl.store(p_dchannel + i_n * channels, b_dA, mask=m_d)
-        tl.debug_barrier()
+        b_before = ()
+        b_gnew = ()
+        b_dAnew = ()
+        p_before = p_scratch + tl.maximum(s1, first) // K * N * BLOCK
+        for n0 in tl.static_range(0, N, AT_ONCE):
+            # What follows are the next states of this run, or the first ones of the next run.
+            if n0 + AT_ONCE < N:
+                o_B = (n0 + AT_ONCE) * B_sn
+                o_C = (n0 + AT_ONCE) * C_sn
+                B_next = load_run_states(
+                    p_B + o_B, B_sn, B_sl, entry_k, s0, length,
+                    K, min(AT_ONCE, N - n0 - AT_ONCE), PACK, ORDER, REVERSE
+                )
+                C_next = load_run_states(
+                    p_C + o_C, C_sn, C_sl, entry_k, s0, length,
+                    K, min(AT_ONCE, N - n0 - AT_ONCE), PACK, ORDER, REVERSE
+                )
+            else:
+                B_next = load_run_states(
+                    p_B, B_sn, B_sl, ahead_k, s1, length, K, SOME, PACK, ORDER, REVERSE
+                )
+                C_next = load_run_states(
+                    p_C, C_sn, C_sl, ahead_k, s1, length, K, SOME, PACK, ORDER, REVERSE
+                )
+            for n in tl.static_range(n0, min(n0 + AT_ONCE, N)):
+                B_k = ()
+                C_k = ()
+                for k in tl.static_range(K):
+                    B_k = B_k + (state_of(B_raw[k], n - n0, p_B.dtype.element_ty, PACK),)
+                    C_k = C_k + (state_of(C_raw[k], n - n0, p_C.dtype.element_ty, PACK),)
+                b_gn, b_dAn, dx_k, dd_k, y_k, sums_k = gradients_of_state(
+                    b_A[n], b_h[n], b_g[n], b_dA[n], B_k, C_k, delta_k, x_k, dy_k,
+                    dx_k, dd_k, y_k, K, HAS_Z,
+                )  # fmt: skip
+                b_before = b_before + (tl.load(p_before + n * BLOCK),)
+                b_gnew = b_gnew + (b_gn,)
+                b_dAnew = b_dAnew + (b_dAn,)
+                tl.store(p_dbc + (s0 // K * N + n) * 2 * K, sums_over_channels(sums_k, BLOCK))
+            B_raw = B_next
+            C_raw = C_next
+        b_h = b_before
+        b_g = b_gnew
+        b_dA = b_dAnew
 
-        # What the loop over states did not need is read again rather than kept in registers.
         for k in tl.static_range(K):
-            token, live = token_at(p_order, s0 + k, length, ORDER, REVERSE)
+            token, live = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
             m_store = m_d & live & (s0 + k < length)
             b_du = dx_k[k] * delta_k[k] + b_skip * dy_k[k]
-            b_u = load_channels(p_u + token * u_sl, m_d, EVEN)
-            if ORDER:
-                b_u = tl.where(live, b_u, 0.0)
-            b_ddelta = dd_k[k] + dx_k[k] * b_u
+            b_ddelta = dd_k[k] * LN2 + dx_k[k] * u_k[k]
             if SOFTPLUS:
-                b_raw = load_channels(p_delta + token * delta_sl, m_d, EVEN)
-                if ORDER:
-                    b_raw = tl.where(live, b_raw, 0.0)
-                b_ddelta = b_ddelta * sigmoid(b_raw + b_bias)
+                b_ddelta = b_ddelta * slope_of_softplus(delta_k[k])
             if HAS_BIAS:
                 b_dbias += tl.where(s0 + k < length, b_ddelta, 0.0)
+            if HAS_D:
+                b_dD += dy_k[k] * u_k[k]
             if HAS_Z:
-                b_z = load_channels(p_z + token * z_sl, m_d, EVEN)
+                b_z = z_raw[k].to(tl.float32)
                 b_sig = sigmoid(b_z)
-                b_dz = load_channels(p_dout + token * dout_sl, m_d, EVEN)
+                b_dz = dout_raw[k].to(tl.float32)
                 b_dz = b_dz * y_k[k] * b_sig * (1.0 + b_z * (1.0 - b_sig))
                 tl.store(p_dz + token * dz_sl, b_dz.to(p_dz.dtype.element_ty), mask=m_store)
             tl.store(p_du + token * du_sl, b_du.to(p_du.dtype.element_ty), mask=m_store)
             tl.store(
                 p_ddelta + token * ddelta_sl, b_ddelta.to(p_ddelta.dtype.element_ty), mask=m_store
             )
+        entry_k = ahead_k
+        ahead_k = further_k
+        u_raw = u_next
+        delta_raw = delta_next
+        dout_raw = dout_next
+        z_raw = z_next
 
+    for n in tl.static_range(N):
+        tl.store(p_dchannel + n * channels, b_dA[n], mask=m_d)
     tl.store(p_dchannel + N * channels, b_dD, mask=m_d)
     tl.store(p_dchannel + (N + 1) * channels, b_dbias, mask=m_d)
 
 
-@triton.jit(do_not_specialize=['batch', 'groups', 'length', 'tokens', 'n_blocks', 'order_sg'])
-def sum_over_blocks_kernel(
-    p_dbc, p_dB, p_dC, p_order, order_sg, batch, groups, length, tokens, n_blocks, row,
+@triton.jit
+def sum_over_blocks(
+    p_dbc, p_dB, p_dC, p_order, order_sg, i, groups, length, tokens, n_blocks, row,
     N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """dB and dC (B, G, L, N): the sum of p_dbc over the blocks, moved from positions to tokens.
 
-    The rows of a token may be ``row`` apart, so that they are columns of a larger tensor.
+    Program i sums COLS of the L N values of one sequence and group. The rows of a token may be
+    ``row`` apart, so that they are columns of a larger tensor.
     """
-    which = tl.program_id(1)
-    positions = tl.cdiv(length, K) * K
     cuts = tl.cdiv(length * N, COLS)
-    i_bg = (tl.program_id(0) // cuts).to(tl.int64)
-    o = (tl.program_id(0) % cuts).to(tl.int64) * COLS + tl.arange(0, COLS)
+    i_bg = (i // cuts).to(tl.int64)
+    o = (i % cuts).to(tl.int64) * COLS + tl.arange(0, COLS)
     position = o // N
+    n = o % N
     mask = position < length
-    size = positions.to(tl.int64) * N
-    p_dbc += (which * n_blocks * batch * groups + i_bg) * size + o
-    total = tl.zeros([COLS], tl.float32)
+    runs = tl.cdiv(length, K).to(tl.int64)
+    p_dbc += i_bg * n_blocks * runs * N * 2 * K
+    p_dbc += (position // K * N + n) * 2 * K + position % K
+    b_dC = tl.zeros([COLS], tl.float32)
+    b_dB = tl.zeros([COLS], tl.float32)
     for _ in range(0, n_blocks):
-        total += tl.load(p_dbc, mask=mask, other=0.0)
-        p_dbc += batch * groups * size
+        b_dC += tl.load(p_dbc, mask=mask, other=0.0)
+        b_dB += tl.load(p_dbc + K, mask=mask, other=0.0)
+        p_dbc += runs * N * 2 * K
     if REVERSE:
         position = length - 1 - position
     if ORDER:
         position = tl.load(p_order + i_bg % groups * order_sg + position, mask=mask, other=-1)
         mask = mask & (position >= 0)
-    to = (i_bg * tokens + position) * row + o % N
-    if which == 0:
-        tl.store(p_dB + to, total.to(p_dB.dtype.element_ty), mask=mask)
-    else:
-        tl.store(p_dC + to, total.to(p_dC.dtype.element_ty), mask=mask)
+    to = (i_bg * tokens + position) * row + n
+    tl.store(p_dB + to, b_dB.to(p_dB.dtype.element_ty), mask=mask)
+    tl.store(p_dC + to, b_dC.to(p_dC.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=['rows'])
-def sum_over_chunks_kernel(
-    p_dchannel, p_dA, p_dD, p_dbias, channels, rows, state,
-    ROWS: tl.constexpr, COLS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+@triton.jit
+def sum_over_chunks(
+    p_dchannel, p_dA, p_dD, p_dbias, i, channels, rows,
+    N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """dA (D, N), dD and dbias (D,): the sum of p_dchannel (rows, N + 2, D) over its rows."""
-    n = tl.program_id(1)
-    channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
-    o_d = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    """dA (D, N), dD and dbias (D,): the sum of p_dchannel (rows, N + 2, D) over its rows.
+
+    Program i sums COLS channels of one of the N + 2.
+    """
+    cuts = tl.cdiv(channels, COLS)
+    n = i // cuts
+    o_d = i % cuts * COLS + tl.arange(0, COLS)
     mask = o_d < channels
-    o_r = tl.arange(0, ROWS)
+    o_r = tl.arange(0, ROWS).to(tl.int64)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for r0 in range(0, rows, ROWS):
         r = r0 + o_r
-        p = p_dchannel + (r[:, None] * (state + 2) + n) * channels + o_d[None, :]
+        p = p_dchannel + (r[:, None] * (N + 2) + n) * channels + o_d[None, :]
         total += tl.load(p, mask=(r[:, None] < rows) & mask[None, :], other=0.0)
     total = tl.sum(total, axis=0)
-    tl.store(p_dA + o_d * state + n, total, mask=mask & (n < state))
+    tl.store(p_dA + o_d * N + n, total, mask=mask & (n < N))
     if HAS_D:
-        tl.store(p_dD + o_d, total, mask=mask & (n == state))
+        tl.store(p_dD + o_d, total, mask=mask & (n == N))
     if HAS_BIAS:
-        tl.store(p_dbias + o_d, total, mask=mask & (n == state + 1))
+        tl.store(p_dbias + o_d, total, mask=mask & (n == N + 1))
+
+
+@triton.jit(
+    do_not_specialize=['groups', 'length', 'tokens', 'n_blocks', 'order_sg', 'rows', 'over_blocks']
+)
+def sum_gradients_kernel(
+    p_dbc, p_dB, p_dC, p_dchannel, p_dA, p_dD, p_dbias, p_order, order_sg,
+    groups, length, tokens, n_blocks, row, channels, rows, over_blocks,
+    N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The second pass over what the chunks left: sums of fixed order, without atomics.
+
+    The first ``over_blocks`` programs sum over the blocks of channels, the others over the chunks.
+    """
+    i = tl.program_id(0)
+    if i < over_blocks:
+        sum_over_blocks(
+            p_dbc, p_dB, p_dC, p_order, order_sg, i, groups, length, tokens, n_blocks, row,
+            N, K, COLS, ORDER, REVERSE,
+        )  # fmt: skip
+    else:
+        channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
+        sum_over_chunks(
+            p_dchannel, p_dA, p_dD, p_dbias, i - over_blocks, channels, rows,
+            N, 32, 32, HAS_D, HAS_BIAS,
+        )  # fmt: skip

@@ -204,3 +204,56 @@ def scan_carry_kernel(
                 c = n_chunks - 1 - c
             tl.store(p_state + c * N * channels, b_h, mask=m_c)
             b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
+
+
+@triton.jit
+def program_place(groups, n_chunks, n_blocks):
+    """Block of channels, group, chunk and batch item of a program of a sweep."""
+    pid = tl.program_id(0).to(tl.int64)
+    i_block = pid % n_blocks
+    i_g = (pid // n_blocks) % groups
+    i_c = (pid // (n_blocks * groups)) % n_chunks
+    return i_block, i_g, i_c, pid // (n_blocks * groups * n_chunks)
+
+
+@triton.jit
+def entry_at(p_order, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
+    """What the table says of position s, for :func:`token_of`; without a table nothing is loaded.
+
+    Positions before the start and behind the end repeat the first and the last one, so that loads
+    of what comes next need no mask.
+    """
+    position = tl.maximum(tl.minimum(s, length - 1), 0)
+    if REVERSE:
+        position = length - 1 - position
+    if ORDER:
+        return tl.load(p_order + position)
+    else:
+        return position
+
+
+@triton.jit
+def entries_at(p_order, s0, length, K: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr):
+    """:func:`entry_at` for K positions from s0 on."""
+    entry_k = ()
+    for k in tl.static_range(K):
+        entry_k = entry_k + (entry_at(p_order, s0 + k, length, ORDER, REVERSE),)
+    return entry_k
+
+
+@triton.jit
+def token_of(entry, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
+    """Index of the token visited at position s, and whether there is one (a table may say -1)."""
+    if ORDER:
+        return tl.maximum(entry, 0).to(tl.int64), entry >= 0
+    else:  # cheaper again than carried through a loop
+        return entry_at(entry, s, length, False, REVERSE).to(tl.int64), s >= 0
+
+
+@triton.jit
+def load_raw(p, m_d, EVEN: tl.constexpr):
+    """A block of channels in its own dtype, to be carried through a loop."""
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=m_d, other=0.0)
