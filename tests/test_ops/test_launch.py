@@ -6,17 +6,15 @@ kernel a function of its own; all Python of Triton's between them runs.
 
 import contextlib
 import gc
-import importlib.util
 import logging
-import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stub_machine import Machine, host
 
 from mmhybrid.ops import selective_scan, selective_scan_ordered, triton_support
 from mmhybrid.ops.selective_scan import launch, triton_backend
@@ -31,50 +29,8 @@ from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # no
 from mmhybrid.ops.selective_scan import kernels as scan_kernels  # noqa: E402
 from mmhybrid.ops.walk_conv import triton_kernels as walk_kernels  # noqa: E402
 
-FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmark'
-_spec = importlib.util.spec_from_file_location('host', FOLDER / 'host.py')
-host = importlib.util.module_from_spec(_spec)
-sys.modules['host'] = host
-_spec.loader.exec_module(host)
 pytestmark = pytest.mark.plain_empty
 _NEW = {name: getattr(torch.Tensor, name) for name in ('new_empty', 'new_empty_strided')}
-
-
-class Machine(host.Stub):
-    """Notes every launch as (function, grid, arguments), with addresses for tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.notes, self.functions, self.notice = [], 0, None
-        self.metadata = SimpleNamespace(
-            global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
-            profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, num_ctas=1,
-        )  # fmt: skip
-
-    def launch(self, *arguments):
-        if self.notice is not None:
-            notice, self.notice = self.notice, None
-            try:
-                return notice(*arguments)
-            finally:
-                self.notice = notice
-        head, tail = arguments[:13], arguments[13:]
-        assert head[3] == self.stream and head[9] == (1, 1, 0)
-        tail = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tail]
-        self.notes.append((head[4], head[:3], tail))
-        if head[11] is not None:
-            head[11](head[10])
-
-    stream = 7
-
-    def compile(self, src, target, options):
-        """A compiled kernel that has nothing but a number."""
-        self.functions += 1
-        runner = self.launcher_cls(src, self.metadata)
-        return SimpleNamespace(
-            function=self.functions, packed_metadata=(1, 1, 0), run=runner, src=src,
-            launch_metadata=lambda grid, stream, *arguments: 'metadata',
-        )  # fmt: skip
 
 
 class Arena:

@@ -109,19 +109,21 @@ class _Call:
             tensors = (tensors[0].to(self.dtype).contiguous(), *tensors[1:])
         return _apply(self, pointers, *tensors)
 
-    def changed(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """x and the weights as the passes take them."""
-        tensors = [*tensors]
+    def changed(self, tensors, pointers) -> tuple[tuple[Tensor, ...], list[int | None]]:
+        """x and the weights as the passes take them; addresses where they matter."""
+        tensors, pointers = [*tensors], [*pointers]
         for i, dtype, dense in self.changes:
             x = tensors[i].to(dtype)
-            tensors[i] = x.contiguous() if dense else x
-        return tuple(tensors)
+            if dense:
+                x = x.contiguous()
+                pointers[i] = x.data_ptr()
+            tensors[i] = x
+        return tuple(tensors), pointers
 
     def run(self, tensors, pointers) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The output, and what is kept: x and the weights as they were taken, and the rest."""
         if self.changes:
-            tensors = self.changed(tensors)
-            pointers = [x.data_ptr() for x in tensors]
+            tensors, pointers = self.changed(tensors, pointers)
         weights = Weights(*tensors[1:])
         if self.forward is None:
             self.forward = Forward(tensors[0], weights, self.lean)
@@ -161,7 +163,7 @@ class _Mixer(torch.autograd.Function):
         seen = (dout, *weights.read, xz, x_dbl, states)
         found = None if torch.is_grad_enabled() or launch.intercepted() else launch.describe(seen)
         if found is None:
-            _, *weights = call.changed((x, *ctx.weights))
+            (_, *weights), _ = call.changed((x, *ctx.weights), (None,) * 10)
             kept = yz, xz, x_dbl, states
             return None, None, *_backward_operator(dout, x, *kept, weights, call.lean)
         pointers, (_, *description) = found
@@ -169,7 +171,7 @@ class _Mixer(torch.autograd.Function):
             tuple(description), pointers[1:6], dout, x, weights, (yz, xz, x_dbl, states)
         )
         # Autograd gives each the dtype of its tensor.
-        return None, None, dx, dw_in, *dw_conv, *rest
+        return None, None, dx, dw_in, *dw_conv.unbind(), *rest
 
 
 _apply = launch.fast_apply(_Mixer)

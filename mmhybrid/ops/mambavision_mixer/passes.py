@@ -157,7 +157,7 @@ class Convolutions:
         parts = A.new_empty(self.shares)
         tensors = (xz, A, du, dyz, dxz, parts, dA, dstep)
         self.program.run(
-            (*weights.read[:4], *tensors), (*pointers[:4], *(x.data_ptr() for x in tensors))
+            (*weights.read[:4], *tensors), (*pointers[:4], *[x.data_ptr() for x in tensors])
         )
         return dxz, parts.sum(0)
 
@@ -207,7 +207,7 @@ class Forward(_Pass):
             self.convolutions = Convolutions(xz, weights, self.shape, True, False)
         (u, A, step_bias), (p_u, p_A, p_step) = self.convolutions.run(xz, yz, weights, pointers)
         x_dbl = linear(u, weights.w_x)
-        step, B, C = x_dbl.split(self.columns, 1)
+        step, B, C = x_dbl.split_with_sizes(self.columns, 1)
         delta = linear(step, weights.w_dt)
         D = weights.D
         if self.scan is None:
@@ -276,7 +276,7 @@ class Backward(_Pass):
         (u, A, step_bias), (p_u, p_A, p_step) = self.convolutions.run(xz, None, weights, pointers)
         if self.lean:
             x_dbl = linear(u, weights.w_x)
-        step, B, C = x_dbl.split(self.columns, 1)
+        step, B, C = x_dbl.split_with_sizes(self.columns, 1)
         delta = linear(step, weights.w_dt)
         inputs = (u, delta, A, B, C, weights.D, None, step_bias, None)
         addresses = (p_u, delta.data_ptr(), p_A, B.data_ptr(), C.data_ptr(), pointers[4], None,
@@ -287,7 +287,7 @@ class Backward(_Pass):
         dyz = dout @ weights.w_out
         dw_out = dout.t() @ yz_rows
         dx_dbl = torch.empty_like(x_dbl)
-        dstep, dB, dC = dx_dbl.split(self.columns, 1)
+        dstep, dB, dC = dx_dbl.split_with_sizes(self.columns, 1)
         du, ddelta = torch.empty_like(u), torch.empty_like(u)
         dA = torch.empty_like(A)
         dD, dbias = torch.empty_like(step_bias), torch.empty_like(step_bias)
