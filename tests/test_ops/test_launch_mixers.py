@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from stub_machine import Machine
+from stub_machine import Machine, host
 
 from mmhybrid.layers import MambaVisionMixer
 from mmhybrid.ops.mambavision_mixer import fused as mixer
@@ -377,6 +377,20 @@ def test_threads_share_a_record(machine):
     own = module.conv1d_x.weight.data_ptr()
     assert not failures
     assert sum(own in arguments for _, _, arguments in machine.notes) == 4 * 5
+
+
+@pytest.mark.parametrize('name', sorted(set(host.WORKS) - {'scan', 'ordered scan'}))
+def test_calls_of_functions_do_not_grow(name, machine):
+    machine.notice = lambda *_: None
+    most = host.TARGETS[name]
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        runs = host.passes_of(host.WORKS[name](torch.device('cpu')))
+        for _ in range(3):
+            runs['forward+backward']()
+        for kind, calls in (('forward', most.forward_calls), ('forward+backward', most.both_calls)):
+            found = host.count_calls(runs[kind])
+            notes = sum(found[name] for name in ('stub_machine.py', 'test_launch_mixers.py'))
+            assert calls / 2 < found.total() - notes <= calls
 
 
 # --- the convolution along walks ------------------------------------------------------------------

@@ -21,7 +21,7 @@ from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
 from mmhybrid.ops.selective_scan import passes, triton_backend
-from mmhybrid.ops.walk_conv import walk_conv
+from mmhybrid.ops.walk_conv import conv, walk_conv
 
 begin_cases()
 
@@ -232,6 +232,49 @@ def test_walk_conv_is_an_operator():
         du.sum().backward()
     with pytest.raises(ValueError, match=r'weight \(K, E, T\).*got \(2, 3, 9\), \(1, 3, 4\)'):
         walk_conv(tensors[0], tensors[1][:1], *arguments[2:])
+
+
+@pytest.mark.parametrize('odd', [False, True])
+def test_calls_give_the_bits_of_the_operators(odd):
+    tensors, plan = conv_inputs(('h', 'w2_flip'), (3, 3), dtype=torch.bfloat16)
+    tables = [plan.slots(), plan.steps()]
+    if odd:  # every other number of something
+        tensors[1:], tables = (
+            [torch.stack([x, x], -1)[..., 0] for x in given] for given in (tensors[1:], tables)
+        )
+    tensors = [x.requires_grad_() for x in tensors]
+
+    def results():
+        y = walk_conv(*tensors, *tables)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+        return y, *torch.autograd.grad(y, tensors, weight)
+
+    got = results()
+    with mock.patch.object(conv.launch, 'describe', lambda tensors: None), \
+            mock.patch.object(conv._Call, '__call__', lambda *_: pytest.fail('a record')):
+        expected = results()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.isfinite().all()
+    odd_plan = [plan.slots(), plan.steps()]
+    assert torch.equal(walk_conv(*tensors, *odd_plan), got[0])
+
+
+def test_walk_conv_saves_what_a_hook_changes():
+    tensors, plan = conv_inputs(('h', 'w2_flip'), (3, 3))
+    tensors = [x.requires_grad_() for x in tensors]
+
+    def grads():
+        y = walk_conv(*tensors, plan.slots(), plan.steps())
+        return torch.autograd.grad(y.sum(), tensors)
+
+    def unpack(given):
+        return torch.stack([given, given], -1)[..., 0]
+
+    expected = grads()
+    with torch.autograd.graph.saved_tensors_hooks(lambda given: given, unpack):
+        got = grads()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- what is materialised -------------------------------------------------------------------------

@@ -60,12 +60,12 @@ class Target(NamedTuple):
 TARGETS = {
     'scan': Target(60, 170, 2),
     'ordered scan': Target(60, 185, 2),
-    'walk convolution': Target(60, 170, 10),
-    'MambaVisionMixer': Target(135, 375, 40),
-    'MambaVisionMixer lean': Target(135, 375, 40),
-    'SS2D': Target(220, 380, 40),
-    'VimMixer': Target(250, 470, 40),
-    'LocalVimMixer': Target(350, 620, 50),
+    'walk convolution': Target(45, 150, 5),
+    'MambaVisionMixer': Target(130, 335, 36),
+    'MambaVisionMixer lean': Target(130, 340, 41),
+    'SS2D': Target(215, 365, 50),
+    'VimMixer': Target(240, 450, 44),
+    'LocalVimMixer': Target(340, 595, 66),
 }
 
 
@@ -261,6 +261,7 @@ class Count(NamedTuple):
     """What one call costs; ``where`` counts calls by file or, for built-in ones, by name."""
 
     calls: int
+    operators: int
     allocations: int
     launches: int
     where: collections.Counter
@@ -372,14 +373,17 @@ def _of_callers(function, stats, seen=frozenset()) -> str:
     return _of_callers(max(callers, key=callers.get), stats, seen | {function})
 
 
-def count_allocations(run: Callable[[], None]) -> int:
-    """Blocks of memory that PyTorch's allocators hand out."""
+def count_in_profile(run: Callable[[], None]) -> tuple[int, int]:
+    """Blocks of memory that PyTorch's allocators hand out, and its operators with inner ones."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
-    return sum(event.name() == '[memory]' and event.nbytes() > 0 for event in events)
+    return (
+        sum(event.name() == '[memory]' and event.nbytes() > 0 for event in events),
+        sum(event.name().startswith('aten::') for event in events),
+    )
 
 
 def seconds(runs: dict[str, Callable[[], None]], turns=30, calls=20) -> dict[str, float]:
@@ -437,13 +441,14 @@ def _measure(name: str, make, device, stub: Stub | None) -> dict[str, Count]:
         before = stub.launches if stub else 0
         run()
         launches = stub.launches - before if stub else 0
-        found[kind] = Count(where.total(), count_allocations(run), launches, where)
+        allocations, operators = count_in_profile(run)
+        found[kind] = Count(where.total(), operators, allocations, launches, where)
     slow = {kind: as_operator(run) for kind, run in runs.items() if kind != 'backward'}
     for run in slow.values():
         run()
     print(f'\n{name}')
-    print(f'  {"":18s} {"calls":>6s} {"allocations":>12s} {"launches":>9s} {"as operator":>12s} '
-          f'{"host time":>10s}')  # fmt: skip
+    print(f'  {"":18s} {"calls":>6s} {"operators":>10s} {"allocations":>12s} {"launches":>9s} '
+          f'{"as operator":>12s} {"host time":>10s}')  # fmt: skip
     adds = {}
     for kind, count in found.items():
         ratio = slower = ''
@@ -457,8 +462,8 @@ def _measure(name: str, make, device, stub: Stub | None) -> dict[str, Count]:
                 one = seconds({'add': addition(device)}, calls=200)['add']
                 adds[kind] = times['direct'] / one
                 ratio = f'{adds[kind]:.1f} adds, {ratio}'
-        print(f'  {kind:18s} {count.calls:6d} {count.allocations:12d} {count.launches:9d} '
-              f'{slower:>12} {ratio:>10s}')  # fmt: skip
+        print(f'  {kind:18s} {count.calls:6d} {count.operators:10d} {count.allocations:12d} '
+              f'{count.launches:9d} {slower:>12} {ratio:>10s}')  # fmt: skip
     for kind in slow:
         print(f'  {kind}: {show(parts(runs[kind]), adds.get(kind))}')
     top = found['forward+backward'].where.most_common(12)
