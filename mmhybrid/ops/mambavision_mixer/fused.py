@@ -152,7 +152,9 @@ class _Mixer(torch.autograd.Function):
     def forward(ctx, call: _Call, pointers, *tensors):
         out, kept = call.run(tensors, pointers)
         ctx.save_for_backward(*kept)
-        ctx.call, ctx.weights = call, tensors[1:]
+        ctx.call = call
+        # Changed weights have left the graph, and a second derivative must find it.
+        ctx.weights = tensors[1:] if call.changes else None
         return out
 
     @staticmethod
@@ -163,9 +165,10 @@ class _Mixer(torch.autograd.Function):
         seen = (dout, *weights.read, xz, x_dbl, states)
         found = None if torch.is_grad_enabled() or launch.intercepted() else launch.describe(seen)
         if found is None:
-            (_, *weights), _ = call.changed((x, *ctx.weights), (None,) * 10)
+            if ctx.weights is not None:
+                (_, *weights), _ = call.changed((x, *ctx.weights), (None,) * 10)
             kept = yz, xz, x_dbl, states
-            return None, None, *_backward_operator(dout, x, *kept, weights, call.lean)
+            return None, None, *_backward_operator(dout, x, *kept, [*weights], call.lean)
         pointers, (_, *description) = found
         dx, dw_in, dw_conv, *rest = call.run_backward(
             tuple(description), pointers[1:6], dout, x, weights, (yz, xz, x_dbl, states)
