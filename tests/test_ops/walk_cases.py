@@ -20,7 +20,7 @@ from mmhybrid.layers import directional
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
-from mmhybrid.ops.selective_scan import passes, triton_backend
+from mmhybrid.ops.selective_scan import ordered, passes, triton_backend
 from mmhybrid.ops.walk_conv import conv, walk_conv
 
 begin_cases()
@@ -142,6 +142,18 @@ def test_localvim(directions, size, class_token, v_restore):
             counted_scans() as kernels:
         compare(mixer, torch.randn(1, size[0] * size[1] + class_token, 8), size)
     assert convolution.call_count == kernels.call_count == 1
+
+
+def test_a_known_call_chooses_its_backend_once():
+    torch.manual_seed(0)
+    for module, mixer, x in (
+            (scan, SS2D(4, channel_first=True, backend='triton'), torch.randn(1, 4, 2, 3)),
+            (directional, VimMixer(4, state_dim=1, backend='triton'), torch.randn(1, 5, 4))):
+        expected = mixer(x)
+        with mock.patch.object(module, 'choose_backend', wraps=module.choose_backend) as choose, \
+                mock.patch.object(ordered, 'choose_backend', side_effect=AssertionError):
+            y = mixer(x)
+        assert choose.call_count == 1 and torch.equal(y, expected)
 
 
 def test_no_images():
