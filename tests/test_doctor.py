@@ -156,6 +156,22 @@ def test_old_triton_is_a_note_with_the_reason():
     assert 'torch on cuda' in row_of(old, 'scan backend').found
 
 
+@pytest.mark.parametrize('chosen, usable, state, found', [
+    ({'cpu': 'cpp'}, False, doctor.OK, 'only a GPU'),
+    ({'cpu': 'cpp', 'cuda': 'triton'}, False, doctor.OK, 'only a GPU'),
+    ({'cpu': 'cpp', 'cuda': 'triton'}, True, doctor.OK, 'found; used when asked for'),
+    ({'cpu': 'cpp', 'cuda': 'mamba_ssm'}, True, doctor.OK, 'found and used'),
+    ({'cpu': 'cpp', 'cuda': 'torch'}, False, doctor.NOTE, 'not usable'),
+])  # fmt: skip
+def test_kernels_of_mamba_ssm(chosen, usable, state, found):
+    reason = '' if usable else 'mamba_ssm is not installed'
+    backends = {'mamba_ssm': [usable, reason], 'torch': [True, '']}
+    some = facts(scan={'ok': True, 'backends': backends, 'chosen': chosen})
+    row = row_of(some, "scan 'mamba_ssm'")
+    assert row.state == state and found in row.found and problems(some) == {}
+    assert row.remedy.startswith(reason) if state == doctor.NOTE else not row.remedy
+
+
 def test_launches_that_are_left_to_triton():
     row = row_of(facts(scan=HEALTHY['scan'] | {'direct': False}), 'scan launches')
     assert row.state == doctor.NOTE and 'MMHYBRID_DIRECT_LAUNCH=0' in row.found

@@ -35,7 +35,9 @@ def to_float(inputs):
 
 
 @pytest.mark.parametrize('use_state', [True, False])
-@pytest.mark.parametrize('case', CASES, ids=lambda case: '-'.join(map(str, case)))
+@pytest.mark.parametrize('case', [
+    pytest.param(case, marks=[pytest.mark.slow] if case[2] == 1000 else []) for case in CASES
+], ids=lambda case: '-'.join(map(str, case)))  # fmt: skip
 def test_equals_the_reference(installed, case, use_state):
     """With a gradient of the last state, which the kernels do not know, and without."""
     *sizes, skip, gate, bias, softplus, reverse = case
@@ -50,8 +52,13 @@ def test_equals_the_reference(installed, case, use_state):
     assert stand_in.calls == [('fwd', torch.float32, length), *(added if use_state else plain)]
 
 
-@pytest.mark.parametrize('length', [2048, 2049])
-def test_states_of_several_chunks(installed, length):
+@pytest.mark.parametrize('chunk, length', [
+    (16, 32), (16, 33), pytest.param(2048, 2049, marks=pytest.mark.slow)
+])  # fmt: skip
+def test_states_of_several_chunks(installed, monkeypatch, chunk, length):
+    assert stand_in.CHUNK == mamba_ssm_backend._CHUNK == 2048
+    monkeypatch.setattr(stand_in, 'CHUNK', chunk)
+    monkeypatch.setattr(mamba_ssm_backend, '_CHUNK', chunk)
     inputs = make_inputs(1, 4, length, 2, gate=True)
     expected = run(inputs, backend='reference')
     assert_same(run(to_float(inputs), backend='mamba_ssm'), expected, 2e-5)
