@@ -1,0 +1,206 @@
+"""gpu_run.sh: budgets, kills, what is left behind, and its whole length on a CPU."""
+
+import csv
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / 'tools' / 'benchmark'
+
+
+@pytest.fixture
+def gpu_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module('gpu_run')
+
+
+def part(gpu_run, name, code, share=1):
+    return gpu_run.Part(name, share, [sys.executable, '-c', code])
+
+
+def test_parts_run_in_order_and_failures_cost_only_themselves(gpu_run, tmp_path):
+    parts = [part(gpu_run, 'one', "print('said')"), part(gpu_run, 'two', 'raise SystemExit(3)'),
+             part(gpu_run, 'three', 'import os; print(os.environ["PYTHONPATH"])')]
+    found = gpu_run.run(parts, 5, tmp_path)
+    assert list(found) == ['one', 'two', 'three']
+    assert found['one'].startswith('passed, ') and found['three'].startswith('passed, ')
+    assert found['two'].startswith('failed, exit code 3, ')
+    assert (tmp_path / 'one.log').read_text() == 'said\n'
+    summary = (tmp_path / 'summary.md').read_text()
+    assert '| two | failed, exit code 3, ' in summary and 'not measured' in summary
+
+
+def test_time_is_shared_by_those_that_are_left(gpu_run, tmp_path, monkeypatch):
+    given = []
+
+    def run_part(part, seconds, log, environment):
+        given.append(seconds)
+        return 'passed'
+
+    monkeypatch.setattr(gpu_run, 'run_part', run_part)
+    parts = [part(gpu_run, str(share), '', share) for share in (1, 2, 3)]
+    gpu_run.run(parts, 1, tmp_path)
+    assert given == pytest.approx([10, 24, 60], abs=1)  # nothing was used up
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f'/proc/{pid}/stat')
+    return not status.exists() or status.read_text().rpartition(')')[2].split()[0] != 'Z'
+
+
+def gone(pid):
+    end = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+SLEEPERS = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='process groups')
+def test_a_part_is_killed_at_its_budget_with_all_it_started(gpu_run, tmp_path):
+    log = tmp_path / 'log'
+    what = gpu_run.run_part(part(gpu_run, 'slow', SLEEPERS), 2, log, dict(os.environ))
+    assert what == 'killed after 2 s'
+    assert gone(int(log.read_text()))
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='process groups')
+def test_a_stopped_run_leaves_a_summary(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import gpu_run
+gpu_run.parts_of = lambda out, dry: [
+    gpu_run.Part('first', 1, [sys.executable, '-c', 'pass']),
+    gpu_run.Part('slow', 1, [sys.executable, '-c', {SLEEPERS!r}])]
+sys.exit(gpu_run.main(['9', '--dry-run']))
+"""
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, '-c', script], env=os.environ | {'OUT': str(out)},
+                               stdout=subprocess.PIPE, text=True)
+    log = out / 'slow.log'
+    end = time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'stopped by SIGTERM' in said
+    summary = (out / 'summary.md').read_text()
+    assert '| first | passed, ' in summary and '| slow | stopped |' in summary
+    assert gone(int(log.read_text()))
+
+
+def write(path, rows):
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_targets_are_held_against_rows(gpu_run, tmp_path):
+    common = {'dtype': 'bfloat16', 'backend': 'triton', 'device': 'a GPU'}
+    rows = [
+        ('detection MambaVision-T s3', 'forward', 'graph', '2.60'),
+        ('detection MambaVision-T s3', 'forward', 'eager', '2.30'),
+        ('detection MambaVision-T s4', 'forward', 'graph', '2.40'),
+        ('classification MambaVision-T s4', 'forward', 'graph', '4.00'),
+        ('segmentation MambaVision-T s4', 'forward', 'eager', '0.99'),
+        ('VMamba-T 512 stage 4', 'forward+backward', 'graph', '1.90'),
+        ('VMamba-T 512 stage 3', 'forward+backward', 'graph', '1.90'),
+    ]  # fmt: skip
+    write(tmp_path / 'ops.csv', [
+        common | {'shape': shape, 'pass': what, 'mode': mode, 'cuda_over_this': ratio}
+        for shape, what, mode, ratio in rows])  # fmt: skip
+    lines = '\n'.join(gpu_run.target_lines(tmp_path))
+    for said in ('s3 (bfloat16) 2.60x; detection MambaVision-T s4 (bfloat16) 2.40x **short**',
+                 'classification MambaVision-T s4 (bfloat16) 4.00x **short**',
+                 'segmentation MambaVision-T s4 (bfloat16) 0.99x **short**',
+                 'stage 4 (bfloat16) 1.90x **short**'):  # fmt: skip
+        assert said in lines, said
+    assert 'stage 3 (bfloat16) 1.90x |' in lines
+    (eager,) = (line for line in lines.splitlines() if '>= 0.9 of' in line and '2.30' in line)
+    assert '**short**' in eager or 2.30 >= 0.9 * 2.60  # 2.34 is wanted
+    assert '**short**' in eager
+    mixers = [line for line in lines.splitlines() if line.startswith('| mixer')]
+    assert len(mixers) == 4 and all(line.endswith('| not measured |') for line in mixers)
+
+
+def test_a_row_that_was_cut_off_is_left_out(gpu_run, tmp_path):
+    path = tmp_path / 'rows.csv'
+    path.write_text('a,b\n1,2\n3')
+    assert gpu_run.read_rows(path) == [{'a': '1', 'b': '2'}]
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['0', '--dry-run'], 'MINUTES is 0; expected more than 0'), (['nan', '--dry-run'], 'is nan'),
+    ([], 'MINUTES'), (['ten'], 'invalid float'),
+])  # fmt: skip
+def test_mistakes(gpu_run, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu_run.main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_a_gpu(gpu_run, monkeypatch, capsys):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_run.main(['10'])
+    assert 'PyTorch sees no GPU; --dry-run' in capsys.readouterr().err
+
+
+def test_a_plan_is_forced_on_every_scan(gpu_run, monkeypatch):
+    jobs = importlib.import_module('gpu_jobs')
+    from mmhybrid.ops.selective_scan import plan as plans
+
+    def sizes(**options):
+        return plans.launch_plan(2, 1, 160, 4096, 8, 132, gradients=True, **options)
+
+    own = sizes()
+    for block, unroll, chunk, wanted in ((64, 8, 48, (48, 86)), (32, 4, 4096, (4096, 1))):
+        with jobs.forced(block, unroll, chunk):
+            plan = sizes()
+        assert (plan.chunk, plan.n_chunks) == wanted
+        assert plan.forward.block == plan.backward.block == block
+        assert plan.forward.unroll == plan.backward.unroll == unroll
+    assert sizes() == own
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('bash'), reason='a script for a POSIX shell')
+def test_dry_run(tmp_path):
+    """Everything, interpreted, at the smallest shapes."""
+    pytest.importorskip('triton', reason='the kernels need Triton')
+    out = tmp_path / 'out'
+    done = subprocess.run(
+        ['bash', FOLDER / 'gpu_run.sh', '60', '--dry-run'], cwd=tmp_path,
+        env=os.environ | {'OUT': str(out), 'PYTHON': sys.executable},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert 'all passed' in done.stdout
+    summary = (out / 'summary.md').read_text()
+    for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile'):
+        assert f'| {name} | passed, ' in summary
+    for name in ('ops', 'mixer', 'backbone', 'scan_plans'):
+        with open(out / f'{name}.csv', newline='') as file:
+            assert list(csv.DictReader(file)), name
+    assert list(out.glob('profile_*.txt'))

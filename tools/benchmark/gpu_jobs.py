@@ -1,0 +1,276 @@
+"""Parts of gpu_run.py that are no benchmark of their own: compiling, a sweep of plans, profiles.
+
+    python tools/benchmark/gpu_jobs.py compile
+    python tools/benchmark/gpu_jobs.py sweep --csv tools/benchmark/results/scan_plans.csv
+    python tools/benchmark/gpu_jobs.py profile --out FOLDER
+
+compile runs every shape of the benchmarks once, many processes at a time, so that whoever comes
+later finds the kernels in Triton's cache. sweep times launch plans of the scan and appends them as
+`plans.py` reads them. --dry-run takes the CPU, interpreted, and the smallest shapes.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from timing import (
+    Failures,
+    append_rows,
+    as_graph,
+    default_clock,
+    in_sequence,
+    percentiles,
+    processor,
+    take_turns,
+)
+
+from mmhybrid.ops import selective_scan
+from mmhybrid.ops.selective_scan import plan as plans
+
+COLUMNS = ('device', 'kernels', 'shape', 'B', 'G', 'H', 'L', 'N', 'plan', 'forward_us',
+           'backward_us')  # fmt: skip
+BLOCKS, UNROLLS = (32, 64), (4, 8)
+CHUNKS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def tiny_scan():
+    """A shape for the interpreter."""
+    import ops
+
+    return ops.Shape('tiny', 1, 9, 4, 1)
+
+
+def scan_call(shape, dtype: torch.dtype, device: str) -> tuple[dict, Callable]:
+    """Inputs of a shape of ops.py, and a function of them."""
+    import ops
+
+    inputs = ops.make_inputs(shape, dtype, device, 0, token_major=True)
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    return leaves, lambda **x: selective_scan(**x, backend='triton')
+
+
+# --- compile --------------------------------------------------------------------------------------
+
+
+def compile_jobs(device: str, dry: bool) -> list[tuple[str, Callable[[], object]]]:
+    """Everything that the benchmarks run, each by a name."""
+    import backbone
+    import mixer
+    import ops
+
+    dtypes = [torch.float32] if dry else [torch.bfloat16, torch.float16]
+    jobs = []
+    for dtype, shape in itertools.product(dtypes, [tiny_scan()] if dry else ops.GPU_SHAPES):
+        def scan(shape=shape, dtype=dtype):
+            leaves, function = scan_call(shape, dtype, device)
+            for backward in (False, True):
+                ops.run(function, leaves, backward)
+
+        jobs.append((f'scan {shape.name} {dtype}', scan))
+    for shape in [mixer.Shape('tiny', 1, 5, 8)] if dry else mixer.GPU_SHAPES:
+        def mixers(shape=shape):
+            source = mixer.make_mixer(shape.dim, device)
+            x = torch.randn(shape[1:], device=device).requires_grad_()
+            autocast = None if dry else torch.bfloat16
+            wanted = ['plain triton', 'fused', 'fused lean']
+            for module in mixer.find_variants(source, device, wanted).values():
+                for backward in (False, True):
+                    mixer.run(module, x, backward, autocast)
+
+        jobs.append((f'mixer {shape.name}', mixers))
+    for name in () if dry else backbone.MODELS_OF_INTEREST:
+        def whole(name=name):
+            model = backbone.choose(backbone.build(name).to(device), 'triton')
+            x = torch.randn(2, 3, 512, 512, device=device)
+            for what in backbone.PASSES:
+                backbone.step(model.train(what != 'forward'), x, what, 'bfloat16')()
+
+        jobs.append((f'backbone {name}', whole))
+    return jobs
+
+
+def compile_part(args) -> int:
+    """One process's share of the jobs, or as many processes as there are cores."""
+    if args.worker:
+        number, count = map(int, args.worker.split('/'))
+        failures = Failures()
+        for name, job in compile_jobs(args.device, args.dry_run)[number::count]:
+            with failures.noted(name):
+                job()
+                print(f'compiled: {name}', flush=True)
+        return int(bool(failures))
+    count = args.processes or min(16, os.cpu_count() or 1)
+    command = [sys.executable, __file__, 'compile', '--device', args.device]
+    command += ['--dry-run'] * args.dry_run
+    workers = [subprocess.Popen([*command, '--worker', f'{i}/{count}']) for i in range(count)]
+    codes = [worker.wait() for worker in workers]
+    return int(any(codes))
+
+
+# --- sweep ----------------------------------------------------------------------------------------
+
+
+def sweep_shapes(dry: bool) -> Iterator:
+    """Shapes of ops.py, the kinds that have not been measured first."""
+    if dry:
+        return iter([tiny_scan()])
+    import ops
+
+    more = (
+        ops.Shape('LocalVMamba-T 512 stage 1', 2, 16384, 384, 1),
+        ops.Shape('LocalVMamba-S 512 stage 3', 2, 1024, 1536, 1),
+    )
+    new = ('Vim', '-S ', '-B ')
+    first = [s for s in ops.GPU_SHAPES if any(name in s.name for name in new)]
+    return iter([*more, *first, *(s for s in ops.GPU_SHAPES if s not in first)])
+
+
+def candidates(shape, dry: bool) -> list[tuple[int, int, int]]:
+    """(block, unroll, chunk) to be timed; chunks that are longer than the sequence are one."""
+    chunks = sorted({min(chunk, shape.length) for chunk in (*CHUNKS, shape.length)})
+    if shape.length > 4096:
+        chunks = [chunk for chunk in chunks if chunk < shape.length]  # whole, it takes milliseconds
+    blocks = [block for block in BLOCKS if block == 32 or shape.state <= 8]
+    found = list(itertools.product(blocks, UNROLLS, chunks))
+    return found[:2] if dry else found
+
+
+def forced(block: int, unroll: int, chunk: int):
+    """A context in which every scan has this plan."""
+    own = plans.launch_plan
+
+    def plan(batch, groups, group_dim, length, *sizes, **options):
+        found = own(batch, groups, group_dim, length, *sizes, **options)
+        whole = -(-min(chunk, length) // unroll) * unroll
+        cut = dict(block=block, unroll=unroll)
+        return found._replace(
+            chunk=whole, n_chunks=-(-length // whole), forward=found.forward._replace(**cut),
+            backward=found.backward._replace(**cut),
+        )  # fmt: skip
+
+    return mock.patch.object(plans, 'launch_plan', plan)
+
+
+def forget_kinds() -> None:
+    """Let the scan work every call out again, under another plan."""
+    from mmhybrid.ops.selective_scan import launch  # noqa: F401  (the module of the records)
+
+    for name in ('triton_backend', 'fused'):
+        module = sys.modules.get(f'mmhybrid.ops.selective_scan.{name}')
+        if module is not None:
+            module.forget()
+
+
+def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
+    """Time one plan: a forward pass, and what a backward pass adds."""
+    import ops
+
+    forget_kinds()
+    capture = as_graph if args.device == 'cuda' else in_sequence
+    clock = default_clock(args.device)
+    leaves, function = scan_call(shape, args.dtype, args.device)
+    with forced(*cut):
+        works = {
+            what: capture([lambda b=backward: ops.run(function, leaves, b)] * (1 if b_once else 8))
+            for what, backward, b_once in (('forward', False, args.dry_run),
+                                           ('both', True, args.dry_run))
+        }  # fmt: skip
+        times = take_turns(works, 1 if args.dry_run else 10, clock, seconds=1)
+    forget_kinds()
+    forward, both = (float(percentiles(times[name])['p50_ms']) * 1e3 for name in works)
+    return {
+        'device': processor(args.device), 'kernels': args.kernels, 'shape': shape.name,
+        'B': shape.batch, 'G': 1, 'H': shape.channels, 'L': shape.length, 'N': shape.state,
+        'plan': 'b{} u{} c{}'.format(*cut), 'forward_us': f'{forward:.2f}',
+        'backward_us': f'{both - forward:.2f}',
+    }  # fmt: skip
+
+
+def sweep_part(args) -> int:
+    """Time all plans of all shapes, each in the file as soon as it is known."""
+    append_rows(args.csv, COLUMNS, [])
+    failures = Failures()
+    for shape in sweep_shapes(args.dry_run):
+        best: dict[str, tuple[float, str]] = {}
+        for cut in candidates(shape, args.dry_run):
+            with failures.noted(f'{shape.name}: b{cut[0]} u{cut[1]} c{cut[2]}'):
+                row = sweep_row(shape, cut, args)
+                append_rows(args.csv, COLUMNS, [row])
+                for name in ('forward_us', 'backward_us'):
+                    best[name] = min(best.get(name, (float('inf'), '')),
+                                     (float(row[name]), row['plan']))
+        said = ', '.join(f'{name} {value:g} ({cut})' for name, (value, cut) in best.items())
+        print(f'{shape.name}: {said}', flush=True)
+    return int(bool(failures))
+
+
+# --- profile --------------------------------------------------------------------------------------
+
+
+def profile_part(args) -> int:
+    """Where a training step's time goes, a table for each model."""
+    import backbone
+    from torch.profiler import ProfilerActivity, profile
+
+    models = {'Vim:tiny': (32, 'torch')} if args.dry_run else {
+        name: (512, 'triton') for name in backbone.MODELS_OF_INTEREST}
+    activities = [ProfilerActivity.CPU]
+    if args.device == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+    failures = Failures()
+    for name, (side, choice) in models.items():
+        with failures.noted(name):
+            model = backbone.choose(backbone.build(name).to(args.device), choice).train()
+            x = torch.randn(1 if args.dry_run else 2, 3, side, side, device=args.device)
+            dtype = 'float32' if args.dry_run else 'bfloat16'
+            step = backbone.step(model, x, backbone.PASSES[1], dtype)
+            for _ in range(1 if args.dry_run else 4):
+                step()
+            with profile(activities=activities) as profiler:
+                step()
+                if args.device == 'cuda':
+                    torch.cuda.synchronize()
+            by = 'self_device_time_total' if args.device == 'cuda' else 'self_cpu_time_total'
+            table = profiler.key_averages().table(sort_by=by, row_limit=40)
+            path = args.out / f'profile_{name.replace(":", "_")}.txt'
+            what = f'{name}, {side} x {side}, {dtype}, a training step'
+            path.write_text(f'{processor(args.device)}, {what}\n\n{table}\n')
+            print(f'wrote {path}', flush=True)
+    return int(bool(failures))
+
+
+def main(arguments=None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = {'compile': compile_part, 'sweep': sweep_part, 'profile': profile_part}
+    parser.add_argument('part', choices=parts)
+    parser.add_argument('--dry-run', action='store_true')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda, in a dry run cpu')
+    parser.add_argument('--csv', metavar='PATH', help='where sweep appends its rows')
+    parser.add_argument('--out', metavar='FOLDER', type=Path, help='where profile writes')
+    parser.add_argument('--kernels', default=plans.KERNELS,
+                        help='name of the kernels in the rows (default: that of plan.py)')
+    parser.add_argument('--processes', type=int, help='that compile (default: one per core)')
+    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.device = args.device or ('cpu' if args.dry_run else 'cuda')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('PyTorch sees no GPU; --dry-run tries everything on a CPU')
+    if args.part == 'sweep' and not args.csv:
+        parser.error('sweep needs --csv for its rows')
+    if args.part == 'profile' and not args.out:
+        parser.error('profile needs --out for its tables')
+    args.dtype = torch.float32 if args.dry_run else torch.bfloat16
+    return parts[args.part](args)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
