@@ -184,6 +184,38 @@ def test_a_plan_is_forced_on_every_scan(gpu_run, monkeypatch):
     assert sizes() == own
 
 
+def test_a_sweep_has_the_planners_own_plans_and_is_read_again(gpu_run, monkeypatch, tmp_path):
+    """Rows as the sweep writes them, times made up, through the script that judges plans."""
+    jobs = importlib.import_module('gpu_jobs')
+    judge = importlib.import_module('plans')
+    import ops
+
+    path = tmp_path / 'scan_plans.csv'
+    shapes = [s for s in ops.GPU_SHAPES if s.name in ('Vim-S 1248 one direction',
+                                                      'classification MambaVision-S s4')]
+
+    def row(shape, cut, args):
+        block, unroll, chunk = cut
+        return {'device': 'NVIDIA H200', 'kernels': args.kernels, 'shape': shape.name,
+                'B': shape.batch, 'G': 1, 'H': shape.channels, 'L': shape.length,
+                'N': shape.state, 'plan': f'b{block} u{unroll} c{chunk}',
+                'forward_us': '10.00', 'backward_us': '20.00'}  # fmt: skip
+
+    monkeypatch.setattr(jobs, 'sweep_row', row)
+    monkeypatch.setattr(jobs, 'sweep_shapes', lambda dry: iter(shapes))
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr(jobs, 'processors', lambda device: 132)
+    assert jobs.main(['sweep', '--device', 'cuda', '--csv', str(path), '--kernels', 'x']) == 0
+    found = judge.read_rows(path, 'x')
+    assert sorted(found) == sorted(shape.name for shape in shapes)
+    assert not judge.read_rows(path)  # of other kernels
+    for rows in found.values():
+        assert judge.over_best(rows) == (1.0, 1.0) and len(rows) > 15
+    path.write_text(path.read_text().replace('H200', 'T4'))
+    with pytest.raises(ValueError, match="device 'NVIDIA T4' is none of NVIDIA H200"):
+        judge.read_rows(path, 'x')
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('bash'), reason='a script for a POSIX shell')
 def test_dry_run(tmp_path):

@@ -10,6 +10,7 @@ later finds the kernels in Triton's cache. sweep times launch plans of the scan 
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import subprocess
@@ -21,6 +22,7 @@ from unittest import mock
 import torch
 from timing import (
     Failures,
+    TimeLimit,
     append_rows,
     as_graph,
     default_clock,
@@ -32,11 +34,25 @@ from timing import (
 
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.selective_scan import plan as plans
+from mmhybrid.ops.selective_scan.passes import processors
 
 COLUMNS = ('device', 'kernels', 'shape', 'B', 'G', 'H', 'L', 'N', 'plan', 'forward_us',
            'backward_us')  # fmt: skip
 BLOCKS, UNROLLS = (32, 64), (4, 8)
 CHUNKS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def kernels_commit() -> str:
+    """The commit that last changed the kernels, with -dirty when they differ from it."""
+    folder = str(Path(plans.__file__).parent / 'kernels')
+
+    def git(*arguments):
+        done = subprocess.run(['git', '-C', folder, *arguments, '--', folder],
+                              capture_output=True, text=True)  # fmt: skip
+        return done.stdout.strip()
+
+    found = git('log', '-1', '--format=%h')
+    return (found or 'unknown') + ('-dirty' if git('status', '--porcelain') else '')
 
 
 def tiny_scan():
@@ -92,6 +108,17 @@ def compile_jobs(device: str, dry: bool) -> list[tuple[str, Callable[[], object]
                 backbone.step(model.train(what != 'forward'), x, what, 'bfloat16')()
 
         jobs.append((f'backbone {name}', whole))
+    for state in () if dry else (1, 8, 16):
+        short = next(s for s in ops.GPU_SHAPES if s.state == state)._replace(length=192)
+        # A sequence that is cut and one that is not are other kernels, whatever the cut.
+        for cut in itertools.product(blocks_for(short), UNROLLS, (48, 192)):
+            def planned(shape=short, cut=cut):
+                leaves, function = scan_call(shape, torch.bfloat16, device)
+                with planned_as(cut):
+                    for backward in (False, True):
+                        ops.run(function, leaves, backward)
+
+            jobs.append((f'plan {cut} N {state}', planned))
     return jobs
 
 
@@ -131,14 +158,35 @@ def sweep_shapes(dry: bool) -> Iterator:
     return iter([*more, *first, *(s for s in ops.GPU_SHAPES if s not in first)])
 
 
-def candidates(shape, dry: bool) -> list[tuple[int, int, int]]:
-    """(block, unroll, chunk) to be timed; chunks that are longer than the sequence are one."""
+def candidates(shape, args) -> list[tuple[int, int, int]]:
+    """(block, unroll, chunk) to be timed, the planner's own first."""
     chunks = sorted({min(chunk, shape.length) for chunk in (*CHUNKS, shape.length)})
     if shape.length > 4096:
         chunks = [chunk for chunk in chunks if chunk < shape.length]  # whole, it takes milliseconds
-    blocks = [block for block in BLOCKS if block == 32 or shape.state <= 8]
-    found = list(itertools.product(blocks, UNROLLS, chunks))
-    return found[:2] if dry else found
+    found = list(itertools.product(blocks_for(shape), UNROLLS, chunks))
+    own = own_cuts(shape, args.device)
+    return own + [cut for cut in found if cut not in own][: 1 if args.dry_run else None]
+
+
+def blocks_for(shape) -> list[int]:
+    """Blocks that the states of a shape leave registers for."""
+    return [block for block in BLOCKS if block == 32 or shape.state <= 8]
+
+
+def own_cuts(shape, device: str) -> list[tuple[int, int, int]]:
+    """(block, unroll, chunk) of both passes as the planner has them, without and with gradients."""
+    found = []
+    for gradients in (False, True):
+        plan = plans.launch_plan(
+            shape.batch, 1, shape.channels, shape.length, shape.state,
+            processors(torch.device(device)),
+            gradients=gradients,
+        )  # fmt: skip
+        for cut in (plan.forward, plan.backward)[: 1 + gradients]:
+            own = cut.block, cut.unroll, min(plan.chunk, shape.length)
+            if own not in found:
+                found.append(own)
+    return found
 
 
 def forced(block: int, unroll: int, chunk: int):
@@ -157,6 +205,17 @@ def forced(block: int, unroll: int, chunk: int):
     return mock.patch.object(plans, 'launch_plan', plan)
 
 
+@contextlib.contextmanager
+def planned_as(cut: tuple[int, int, int]):
+    """A context in which every scan has this plan, also one whose kind is known already."""
+    forget_kinds()
+    try:
+        with forced(*cut):
+            yield
+    finally:
+        forget_kinds()
+
+
 def forget_kinds() -> None:
     """Let the scan work every call out again, under another plan."""
     from mmhybrid.ops.selective_scan import launch  # noqa: F401  (the module of the records)
@@ -171,18 +230,15 @@ def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
     """Time one plan: a forward pass, and what a backward pass adds."""
     import ops
 
-    forget_kinds()
     capture = as_graph if args.device == 'cuda' else in_sequence
-    clock = default_clock(args.device)
     leaves, function = scan_call(shape, args.dtype, args.device)
-    with forced(*cut):
+    calls = 1 if args.dry_run else 4
+    with planned_as(cut):
         works = {
-            what: capture([lambda b=backward: ops.run(function, leaves, b)] * (1 if b_once else 8))
-            for what, backward, b_once in (('forward', False, args.dry_run),
-                                           ('both', True, args.dry_run))
+            what: capture([lambda b=backward: ops.run(function, leaves, b)] * calls)
+            for what, backward in (('forward', False), ('both', True))
         }  # fmt: skip
-        times = take_turns(works, 1 if args.dry_run else 10, clock, seconds=1)
-    forget_kinds()
+        times = take_turns(works, 1 if args.dry_run else 7, default_clock(args.device), seconds=0.5)
     forward, both = (float(percentiles(times[name])['p50_ms']) * 1e3 for name in works)
     return {
         'device': processor(args.device), 'kernels': args.kernels, 'shape': shape.name,
@@ -195,17 +251,19 @@ def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
 def sweep_part(args) -> int:
     """Time all plans of all shapes, each in the file as soon as it is known."""
     append_rows(args.csv, COLUMNS, [])
-    failures = Failures()
+    failures, limit = Failures(), TimeLimit(args.minutes)
     for shape in sweep_shapes(args.dry_run):
+        if limit.passed(shape.name):
+            continue
         best: dict[str, tuple[float, str]] = {}
-        for cut in candidates(shape, args.dry_run):
+        for cut in candidates(shape, args):
             with failures.noted(f'{shape.name}: b{cut[0]} u{cut[1]} c{cut[2]}'):
                 row = sweep_row(shape, cut, args)
                 append_rows(args.csv, COLUMNS, [row])
                 for name in ('forward_us', 'backward_us'):
                     best[name] = min(best.get(name, (float('inf'), '')),
                                      (float(row[name]), row['plan']))
-        said = ', '.join(f'{name} {value:g} ({cut})' for name, (value, cut) in best.items())
+        said = ', '.join(f'best {name} {value:g} ({cut})' for name, (value, cut) in best.items())
         print(f'{shape.name}: {said}', flush=True)
     return int(bool(failures))
 
@@ -256,8 +314,10 @@ def main(arguments=None) -> int:
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda, in a dry run cpu')
     parser.add_argument('--csv', metavar='PATH', help='where sweep appends its rows')
     parser.add_argument('--out', metavar='FOLDER', type=Path, help='where profile writes')
-    parser.add_argument('--kernels', default=plans.KERNELS,
-                        help='name of the kernels in the rows (default: that of plan.py)')
+    parser.add_argument('--kernels', default=kernels_commit(),
+                        help='name of the kernels in the rows (default: their last commit)')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='sweep: begin no further shape after these')
     parser.add_argument('--processes', type=int, help='that compile (default: one per core)')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -75,7 +75,8 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
     jobs = ('--dry-run',) if dry else ()
     commands |= {
         'compile': script('gpu_jobs.py', 'compile', *jobs),
-        'plans': script('gpu_jobs.py', 'sweep', '--csv', str(out / 'scan_plans.csv'), *jobs),
+        'plans': script('gpu_jobs.py', 'sweep', '--csv', str(out / 'scan_plans.csv'),
+                        '--minutes', '{minutes}', *jobs),
         'profile': script('gpu_jobs.py', 'profile', '--out', str(out), *jobs),
     }
     if (FOLDER / 'attention.py').exists():

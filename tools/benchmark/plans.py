@@ -20,7 +20,7 @@ from typing import NamedTuple
 from mmhybrid.ops.selective_scan import plan as plans
 
 SWEEP = Path(__file__).parent / 'results' / 'scan_plans.csv'
-PROCESSORS = {'NVIDIA H200': 132}
+PROCESSORS = {'NVIDIA H200': 132, 'NVIDIA H100 80GB HBM3': 132}
 
 
 class Row(NamedTuple):
@@ -37,12 +37,20 @@ class Row(NamedTuple):
 
 
 def read_rows(path=SWEEP, kernels=plans.KERNELS) -> dict[str, list[Row]]:
-    """The rows of the given kernels by shape."""
+    """The rows of the given kernels by shape.
+
+    Raises:
+        ValueError: a GPU whose number of multiprocessors is not known here.
+    """
     shapes = collections.defaultdict(list)
     with open(path, newline='') as file:
         for line in csv.DictReader(file):
             if line['kernels'] != kernels:
                 continue
+            if line['device'] not in PROCESSORS:
+                raise ValueError(f"{path}: the device '{line['device']}' is none of "
+                                 f'{", ".join(PROCESSORS)}; add it, with its multiprocessors, to '
+                                 'PROCESSORS in tools/benchmark/plans.py.')
             sizes = tuple(int(line[name]) for name in 'BGHLN')
             named = re.fullmatch(r'b(\d+) u(\d+) c(\d+)', line['plan'])
             block, unroll, chunk = map(int, named.groups()) if named else (0, 0, 0)
@@ -162,9 +170,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--csv', type=Path, default=SWEEP, help='measured plans')
+    parser.add_argument('--kernels', default=plans.KERNELS, metavar='NAME',
+                        help='rows of these kernels (default: those that plan.py has figures of)')
     parser.add_argument('--fit', action='store_true', help='fit the figures again')
     args = parser.parse_args()
-    shapes = read_rows(args.csv)
+    shapes = read_rows(args.csv, args.kernels)
     print(f'{"own over best measured":28s} {"forward":>8s} {"training":>9s}')
     for shape, rows in shapes.items():
         print(f'{shape:28s} {over_best(rows)[0]:8.3f} {over_best(rows)[1]:9.3f}')
