@@ -15,6 +15,9 @@ import pytest
 import torch
 from backbone_cases import CASES, build, loss_of
 from fill import make_input
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer
 from mmhybrid.ops.selective_scan import passes
@@ -232,6 +235,42 @@ def test_no_backbone_waits_for_the_device(cls, arguments, monkeypatch):
     assert 'aten::convolution' in names and 'aten::convolution_backward' in names
     assert not names & {'aten::item', 'aten::_local_scalar_dense', 'aten::nonzero',
                         'aten::is_nonzero', 'aten::masked_select', 'aten::_unique2'}
+
+
+class Crossings(TorchDispatchMode):
+    """Operators whose tensors lie on several devices: copies, which a capture cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if len({x.device.type for x in tensors if x.dim()}) > 1:
+            self.found.append(str(function))
+        return out
+
+
+@pytest.mark.parametrize('side', [64, 80])
+@pytest.mark.parametrize(('cls', 'arguments'), CASES)
+def test_no_backbone_copies_from_the_host(cls, arguments, side):
+    """A forward pass on a GPU that is not there, on tensors without values."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device('cuda'):
+            model, x = cls(**arguments).train(), torch.empty(2, 3, side, 64)
+        assert x.is_cuda
+        with Crossings() as probe:
+            x.cpu()
+        assert probe.found == ['aten._to_copy.default']
+        with Crossings() as crossings:
+            try:
+                model(x)
+            except RuntimeError as error:
+                if not str(error).startswith('CUDA error: CUDA driver'):
+                    raise
+                pytest.skip('this PyTorch starts CUDA even for tensors without memory')
+    assert not crossings.found
 
 
 class Refused(Exception):

@@ -159,4 +159,5 @@ def _pick(t: Tensor, ks: list[int]) -> Tensor:
         return t
     step = ks[1] - ks[0] if len(ks) > 1 else 1
     even = step > 0 and ks == list(range(ks[0], ks[-1] + 1, step))
-    return t[ks[0]:ks[-1] + 1:step] if even else t[ks]
+    # t[ks] would copy the list to a GPU, which waits and which no CUDA graph can hold.
+    return t[ks[0]:ks[-1] + 1:step] if even else torch.stack([t[k] for k in ks])
