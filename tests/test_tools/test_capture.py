@@ -252,11 +252,22 @@ class Crossings(TorchDispatchMode):
         return out
 
 
+@contextlib.contextmanager
+def without_a_driver():
+    """Skip where PyTorch starts CUDA even for tensors without memory (2.4 does)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith('CUDA error: CUDA driver'):
+            raise
+        pytest.skip('this PyTorch starts CUDA for tensors without memory')
+
+
 @pytest.mark.parametrize('side', [64, 80])
 @pytest.mark.parametrize(('cls', 'arguments'), CASES)
 def test_no_backbone_copies_from_the_host(cls, arguments, side):
     """A forward pass on a GPU that is not there, on tensors without values."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with without_a_driver(), FakeTensorMode(allow_non_fake_inputs=True):
         with torch.device('cuda'):
             model, x = cls(**arguments).train(), torch.empty(2, 3, side, 64)
         assert x.is_cuda
@@ -264,12 +275,7 @@ def test_no_backbone_copies_from_the_host(cls, arguments, side):
             x.cpu()
         assert probe.found == ['aten._to_copy.default']
         with Crossings() as crossings:
-            try:
-                model(x)
-            except RuntimeError as error:
-                if not str(error).startswith('CUDA error: CUDA driver'):
-                    raise
-                pytest.skip('this PyTorch starts CUDA even for tensors without memory')
+            model(x)
     assert not crossings.found
 
 
