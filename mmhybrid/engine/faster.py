@@ -139,7 +139,7 @@ class CompileHook(_BackboneHook):
 
 def _any_size(compiled):
     def forward(x: Tensor):
-        for axis in (-2, -1):
+        for axis in range(2, x.dim()):  # counted from the front, or it has no effect
             torch._dynamo.maybe_mark_dynamic(x, axis)
         return compiled(x)
 

@@ -12,6 +12,7 @@ from mmhybrid.engine import faster, graphs
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
 from mmhybrid.layers import DropPath
+from mmhybrid.models import MambaVision
 
 MODEL = "\nmodel = dict(type='SmallWithBackbone')\n"
 HALF = "\noptim_wrapper['accumulative_counts'] = 2\n"
@@ -169,3 +170,49 @@ def test_compiled(tmp_path, capfd):
     assert found.keys() == expected.keys()
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], msg=key)
+
+
+def graphs_compiled(backbone, sizes, **settings):
+    """How often the compiler is asked when training meets these sizes."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    expected = [[y.shape for y in backbone(torch.rand(2, 3, *size))] for size in sizes]
+    replaced = faster.CompileHook(backend='eager', **settings)._begin(backbone)
+    try:
+        for size, shapes in zip(sizes, expected, strict=True):
+            maps = backbone(torch.rand(2, 3, *size))
+            assert [y.shape for y in maps] == shapes
+            sum(y.sum() for y in maps).backward()
+    finally:
+        replaced.remove()
+        torch._dynamo.reset()
+    assert 'forward' not in backbone.__dict__
+    return counters['stats']['unique_graphs']
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 8, 2, 2)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return x, self.down(x)
+
+
+SCALES = [(96, 160), (128, 96), (160, 128), (192, 224)]
+
+
+@pytest.mark.parametrize(('dynamic', 'graphs'), [(True, 1), (False, len(SCALES))])
+def test_one_compilation_for_all_sizes(dynamic, graphs):
+    assert graphs_compiled(Pair(), SCALES, dynamic=dynamic) == graphs
+
+
+@pytest.mark.slow
+def test_one_compilation_of_a_backbone_for_all_sizes():
+    """Windows are larger than the maps, as in the recipes with many scales."""
+    backbone = MambaVision(
+        dict(dim=8, stem_width=4, depths=(1, 1, 1, 2), num_heads=(1, 1, 2, 4),
+             window_size=(8, 8, 32, 16)), drop_path_rate=0.2).train()
+    assert graphs_compiled(backbone, SCALES) == 1
