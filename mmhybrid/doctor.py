@@ -269,6 +269,9 @@ def _scan_rows(facts):
     if not scan.get('direct', True):
         found = "left to Triton's ordinary path (MMHYBRID_DIRECT_LAUNCH=0)"
         rows.append(Row('scan launches', found, NOTE, 'unset it for calls with less host time'))
+    elif scan.get('unknown'):
+        remedy = f"{scan['unknown']}; results are the same, and a call costs more host time"
+        rows.append(Row('scan launches', "left to Triton's ordinary path", NOTE, remedy))
     return rows
 
 

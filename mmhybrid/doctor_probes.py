@@ -54,7 +54,7 @@ def scan():
     import torch
 
     from mmhybrid.ops.selective_scan import available_backends, choose_backend, selective_scan
-    from mmhybrid.ops.selective_scan.launch import wanted
+    from mmhybrid.ops.selective_scan.launch import unknown_launchers, wanted
 
     backends = {name: list(status) for name, status in available_backends().items()}
     devices = ['cpu'] + (['cuda'] if torch.cuda.is_available() else [])
@@ -71,7 +71,8 @@ def scan():
         assert torch.isfinite(found[0]).all(), f"the scan's gradient on {device} is not finite"
         same = all(torch.allclose(found[0], other) for other in found)
         assert same, f"the scan's gradient on {device} changes; try MMHYBRID_DIRECT_LAUNCH=0"
-    return {'backends': backends, 'chosen': chosen, 'direct': wanted()}
+    unknown = unknown_launchers() if backends['triton'][0] else None
+    return {'backends': backends, 'chosen': chosen, 'direct': wanted(), 'unknown': unknown}
 
 
 # ---------------------------------------------------------------- mm packages

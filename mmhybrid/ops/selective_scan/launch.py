@@ -30,6 +30,8 @@ DIRECT = {'cuda'}
 #: Environment variable that leaves every launch to Triton when it is 0; read when a kind of call is
 #: first met.
 VARIABLE = 'MMHYBRID_DIRECT_LAUNCH'
+#: The lowest Triton whose launchers are known; before it every launch is Triton's own.
+DIRECT_TRITON = (3, 6)
 
 
 def wanted() -> bool:
@@ -45,6 +47,17 @@ def wanted() -> bool:
             "without it) or 0 (leave every launch to Triton's ordinary path); set one of them."
         )
     return wish == '1'
+
+
+@functools.cache
+def unknown_launchers() -> str | None:
+    """Why the installed Triton's launchers are not called directly; None where they can be."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) >= DIRECT_TRITON:
+        return None
+    known = '.'.join(map(str, DIRECT_TRITON))
+    return f'the installed Triton is {triton.__version__} and launchers are known from {known} on'
 
 
 def eager() -> bool:
@@ -224,7 +237,7 @@ class Program:
         self.hooks: tuple = ()
         self.settings: tuple | None = None
         self.device = 0
-        self.ordinary = not wanted()  # for good
+        self.ordinary = not wanted() or unknown_launchers() is not None  # for good
 
     def run(self, tensors: Sequence[Tensor | None], pointers: Sequence[int | None]) -> None:
         """Launch on tensors, whose addresses are ``pointers``."""
