@@ -19,7 +19,8 @@ from mmhybrid.ops import triton_support
 
 triton = pytest.importorskip('triton', reason='the kernels need Triton')
 if tuple(int(x) for x in triton.__version__.split('.')[:2]) < (3, 6):
-    pytest.skip(f'counts are those of Triton 3.6, not {triton.__version__}', allow_module_level=True)
+    reason = f'the counts are those of Triton 3.6, not {triton.__version__}'
+    pytest.skip(reason, allow_module_level=True)
 if triton_support.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 CUOBJDUMP = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'

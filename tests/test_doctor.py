@@ -175,6 +175,9 @@ def test_kernels_of_mamba_ssm(chosen, usable, state, found):
 def test_launches_that_are_left_to_triton():
     row = row_of(facts(scan=HEALTHY['scan'] | {'direct': False}), 'scan launches')
     assert row.state == doctor.NOTE and 'MMHYBRID_DIRECT_LAUNCH=0' in row.found
+    unknown = {'direct': True, 'unknown': 'the installed Triton is 3.0.0'}
+    row = row_of(facts(scan=HEALTHY['scan'] | unknown), 'scan launches')
+    assert row.state == doctor.NOTE and 'ordinary path' in row.found and '3.0.0' in row.remedy
     rows = doctor.diagnose(facts(scan=HEALTHY['scan'] | {'direct': True}), doctor.TASKS)
     assert 'scan launches' not in [row.what for row in rows]
 

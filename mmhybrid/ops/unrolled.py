@@ -128,7 +128,7 @@ def _is_constant(parameter: ast.arg) -> bool:
     return parameter.annotation is not None and 'constexpr' in ast.unparse(parameter.annotation)
 
 
-# Values: what an expression is while a kernel is evaluated -----------------------------------------
+# Values: what an expression is while a kernel is evaluated ----------------------------------------
 
 
 class _Known(NamedTuple):
@@ -318,7 +318,8 @@ class _Writer:
         if not isinstance(node.target, ast.Name):
             self._refuse(node, f'an assignment to {ast.unparse(node.target)}')
         left = ast.Name(node.target.id, ast.Load(), lineno=node.lineno)
-        self._bind(node.target, self._value(ast.BinOp(left, node.op, node.value, lineno=node.lineno)))
+        whole = ast.BinOp(left, node.op, node.value, lineno=node.lineno)
+        self._bind(node.target, self._value(whole))
 
     def _bind(self, target, value):
         if isinstance(target, (ast.Tuple, ast.List)):
@@ -417,10 +418,13 @@ class _Writer:
         outer, self.body = self.body, body
         pairs = list(self._pairs(names, value, at))
         written = {name.id for name, _ in pairs}
-        moved = [(name, x) for name, x in pairs if not (isinstance(x, ast.Name) and x.id == name.id)]
-        if any(
-            isinstance(y, ast.Name) and y.id in written for _, x in moved for y in ast.walk(x)
-        ):
+        moved = [
+            (name, x)
+            for name, x in pairs
+            if not (isinstance(x, ast.Name) and x.id == name.id)
+        ]
+        read = {y.id for _, x in moved for y in ast.walk(x) if isinstance(y, ast.Name)}
+        if read & written:
             held = []
             for name, x in moved:
                 other = self._fresh(name.id)
@@ -523,7 +527,7 @@ class _Writer:
             found = self._known(value, node)
             if isinstance(found, _Tuple) or isinstance(found.value, (str, *_NUMBERS)):
                 return found
-            return _Known(value, _name(self._global(node.id, value)))
+            return _Known(found.value, _name(self._global(node.id, found.value)))
         if hasattr(builtins, node.id):
             return _Known(getattr(builtins, node.id), _name(node.id))
         self._refuse(node, f'{node.id}, which may have no value here')
@@ -573,7 +577,8 @@ class _Writer:
     def _item(self, value, node):
         part = node.slice
         if isinstance(part, ast.Slice):
-            bounds = [None if x is None else self._value(x) for x in (part.lower, part.upper, part.step)]
+            given = (part.lower, part.upper, part.step)
+            bounds = [None if x is None else self._value(x) for x in given]
             if all(x is None or isinstance(x, _Known) for x in bounds):
                 return _Tuple(value.items[slice(*(x and x.value for x in bounds))])
         else:
@@ -608,9 +613,7 @@ class _Writer:
         values = [self._value(x) for x in (node.left, *node.comparators)]
         if all(isinstance(x, _Known) for x in values):
             pairs = zip(node.ops, values[:-1], values[1:], strict=True)
-            return _Known(
-                all(_compare(op, a.value, b.value) for op, a, b in pairs)
-            )
+            return _Known(all(_compare(op, a.value, b.value) for op, a, b in pairs))
         if len(node.ops) == 1 and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
             # What is None was handed over as a constant.
             return _Known(isinstance(node.ops[0], ast.IsNot))
@@ -713,7 +716,8 @@ class _Writer:
                 self.frame.values[parameter.arg] = value
                 continue
             if _is_constant(parameter) and isinstance(value, _Code):
-                self._refuse(node, f'{parameter.arg}={ast.unparse(value.node)}, which is no constant')
+                what = f'{parameter.arg}={ast.unparse(value.node)}'
+                self._refuse(node, f'{what}, which is no constant')
             self._bind(ast.Name(parameter.arg, ast.Store()), value)
         done = self._block(definition.body)
         result = _Known(None) if done is None else self._kept(done.value, definition.name, node)
@@ -746,7 +750,8 @@ def _has_effects(statements) -> bool:
     """Whether statements write to memory or wait for other threads."""
     nodes = itertools.chain(*map(ast.walk, statements))
     return any(
-        isinstance(x, ast.Attribute) and ('store' in x.attr or x.attr.startswith(('atomic', 'debug')))
+        isinstance(x, ast.Attribute)
+        and ('store' in x.attr or x.attr.startswith(('atomic', 'debug')))
         for x in nodes
     )
 

@@ -15,6 +15,7 @@ from interpreter import run_cases
 triton = pytest.importorskip('triton', reason='the kernels need Triton')
 
 from mmhybrid.ops import unrolled  # noqa: E402
+from mmhybrid.ops.selective_scan import launch  # noqa: E402
 
 CASES = Path(__file__).parent / 'unrolled_cases.py'
 OLD = tuple(int(x) for x in triton.__version__.split('.')[:2]) < unrolled.WITH_TUPLES
@@ -78,7 +79,7 @@ def a_kernel(p, N: tl.constexpr, FLAG: tl.constexpr):
 
 def test_tuples_through_a_loop(written):
     """Values that change places go through names of their own."""
-    source = written('''
+    source = written("""
 @triton.jit
 def a_kernel(p, steps, N: tl.constexpr):
     x = ()
@@ -88,7 +89,7 @@ def a_kernel(p, steps, N: tl.constexpr):
         x = x[1:] + (x[0],)
     for n in tl.static_range(N):
         tl.store(p + n, x[n])
-''', N=2)  # fmt: skip
+""", N=2)  # fmt: skip
     found = {}
     memory = [10, 20]
     language = type('tl', (), {
@@ -102,7 +103,7 @@ def a_kernel(p, steps, N: tl.constexpr):
 
 
 def test_helpers_with_tuples(written):
-    source = written('''
+    source = written("""
 @triton.jit
 def both(x, k, TWICE: tl.constexpr):
     if TWICE:
@@ -116,7 +117,7 @@ def a_kernel(p, TWICE: tl.constexpr):
     x = x + 1
     y, z = both(x, k, TWICE)
     tl.store(p, y[0] + y[1] + z + x)
-''', TWICE=True)  # fmt: skip
+""", TWICE=True)  # fmt: skip
     for x in (3, 7):
         memory = [x]
         found = {}
@@ -131,14 +132,14 @@ def a_kernel(p, TWICE: tl.constexpr):
 
 
 def test_absent_pointers_are_constants(written):
-    source = written('''
+    source = written("""
 @triton.jit
 def a_kernel(p, q):
     if q is not None:
         tl.store(q, 1)
     if p is not None:
         tl.store(p, 2)
-''', q=None)  # fmt: skip
+""", q=None)  # fmt: skip
     assert source.startswith('def a_kernel(p):') and lines(source) == ['tl.store(p, 2)']
 
 
@@ -155,7 +156,7 @@ def a_kernel(p, q):
     ('x = sorted((n, n))', None),
 ], ids=lambda x: str(x).split('\n')[0][:20])  # fmt: skip
 def test_what_is_not_known_is_refused_by_name(written, body, problem):
-    source = f'''
+    source = f"""
 @triton.jit
 def writes(p):
     tl.store(p, 1)
@@ -170,7 +171,7 @@ def leaves(p, n):
 @triton.jit
 def a_kernel(p, n):
     {body}
-'''
+"""
     if problem is None:
         assert 'sorted((n, n))' in written(source)  # Triton's to refuse
         return
@@ -209,3 +210,17 @@ def test_constants_choose_the_kernel():
     assert carry.of(arguments | {'n_chunks': 9, 'p_A': x.clone()})[0] is first
     for other in ({'N': True}, {'N': 2}, {'p_first': x, 'HAS_FIRST': True}, {'BACKWARD': True}):
         assert carry.of(arguments | other)[0] is not first
+
+
+@pytest.mark.parametrize(('version', 'ordinary'), [
+    ('3.0.0', True), ('3.3.1', True), ('3.5.1', True), ('3.6.0', False), ('4.0.0', False),
+])  # fmt: skip
+def test_launchers_of_older_tritons_are_not_called_directly(monkeypatch, version, ordinary):
+    monkeypatch.setattr(triton, '__version__', version)
+    monkeypatch.delenv(launch.VARIABLE, raising=False)
+    launch.unknown_launchers.cache_clear()
+    try:
+        assert launch.Program(None, ()).ordinary is ordinary
+        assert (version in (launch.unknown_launchers() or '')) is ordinary
+    finally:
+        launch.unknown_launchers.cache_clear()

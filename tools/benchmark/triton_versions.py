@@ -54,7 +54,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-# One version ---------------------------------------------------------------------------------------
+# One version --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -63,8 +63,8 @@ def installed(version: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix='triton-') as folder:
         # The interpreter of the first two writes into copies with NumPy 2.
         more = ['numpy<2'] if version.startswith(('3.0.', '3.1.')) else []
-        command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', folder]
-        subprocess.run([*command, f'triton=={version}', *more], check=True)
+        pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', folder]
+        subprocess.run([*pip, f'triton=={version}', *more], check=True)
         yield folder
 
 
@@ -105,11 +105,12 @@ def run_cases(form: str, environment: dict[str, str]) -> dict:
 
 
 def last_line(text: str) -> str:
+    """The last line of some output, cut to fit a table."""
     lines = text.strip().splitlines()
     return lines[-1][:160] if lines else ''
 
 
-# In a process of its own ---------------------------------------------------------------------------
+# In a process of its own --------------------------------------------------------------------------
 
 
 def take_form(form: str) -> None:
@@ -119,6 +120,7 @@ def take_form(form: str) -> None:
 
 
 def cases(file: str, selection: str) -> int:
+    """Run the selected cases of a file; pytest's exit code."""
     import pytest
 
     path = ROOT / 'tests' / 'test_ops' / file
@@ -187,12 +189,15 @@ class Driver:
         self.target = GPUTarget('cuda', capability, 32)
 
     def get_current_target(self):
+        """What Triton compiles for."""
         return self.target
 
     def get_current_device(self):
+        """A number by which Triton keeps kernels apart."""
         return self.target.arch
 
     def get_current_stream(self, device):
+        """A stream that nothing is put into."""
         return 0
 
 
@@ -229,7 +234,7 @@ def compile_all(path: str) -> dict:
     return found
 
 
-# All versions --------------------------------------------------------------------------------------
+# All versions -------------------------------------------------------------------------------------
 
 
 def versions_here(folder: str | None) -> dict:
@@ -247,6 +252,7 @@ def versions_here(folder: str | None) -> dict:
 
 
 def append(path: Path, row: dict) -> None:
+    """Add a row to a results file, with names of columns on top of a new one."""
     new = not path.exists()
     with path.open('a', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator='\n')
@@ -266,7 +272,8 @@ def try_version(version: str | None, records: Path, path: Path) -> bool:
         for form in ('written', 'written out'):
             row = known | attempt(folder, form, records)
             append(path, row)
-            good = not row['failed'] and not any(row.get(f'sm_{x}_refused', 1) for x in CAPABILITIES)
+            refused = [row.get(f'sm_{x}_refused', 1) for x in CAPABILITIES]
+            good = not row['failed'] and not any(refused)
             print(f'Triton {known["triton"]}, {form}: {"passes" if good else "FAILS"}', flush=True)
             if good:
                 return True
@@ -274,6 +281,7 @@ def try_version(version: str | None, records: Path, path: Path) -> bool:
 
 
 def main() -> int:
+    """Try every version that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('versions', nargs='*', default=list(OF_TORCH), metavar='VERSION')
     parser.add_argument('--here', action='store_true', help='the installed Triton only')
