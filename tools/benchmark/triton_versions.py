@@ -47,6 +47,7 @@ CASES = {
     'walk_cases.py': 'test_cross_scan and 1-h-2 or test_walk_conv and size1',
 }
 CAPABILITIES = (80, 90)
+FORMS = ('written', 'written out')
 COLUMNS = (
     'triton', 'of_torch', 'form', 'passed', 'failed', 'first_failure',
     *(f'sm_{x}_{what}' for x in CAPABILITIES for what in ('compiled', 'refused', 'first_refusal')),
@@ -261,7 +262,7 @@ def append(path: Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def try_version(version: str | None, records: Path, path: Path) -> bool:
+def try_version(version: str | None, forms: list[str], records: Path, path: Path) -> bool:
     """Try one Triton, append its rows, and say whether one form of the kernels passed whole."""
     with contextlib.nullcontext() if version is None else installed(version) as folder:
         known = versions_here(folder)
@@ -269,7 +270,7 @@ def try_version(version: str | None, records: Path, path: Path) -> bool:
             'of_torch': OF_TORCH.get(known['triton'], ''), 'commit': commit(),
             'date': datetime.date.today().isoformat(),
         }  # fmt: skip
-        for form in ('written', 'written out'):
+        for form in forms:
             row = known | attempt(folder, form, records)
             append(path, row)
             refused = [row.get(f'sm_{x}_refused', 1) for x in CAPABILITIES]
@@ -285,6 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('versions', nargs='*', default=list(OF_TORCH), metavar='VERSION')
     parser.add_argument('--here', action='store_true', help='the installed Triton only')
+    parser.add_argument('--only', choices=FORMS, help='one form of the kernels')
     parser.add_argument('--csv', type=Path, default=RESULTS, help='rows are appended here')
     for name, count in (('form', None), ('cases', 2), ('record', None), ('compile', None)):
         parser.add_argument(f'--{name}', nargs=count, help=argparse.SUPPRESS)
@@ -307,7 +309,8 @@ def main() -> int:
             env=environment, cwd=ROOT, check=True,
         )  # fmt: skip
         versions = [None] if options.here else options.versions
-        return not all([try_version(x, records, options.csv) for x in versions])
+        forms = [options.only] if options.only else list(FORMS)
+        return not all([try_version(x, forms, records, options.csv) for x in versions])
 
 
 if __name__ == '__main__':
