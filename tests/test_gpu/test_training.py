@@ -27,8 +27,8 @@ from mmhybrid.engine.amp import AmpOptimWrapper
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = DEVICE == 'cuda'
 STEPS = 300 if ON_GPU else 3
-#: A mask AP that the mini detector must pass in its ten epochs: low, for it tells training from none;
-#: what it reaches on a GPU has not been measured.
+#: A mask AP that the mini detector must pass in its ten epochs: low, for it tells training from
+#: none; what it reaches on a GPU has not been measured.
 AP = 0.05
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]

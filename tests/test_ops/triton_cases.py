@@ -241,10 +241,10 @@ def test_the_last_sweep_carries_a_few_chunks_and_a_kernel_more(monkeypatch):
     """What follows from the states at the starts of the chunks is the same."""
     results = []
     for few in (1, 16):
-        fused.forget()
+        triton_backend.forget()
         monkeypatch.setattr(passes, '_FEW_CHUNKS', few)
         results.append(gradients(SMALL, chunk=4))
-    fused.forget()
+    triton_backend.forget()
     for name, x in results[0].items():
         assert_close(name, results[1][name], x, 5e-7)
 
