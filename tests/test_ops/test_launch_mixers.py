@@ -15,14 +15,15 @@ import torch
 from stub_machine import Machine, host
 
 from mmhybrid.layers import MambaVisionMixer
+from mmhybrid.ops import triton_support
 from mmhybrid.ops.mambavision_mixer import fused as mixer
-from mmhybrid.ops.selective_scan import fused, launch
+from mmhybrid.ops.selective_scan import launch
 from mmhybrid.ops.walk_conv import conv, walk_conv
 
 triton = pytest.importorskip('triton', reason='the kernels need Triton')
-if tuple(int(x) for x in triton.__version__.split('.')[:2]) < fused.MINIMUM_TRITON:
+if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_support.MINIMUM_TRITON:
     pytest.skip('this Triton is too old for the scan', allow_module_level=True)
-if fused.interpreting():
+if triton_support.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from mmhybrid.layers import MambaVisionMixer
+from mmhybrid.ops import triton_support
 from mmhybrid.ops.mambavision_mixer import fused as mixer
-from mmhybrid.ops.selective_scan import fused, launch
+from mmhybrid.ops.selective_scan import launch
 from mmhybrid.ops.walk_conv import conv, walk_conv
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
-    pytest.mark.skipif(fused.problem() is not None or fused.interpreting(), reason='needs Triton'),
+    pytest.mark.skipif(triton_support.unavailable_reason() is not None or triton_support.interpreting(), reason='needs Triton'),
 ]
 
 
