@@ -11,7 +11,10 @@ from mmhybrid.ops.walk_conv import conv, walk_conv
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
-    pytest.mark.skipif(triton_support.unavailable_reason() is not None or triton_support.interpreting(), reason='needs Triton'),
+    pytest.mark.skipif(
+        triton_support.unavailable_reason() is not None or triton_support.interpreting(),
+        reason='needs Triton',
+    ),
 ]
 
 
