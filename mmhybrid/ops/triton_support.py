@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 #: The lowest Triton that runs the kernels' cases and compiles them for GPUs; up to 3.2 as
-#: ``unrolled.py`` writes them out (tools/benchmark/results/triton_versions.md).
+#: ``unrolled.py`` writes them out (tools/benchmark/results/triton_versions.csv).
 MINIMUM_TRITON = (3, 0)
 #: The lowest compute capability of an NVIDIA GPU for which all kernels have been compiled.
 MINIMUM_CAPABILITY = (7, 0)

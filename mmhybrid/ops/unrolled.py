@@ -16,6 +16,7 @@ import linecache
 import operator
 import textwrap
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import triton
@@ -77,24 +78,30 @@ class Unrolled:
     def of(self, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The kernel for the constants among some arguments, and the other arguments."""
         known = {k: x for k, x in arguments.items() if k in self.constants or x is None}
+        types = {k: _type_name(x) for k, x in arguments.items() if hasattr(x, 'data_ptr')}
         # True == 1, and they are not the same source.
-        key = tuple((name, type(x), x) for name, x in sorted(known.items()))
+        key = (*((name, type(x), x) for name, x in sorted(known.items())), *sorted(types.items()))
         if key not in self._versions:
-            self._versions[key] = write_out(self.kernel, known)
+            self._versions[key] = write_out(self.kernel, known, types)
         return self._versions[key], {k: x for k, x in arguments.items() if k not in known}
 
 
-def write_out(kernel, constants: Mapping[str, Any]):
+def _type_name(tensor) -> str:
+    return str(tensor.dtype).rpartition('.')[2]
+
+
+def write_out(kernel, constants: Mapping[str, Any], types: Mapping[str, str] | None = None):
     """A kernel of the parameters that are left when some are constant.
 
     Args:
         kernel: what ``triton.jit`` made.
         constants: values by name of all ``tl.constexpr`` parameters, and None for absent pointers.
+        types: what pointers point to, by name, as Triton calls it; for conditions on that.
 
     Raises:
         NotImplementedError: the source holds something that is not known here.
     """
-    writer = _Writer(kernel, constants)
+    writer = _Writer(kernel, constants, types or {})
     lines = writer.source.splitlines(keepends=True)
     name = kernel.fn.__name__
     given = ' '.join(f'{k}={x}' for k, x in constants.items())
@@ -163,7 +170,9 @@ class _Frame(NamedTuple):
 class _Writer:
     """Evaluates the body of a kernel and writes what is left of it."""
 
-    def __init__(self, kernel, constants: Mapping[str, Any]):
+    def __init__(
+        self, kernel, constants: Mapping[str, Any], types: Mapping[str, str] = MappingProxyType({})
+    ):
         self.globals: dict[str, Any] = {}
         self.taken: set[str] = set(dir(builtins)) | {'tl', 'triton'}
         self.body: list[ast.stmt] = []
@@ -171,6 +180,9 @@ class _Writer:
         self.dynamic = 0  # loops and conditions around what is evaluated
         definition = _definition(kernel)
         parameters = definition.args.args
+        # A pointer that only moves points to what it pointed to.
+        others = _reassigned(definition.body)
+        self.types = {k: x for k, x in types.items() if k not in others and hasattr(tl, x)}
         self.frame = _Frame(kernel.fn, {}, {})
         self.depth = 0
         self.parameters = [x for x in parameters if x.arg not in constants]
@@ -557,6 +569,10 @@ class _Writer:
         if isinstance(value, _Tuple):
             self._refuse(node, f'an attribute of a tuple ({ast.unparse(node)})')
         inner = self._node(value, node)
+        if node.attr == 'element_ty' and isinstance(inner, ast.Attribute):
+            name = getattr(inner.value, 'id', None)
+            if inner.attr == 'dtype' and name in self.types:
+                return self._type(self.types[name])
         code = ast.Attribute(inner, node.attr, ast.Load())
         if isinstance(value, _Code):
             return _Code(code)
@@ -566,6 +582,10 @@ class _Writer:
         if isinstance(found, tl.constexpr):
             found = found.value
         return _Known(found, None if isinstance(found, _NUMBERS) else code)
+
+    def _type(self, name: str) -> _Known:
+        language = _name(self._global('tl', tl))
+        return _Known(getattr(tl, name), ast.Attribute(language, name, ast.Load()))
 
     def _of_Subscript(self, node):
         value = self._value(node.value)
@@ -777,6 +797,17 @@ def _same(a, b) -> bool:
     if isinstance(a, _Known):
         return type(a.value) is type(b.value) and (a.value is b.value or a.value == b.value)
     return ast.dump(a.node) == ast.dump(b.node)
+
+
+def _reassigned(statements) -> set[str]:
+    """Names that get another value than a moved one (p += n)."""
+    nodes = list(itertools.chain(*map(ast.walk, statements)))
+    moved = {id(x.target) for x in nodes if isinstance(x, ast.AugAssign)}
+    return {
+        x.id
+        for x in nodes
+        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store) and id(x) not in moved
+    }
 
 
 def _counters(statements) -> list[str]:

@@ -43,13 +43,13 @@ HEADER = 'import triton\nimport triton.language as tl\nSIX = tl.constexpr(6)\n\n
 def written(tmp_path):
     """The source that is left of `a_kernel` of some source."""
 
-    def write(source, **constants):
+    def write(source, types=None, **constants):
         path = tmp_path / f'kernels_{next(names)}.py'
         path.write_text(HEADER + source)
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return unrolled._Writer(module.a_kernel, constants).source
+        return unrolled._Writer(module.a_kernel, constants, types or {}).source
 
     return write
 
@@ -141,6 +141,27 @@ def a_kernel(p, q):
         tl.store(p, 2)
 """, q=None)  # fmt: skip
     assert source.startswith('def a_kernel(p):') and lines(source) == ['tl.store(p, 2)']
+
+
+def test_conditions_on_types(written):
+    source = """
+@triton.jit
+def twice(x, TYPE: tl.constexpr):
+    if TYPE == tl.bfloat16:
+        return x + x
+    else:
+        return x * 2
+
+@triton.jit
+def a_kernel(p, q):
+    p += 1
+    tl.store(q, twice(tl.load(p), p.dtype.element_ty))
+"""
+    assert 'x + x' in written(source, {'p': 'bfloat16'}).replace('_1', '')
+    assert 'x * 2' in written(source, {'p': 'float32', 'q': 'bfloat16'}).replace('_1', '')
+    moved = source.replace('p += 1', 'p = q')
+    with pytest.raises(NotImplementedError):
+        written(moved, {'p': 'bfloat16'})
 
 
 @pytest.mark.parametrize(('body', 'problem'), [

@@ -170,7 +170,7 @@ def record(path: str) -> None:
     run(MambaVisionMixer(64, fused=True), tokens)
     run(SS2D(64, backend='triton'), tokens.unflatten(1, (32, 32)))
     walks = ('h', 'v_flip')
-    run(LocalVimMixer(64, walks, state_dim=2, backend='triton', fused=True), tokens, (32, 32))
+    run(LocalVimMixer(64, walks, state_dim=2, backend='triton'), tokens, (32, 32))
     u = torch.randn(2, 49, 64).mT.requires_grad_()
     B = torch.randn(2, 49, 8).mT
     y, last = selective_scan(
