@@ -166,8 +166,8 @@ def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str
     """Most registers of a thread of the forward kernel, an option of its launch.
 
     Left alone the compiler aims at 64, which one-warp programs cannot turn into more warps, and
-    puts the loads off. ``more`` is for a gate, or the chunks before. AMD's compiler has no such
-    option.
+    puts the loads off. ``more`` is for a gate, the chunks before, or steps without softplus, which
+    the compiler computes further ahead. AMD's compiler has no such option.
     """
     if torch.version.hip:
         return {}
@@ -236,7 +236,7 @@ class Forward(_Pass):
 
         def sweep(mode):
             grid = (shape.programs(cut),)
-            more = z is not None or mode is kernels.FEW
+            more = z is not None or not softplus or mode is kernels.FEW
             registers = most_registers(cut.block, shape.state, packed, more)
             return Launch(
                 'scan_forward_kernel', grid, places,
