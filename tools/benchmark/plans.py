@@ -2,12 +2,14 @@
 
     python tools/benchmark/plans.py
     python tools/benchmark/plans.py --fit --csv results/scan_plans.csv
+    python tools/benchmark/plans.py --expect
 
-Per shape: the time of the plan that `launch_plan` chooses over that of the best measured one, for a
-forward pass without gradients and for a training step (forward and backward pass share the chunks;
-the best may take its programs from two rows). --fit prints the figures of
+Per shape: the time of the plan that the measured figures choose over that of the best measured one,
+for a forward pass without gradients and for a training step (forward and backward pass share the
+chunks; the best may take its programs from two rows). --fit prints the figures of
 `mmhybrid/ops/selective_scan/plan.py` as the rows give them, and what each shape would get if it had
-not been measured; it needs SciPy. Only rows of the present kernels count. Needs no GPU.
+not been measured; it needs SciPy. --expect prints the plans of the present kernels, with the times
+that their derived figures give: expectations for a GPU to refute. Needs no GPU.
 """
 
 import argparse
@@ -61,7 +63,21 @@ def read_rows(path=SWEEP, kernels=plans.KERNELS) -> dict[str, list[Row]]:
     return dict(shapes)
 
 
-def over_best(rows: list[Row], choose=plans.launch_plan) -> tuple[float, float]:
+def chooser(passes: tuple[plans.Pass, plans.Pass]):
+    """`launch_plan` with other figures."""
+
+    def choose(batch, groups, group_dim, length, state, processors, *, gradients):
+        return plans.choose(
+            passes, batch * groups, group_dim, length, state, processors, 0, gradients
+        )
+
+    return choose
+
+
+MEASURED = chooser((plans.FORWARD, plans.BACKWARD))
+
+
+def over_best(rows: list[Row], choose=MEASURED) -> tuple[float, float]:
     """Own plan over the best measured: a forward pass alone, and a training step."""
     length, processors = rows[0].sizes[3], rows[0].processors
     forward = {(row.block, row.unroll, row.chunk): row.forward for row in rows}
@@ -153,15 +169,29 @@ def fit_both(shapes: dict[str, list[Row]]) -> tuple[tuple[plans.Pass, plans.Pass
     return passes, list(errors)
 
 
-def chooser(passes: tuple[plans.Pass, plans.Pass]):
-    """`launch_plan` with other figures."""
-
-    def choose(batch, groups, group_dim, length, state, processors, *, gradients):
-        return plans.choose(
-            passes, batch * groups, group_dim, length, state, processors, 0, gradients
-        )
-
-    return choose
+def expectations(shapes: dict[str, list[Row]]) -> list[str]:
+    """Markdown rows: best measured microseconds, and plan and microseconds expected now."""
+    lines = [
+        '| shape | best measured f / f+b us | expected plan f / f+b | expected f / f+b us |',
+        '|---|---|---|---|',
+    ]
+    for shape, rows in shapes.items():
+        batch, groups, group_dim, length, state = rows[0].sizes
+        best = min(row.forward for row in rows), min(row.forward + row.backward for row in rows)
+        named, times = [], []
+        for gradients in (False, True):
+            plan = plans.launch_plan(*rows[0].sizes, rows[0].processors, gradients=gradients)
+            cuts = (plan.forward, plan.backward)[: 1 + gradients]
+            times.append(sum(
+                plans.pass_time(which, cut.block, plan.chunk, batch * groups, group_dim, length,
+                                state, rows[0].processors)
+                for which, cut in zip(plans.EXPECTED, cuts, strict=False)
+            ))  # fmt: skip
+            blocks = '/'.join(f'b{cut.block}' for cut in cuts)
+            named.append(f'{blocks} c{plan.chunk}' if plan.n_chunks > 1 else f'{blocks} whole')
+        lines.append(f'| {shape} | {best[0]:.0f} / {best[1]:.0f} | {" / ".join(named)} | '
+                     f'{times[0]:.0f} / {times[1]:.0f} |')
+    return lines
 
 
 def main() -> None:
@@ -173,8 +203,12 @@ def main() -> None:
     parser.add_argument('--kernels', default=plans.KERNELS, metavar='NAME',
                         help='rows of these kernels (default: those that plan.py has figures of)')
     parser.add_argument('--fit', action='store_true', help='fit the figures again')
+    parser.add_argument('--expect', action='store_true', help='what the present kernels should do')
     args = parser.parse_args()
     shapes = read_rows(args.csv, args.kernels)
+    if args.expect:
+        print(*expectations(shapes), sep='\n')
+        return
     print(f'{"own over best measured":28s} {"forward":>8s} {"training":>9s}')
     for shape, rows in shapes.items():
         print(f'{shape:28s} {over_best(rows)[0]:8.3f} {over_best(rows)[1]:9.3f}')

@@ -293,8 +293,6 @@ class Backward(_Pass):
         self.sizes = [0, 0]  # bytes of the buffer over tokens with the scratch, and of parameters
         where = self._gradients(inputs, given)
         plan, cut = shape.plan, shape.plan.backward
-        if shape.state > 2:  # the states of 64 channels and their gradients would not fit registers
-            cut = cut._replace(block=32)
         n_blocks = -(-shape.group_dim // cut.block)
         runs = -(-shape.length // plans.RUN)
         rows = shape.batch * plan.n_chunks

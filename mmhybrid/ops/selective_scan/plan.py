@@ -1,8 +1,10 @@
 """How a scan is cut into programs of the Triton kernels: a pure function of its shape.
 
-B batch, G groups, H channels per group, L tokens, N state. The times are those of a model fitted to
-plans that a GPU measured (`tools/benchmark/results/scan_plans.csv`); `tools/benchmark/plans.py`
-fits it again and says how far off it is.
+B batch, G groups, H channels per group, L tokens, N state. The times are those of a model. Its
+figures for the kernels of one commit are fitted to plans that a GPU measured
+(`tools/benchmark/results/scan_plans.csv`); `tools/benchmark/plans.py` fits them again and says how
+far off they are. Those for the present kernels are derived from them by what has changed, and wait
+for a measurement.
 """
 
 import functools
@@ -10,7 +12,7 @@ from typing import NamedTuple
 
 __all__ = ['Cut', 'LaunchPlan', 'launch_plan']
 
-#: Commit of the kernels that the figures below belong to, as the rows of the sweep name it.
+#: Commit of the kernels whose figures are measured, as the rows of the sweep name it.
 KERNELS = '03c1dbf'
 #: Tokens between two checkpoints of the state in the backward pass.
 RUN = 4
@@ -39,7 +41,7 @@ class LaunchPlan(NamedTuple):
 
     Attributes:
         chunk: tokens of one program, a multiple of both unrolls and of the backward pass's run.
-        n_chunks: chunks of the sequence; 1 needs one launch, more need three.
+        n_chunks: chunks of the sequence; 1 needs one launch, up to 16 need two, more need three.
         forward: programs of the forward pass.
         backward: programs of the backward pass.
     """
@@ -72,6 +74,7 @@ class Pass(NamedTuple):
         whole: costs by block where one program takes all of it.
         resident: by block, warps that a multiprocessor holds for N = 1, 2, up to 8, and more: what
             the registers of the compiled kernels allow.
+        widest: the largest N for which a program may have 64 channels.
     """
 
     launches: tuple[float, float]
@@ -79,8 +82,10 @@ class Pass(NamedTuple):
     cut: dict[int, Cost]
     whole: dict[int, Cost]
     resident: dict[int, tuple[int, int, int, int]]
+    widest: int = 8
 
 
+# Measured, of the kernels of that commit.
 FORWARD = Pass(
     launches=(2.0, 1.0),
     carry=0.0365,
@@ -95,6 +100,42 @@ BACKWARD = Pass(
     whole={32: Cost((0.496, 1.915), (0.0, 0.0702)), 64: Cost((0.561, 1.246), (0.0493, 0.1462))},
     resident={32: (16, 12, 12, 12), 64: (14, 10, 8, 8)},
 )
+
+
+def _changed(
+    measured: Pass, *, wait: tuple[float, float], work: tuple[float, float], **figures
+) -> Pass:
+    """A pass whose waits and works are so many times those measured, for N = 1 and for N = 8."""
+
+    def scaled(part: dict[int, Cost]) -> dict[int, Cost]:
+        return {
+            block: Cost(
+                *(tuple(x * factor for x, factor in zip(values, factors, strict=True))
+                  for values, factors in ((cost.wait, wait), (cost.work, work)))
+            )
+            for block, cost in part.items()
+        }  # fmt: skip
+
+    return measured._replace(cut=scaled(measured.cut), whole=scaled(measured.whole), **figures)
+
+
+# Expected of the present kernels; no GPU has run them. They load a group of tokens ahead, so that
+# where a group paid four or five trips to memory it should pay a part of one: some 75 cycles a
+# token and sweep beside its instructions. Works follow the instructions of the loops, counted for
+# sm_90: forward 926 to 852 for four tokens of N = 8 and 754 to 764 of N = 1, the main backward
+# sweep 552 to 335 a token of N = 8, all backward sweeps 1028 to 1023 for four of N = 1. A carry of
+# rows of chunks should take about 5 us for 784 of them. Resident warps follow the registers; beyond
+# two states the backward sweeps have blocks of 32 channels only.
+EXPECTED = (
+    _changed(
+        FORWARD, wait=(0.65, 0.4), work=(1.0, 0.92), carry=0.007,
+        resident={32: (25, 25, 25, 16), 64: (25, 25, 12, 12)},
+    ),
+    _changed(
+        BACKWARD, wait=(0.65, 0.4), work=(1.0, 0.65), carry=0.007,
+        resident={32: (14, 14, 13, 8), 64: (14, 14, 8, 8)}, widest=2,
+    ),
+)  # fmt: skip
 
 
 def waves(
@@ -130,7 +171,7 @@ def _block(which: Pass, whole: bool, group_dim: int, state: int) -> int:
 
     Weighed is a token on a full machine, and on one that holds a few warps each.
     """
-    if state > 8:  # the states of 64 channels would not fit the registers
+    if state > which.widest:  # the states of 64 channels would not fit the registers
         return 32
 
     def time(block):
@@ -142,10 +183,11 @@ def _block(which: Pass, whole: bool, group_dim: int, state: int) -> int:
     return min((32, 64), key=time)
 
 
-def _time(
+def pass_time(
     which: Pass, block: int, chunk: int, rows: int, group_dim: int, length: int, state: int,
     processors: int,
 ) -> float:  # fmt: skip
+    """Microseconds of a pass over B x G rows in programs of ``block`` channels."""
     n_chunks = -(-length // chunk)
     cost = (which.cut if n_chunks > 1 else which.whole)[block]
     resident = resident_warps(which, block, state)
@@ -180,7 +222,7 @@ def launch_plan(
 
 @functools.lru_cache(maxsize=4096)
 def _own_choice(*arguments) -> LaunchPlan:
-    return choose((FORWARD, BACKWARD), *arguments)
+    return choose(EXPECTED, *arguments)
 
 
 def choose(
@@ -197,7 +239,7 @@ def choose(
 
     def time(chunk):
         return sum(
-            _time(which, block(which, chunk), chunk, rows, group_dim, length, state, processors)
+            pass_time(which, block(which, chunk), chunk, rows, group_dim, length, state, processors)
             for which in passes[: 1 + gradients]
         )
 
