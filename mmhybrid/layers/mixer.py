@@ -108,10 +108,10 @@ class MambaVisionMixer(nn.Module):
             return 'plain'
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        refusal = mambavision_mixer.refusal(x.device, dtype, state)
-        if refusal and self.fused is True:
-            raise RuntimeError(f'MambaVisionMixer was asked for fused=True, but {refusal}')
-        return 'plain' if refusal else 'fused'
+        reason = mambavision_mixer.unsupported_reason(x.device, dtype, state)
+        if reason and self.fused is True:
+            raise RuntimeError(f'MambaVisionMixer was asked for fused=True, but {reason}')
+        return 'plain' if reason else 'fused'
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""

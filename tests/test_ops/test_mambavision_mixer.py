@@ -40,7 +40,7 @@ def test_arguments_that_contradict():
 def test_auto_follows_the_scan(monkeypatch):
     """With kernels that can run, 'auto' takes them unless another scan was asked for."""
     x = torch.randn(1, 4, 8)
-    monkeypatch.setattr(mambavision_mixer, 'refusal', lambda *_: None)
+    monkeypatch.setattr(mambavision_mixer, 'unsupported_reason', lambda *_: None)
     chosen = {'auto': 'triton', 'torch': 'torch', 'triton': 'triton'}
     monkeypatch.setattr('mmhybrid.layers.mixer.choose_backend', lambda name, *_: chosen[name])
     for backend, path in (('auto', 'fused'), ('torch', 'plain'), ('triton', 'fused')):

@@ -69,7 +69,7 @@ def gpu(monkeypatch):
 
 def test_auto_takes_a_gpu(gpu):
     assert choose_backend('auto', 'cuda') == choose_backend('triton', 'cuda:1') == 'triton'
-    assert mambavision_mixer.refusal(torch.device('cuda', 0), torch.float16, 8) is None
+    assert mambavision_mixer.unsupported_reason(torch.device('cuda', 0), torch.float16, 8) is None
 
 
 def test_an_override_goes_around_every_kernel(gpu):
@@ -116,7 +116,7 @@ def test_old_and_foreign_gpus(gpu):
     assert choose_backend('auto', 'cuda:1') == 'torch'
     with pytest.raises(RuntimeError, match=r'a GPU has compute capability 6\.1'):
         choose_backend('triton', 'cuda:1')
-    assert '6.1' in mambavision_mixer.refusal(torch.device('cuda', 1), torch.float32, 8)
+    assert '6.1' in mambavision_mixer.unsupported_reason(torch.device('cuda', 1), torch.float32, 8)
     gpu.setattr(torch.version, 'hip', '6.4')
     assert triton_support.not_default_reason() and 'AMD' in triton_support.not_default_reason()
     assert choose_backend('auto', 'cuda:0') == 'torch'

@@ -44,7 +44,7 @@ from mmhybrid.ops import (
     selective_scan_ordered,
     triton_support,
 )
-from mmhybrid.ops.selective_scan import launch, triton_backend
+from mmhybrid.ops.selective_scan import launch
 from mmhybrid.ops.walk_conv import walk_conv
 
 
@@ -63,9 +63,9 @@ TARGETS = {
     'walk convolution': Target(45, 150, 5),
     'MambaVisionMixer': Target(130, 335, 36),
     'MambaVisionMixer lean': Target(130, 340, 41),
-    'SS2D': Target(215, 365, 50),
-    'VimMixer': Target(240, 450, 44),
-    'LocalVimMixer': Target(340, 595, 66),
+    'SS2D': Target(165, 315, 50),
+    'VimMixer': Target(215, 425, 44),
+    'LocalVimMixer': Target(290, 545, 66),
 }
 
 
@@ -136,7 +136,9 @@ class Stub:
         with (
             mock.patch.object(triton_support, '_unavailable_reason', lambda: None),
             mock.patch.object(triton_support, 'unsupported_reason', lambda *_: None),
-            mock.patch.object(mambavision_mixer, 'refusal', lambda device, dtype, state: None),
+            mock.patch.object(
+                mambavision_mixer, 'unsupported_reason', lambda device, dtype, state: None
+            ),
             mock.patch.object(launch, 'DIRECT', {'cpu'}),
             mock.patch.object(torch._C, '_cuda_getDevice', self.get_device, create=True),
             mock.patch.object(torch._C, '_cuda_getCurrentRawStream', self.get_stream, create=True),
@@ -310,7 +312,8 @@ def count_calls(run: Callable[[], None]) -> collections.Counter:
 # By the name of a function of Python's, or by its file; what is in neither belongs to its caller.
 _BY_NAME = dict.fromkeys(
     ('describe', 'eager', 'intercepted', 'prepared', '_may_be_nowhere', 'is_compiling', '_check',
-     'takes', 'choose_backend', 'path', 'refusal', 'problem', 'reads_tables', 'doubt',
+     'takes', 'choose_backend', 'path', 'reason', 'unsupported_reason', 'unavailable_reason',
+     'not_default_reason', 'reads_tables',
      '_wish_of_environment', 'is_scripting', 'is_tracing'), 'checks',
 ) | dict.fromkeys(('launch_plan', '_own_choice', 'find', 'remember'), 'planning') | dict.fromkeys(
     ('_direct', '_bind', 'launch', 'get_stream', 'get_device', 'device_of'), 'binding'
@@ -406,12 +409,11 @@ def as_operator(run: Callable[[], None]) -> Callable[[], None]:
     eager, direct = launch.eager, launch.Program._direct
 
     def through():
-        triton_backend.eager = launch.eager = launch.Program._direct = never
+        launch.eager = launch.Program._direct = never
         try:
             run()
         finally:
-            triton_backend.eager = launch.eager = eager
-            launch.Program._direct = direct
+            launch.eager, launch.Program._direct = eager, direct
 
     return through
 

@@ -1,5 +1,5 @@
 """The MambaVision mixer as one differentiable operator: see README.md beside this file."""
 
-from .fused import fused_mixer, mix, prepared, refusal
+from .fused import fused_mixer, mix, prepared, unsupported_reason
 
-__all__ = ['fused_mixer', 'mix', 'prepared', 'refusal']
+__all__ = ['fused_mixer', 'mix', 'prepared', 'unsupported_reason']

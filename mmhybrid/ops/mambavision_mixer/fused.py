@@ -10,17 +10,17 @@ import os
 import torch
 from torch import Tensor
 
-from .. import triton_support
+from .. import library, triton_support
 from ..selective_scan import BACKEND_VARIABLE, launch
 from ..selective_scan import triton_backend as scan
 from ..selective_scan.launch import Prepared
 from ..selective_scan.passes import find, remember
 from .passes import Backward, Forward, Weights, shape_of
 
-__all__ = ['fused_mixer', 'mix', 'prepared', 'refusal']
+__all__ = ['fused_mixer', 'mix', 'prepared', 'unsupported_reason']
 
 
-def refusal(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, state: int) -> str | None:
     """Why the kernels do not take a mixer on this device, in this dtype, with N states.
 
     Args:
@@ -247,22 +247,6 @@ def _backward_operator(dout, x, yz, xz, x_dbl, states, weights, lean: bool) -> l
     return [dx, dw_in, *(dw.view(filters) for dw in dw_conv.chunk(2)), *rest]
 
 
-_WEIGHTS = ', '.join(f'Tensor {name}' for name in Weights._fields)
-_library = torch.library.Library('mmhybrid', 'FRAGMENT')
-_library.define(
-    f'mambavision_mixer(Tensor x, {_WEIGHTS}, bool lean) -> '
-    '(Tensor out, Tensor yz, Tensor xz, Tensor x_dbl, Tensor states)'
-)
-_library.define(
-    'mambavision_mixer_backward(Tensor dout, Tensor x, Tensor yz, Tensor xz, Tensor x_dbl, '
-    f'Tensor states, {_WEIGHTS}, bool lean) -> ({", ".join(["Tensor"] * 9)})'
-)
-for _device in ('CPU', 'CUDA', 'XPU'):
-    _library.impl('mambavision_mixer', _forward, _device)
-    _library.impl('mambavision_mixer_backward', _backward, _device)
-
-
-@torch.library.register_fake('mmhybrid::mambavision_mixer', lib=_library)
 def _forward_fake(x, *arguments):
     *weights, lean = arguments
     weights = Weights(*weights)
@@ -281,7 +265,6 @@ def _forward_fake(x, *arguments):
     )
 
 
-@torch.library.register_fake('mmhybrid::mambavision_mixer_backward', lib=_library)
 def _backward_fake(dout, x, yz, xz, x_dbl, states, *arguments):
     weights = Weights(*arguments[:-1])
 
@@ -308,7 +291,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dout, *_):
+def _differentiate(ctx, dout, *_):
     if dout is None:
         return (None,) * 11
     saved = ctx.saved_tensors
@@ -322,18 +305,27 @@ def _autograd(ctx, dout, *_):
     return dx, *grads, None
 
 
-def _no_second_derivative(*_):
-    raise RuntimeError(
+_WEIGHTS = ', '.join(f'Tensor {name}' for name in Weights._fields)
+library.register(
+    'mambavision_mixer',
+    schema=(
+        f'(Tensor x, {_WEIGHTS}, bool lean) -> '
+        '(Tensor out, Tensor yz, Tensor xz, Tensor x_dbl, Tensor states)'
+    ),
+    forward=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+    backward_schema=(
+        '(Tensor dout, Tensor x, Tensor yz, Tensor xz, Tensor x_dbl, Tensor states, '
+        f'{_WEIGHTS}, bool lean) -> ({", ".join(["Tensor"] * 9)})'
+    ),
+    backward=_backward,
+    backward_fake=_backward_fake,
+    refusal=(
         'the fused MambaVision mixer has a first derivative only, and a second one was asked for '
         "(create_graph=True); use MambaVisionMixer(..., fused=False, backend='reference')."
-    )
-
-
-torch.library.register_autograd(
-    'mmhybrid::mambavision_mixer', _autograd, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    'mmhybrid::mambavision_mixer_backward', _no_second_derivative, lib=_library
+    ),
 )
 
 
@@ -355,7 +347,7 @@ def fused_mixer(
     The mathematics is that of :class:`mmhybrid.layers.MambaVisionMixer`; convolutions, softplus and
     scan compute in float32, every tensor over tokens is stored in x's dtype. Under autocast, x and
     the projections are cast as ``F.linear`` would cast them. Differentiable once, in every tensor.
-    Nothing is checked but what :func:`refusal` says.
+    Nothing is checked but what :func:`unsupported_reason` says.
 
     Args:
         x: tokens, (B, L, C), float32, bfloat16 or float16.

@@ -4,60 +4,27 @@ B batch, G groups, H channels per group, D = G H, L tokens, N state, NC chunks. 
 file needs no Triton; the kernels are imported when they are first used.
 """
 
+import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import library
-from . import passes
-from .launch import describe, eager, intercepted
+from . import launch, passes
+from .launch import Prepared, describe, intercepted
 from .passes import state_major, token_major
 
-__all__ = ['Prepared', 'prepared', 'scan', 'scan_grouped', 'selective_scan_triton']
+__all__ = ['prepared', 'scan', 'scan_grouped', 'selective_scan_triton']
 
 #: States that one kernel keeps in registers; a larger N is computed in parts of this size.
 MAX_STATE = 16
 
 
-class Prepared(NamedTuple):
-    """A call from eager code, described.
-
-    Attributes:
-        tensors: the inputs.
-        key: all that a call depends on but the values.
-        pointers: addresses of the inputs.
-        call: what has been worked out for this key, None at first.
-    """
-
-    tensors: tuple[Tensor | None, ...]
-    key: tuple
-    pointers: list[int | None]
-    call: '_Call | None'
-
-
 _CALLS: dict[tuple, '_Call'] = {}
 
-
-def prepared(tensors: tuple[Tensor | None, ...], *flags) -> Prepared | None:
-    """Describe a call; None where the registered operator must take it.
-
-    That is where something compiles, exports, transforms or intercepts operations, and for tensors
-    that are not plain memory.
-
-    Args:
-        tensors: u, delta, A, B, C, D, z, delta_bias and the order, as the caller got them.
-        flags: everything else that decides what is computed and who computes it.
-    """
-    if not eager():
-        return None
-    found = describe(tensors)
-    if found is None:
-        return None
-    pointers, description = found
-    key = (flags, torch.is_grad_enabled(), *description)
-    return Prepared(tensors, key, pointers, _CALLS.get(key))
+#: See :func:`.launch.prepared`; of u, delta, A, B, C, D, z, delta_bias and the order.
+prepared = functools.partial(launch.prepared, _CALLS)
 
 
 class _Call:
@@ -115,10 +82,7 @@ class _Scan(torch.autograd.Function):
         return None, None, *one.run(tensors, pointers), None
 
 
-try:  # past the part of `apply` that looks for transforms, which `eager` has done
-    _apply = super(torch.autograd.Function, _Scan).apply
-except AttributeError:
-    _apply = _Scan.apply
+_apply = launch.fast_apply(_Scan)
 
 
 def _backward_operator(call: _Call, *tensors):

@@ -6,7 +6,7 @@ B batch, K walks, E channels, L tokens, S steps of a walk (S >= L), T taps.
 import torch
 from torch import Tensor
 
-from .. import triton_support
+from .. import library, triton_support
 from ..selective_scan import launch
 from ..selective_scan.launch import Launch, Place, Program
 from ..selective_scan.passes import find, remember
@@ -261,21 +261,10 @@ def _backward(*tensors):
     return du, dweight, dbias.to(tensors[3].dtype, copy=True)
 
 
-_library = torch.library.Library('mmhybrid', 'FRAGMENT')
-_inputs = 'Tensor u, Tensor weight, Tensor bias, Tensor slots, Tensor steps'
-_library.define(f'walk_conv({_inputs}) -> Tensor')
-_library.define(f'walk_conv_backward(Tensor dout, {_inputs}) -> (Tensor, Tensor, Tensor)')
-for _device in ('CPU', 'CUDA', 'XPU'):
-    _library.impl('walk_conv', _forward, _device)
-    _library.impl('walk_conv_backward', _backward, _device)
-
-
-@torch.library.register_fake('mmhybrid::walk_conv', lib=_library)
 def _forward_fake(u, weight, bias, slots, steps):
     return _Stack(u, *slots.shape).empty(u)
 
 
-@torch.library.register_fake('mmhybrid::walk_conv_backward', lib=_library)
 def _backward_fake(dout, u, weight, bias, slots, steps):
     batch, channels, tokens = u.shape
     return (u.new_empty(batch, tokens, channels).mT, weight.new_empty(weight.shape),
@@ -286,21 +275,24 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _autograd(ctx, dout):
+def _differentiate(ctx, dout):
     grads = torch.ops.mmhybrid.walk_conv_backward(dout, *ctx.saved_tensors)
     return (*grads, None, None)
 
 
-def _no_second_derivative(*_):
-    raise RuntimeError(
+_INPUTS = 'Tensor u, Tensor weight, Tensor bias, Tensor slots, Tensor steps'
+library.register(
+    'walk_conv',
+    schema=f'({_INPUTS}) -> Tensor',
+    forward=_forward,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+    backward_schema=f'(Tensor dout, {_INPUTS}) -> (Tensor, Tensor, Tensor)',
+    backward=_backward,
+    backward_fake=_backward_fake,
+    refusal=(
         'walk_conv has a first derivative only, and a second one was asked for '
         "(create_graph=True); build the model with scan_backend='reference'."
-    )
-
-
-torch.library.register_autograd(
-    'mmhybrid::walk_conv', _autograd, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd(
-    'mmhybrid::walk_conv_backward', _no_second_derivative, lib=_library
+    ),
 )

@@ -596,8 +596,8 @@ def sum_gradients_kernel(
             N, K, COLS, ORDER, REVERSE,
         )  # fmt: skip
     else:
-        channels = tl.cast(channels, tl.int64)  # a constant when there is one channel
         sum_over_chunks(
-            p_dchannel, p_dA, p_dD, p_dbias, i - over_blocks, channels, rows,
-            N, 32, 32, HAS_D, HAS_BIAS,
+            p_dchannel, p_dA, p_dD, p_dbias, i - over_blocks,
+            tl.cast(channels, tl.int64),  # a constant when there is one channel
+            rows, N, 32, 32, HAS_D, HAS_BIAS,
         )  # fmt: skip
