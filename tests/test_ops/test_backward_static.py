@@ -151,12 +151,6 @@ def test_launches(kernels, monkeypatch):
     assert names(**VARIANTS['one launch']) == KERNELS[2:]
 
 
-def test_states_beyond_two_take_programs_of_32_channels(kernels, monkeypatch):
-    for state, block in ((1, 64), (2, 64), (3, 32), (8, 32)):
-        calls = launches(kernels, monkeypatch, **MAMBAVISION | dict(state=state, block=64))
-        assert {x['BLOCK'] for kernel, x in calls if 'backward' in kernel.fn.__name__} == {block}
-
-
 def test_words_are_taken_where_rows_allow_it(kernels, monkeypatch):
     for other, packed in ((dict(), 1), (dict(dtype=torch.float32), 0), (dict(state=6), 0),
                           (dict(token_major=False), 0)):  # fmt: skip

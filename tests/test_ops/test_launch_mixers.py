@@ -285,7 +285,7 @@ def test_one_launch_prepares_and_none_copies(machine):
     assert len(machine.notes) == 2
     machine.notes.clear()
     run()
-    assert len(machine.notes) == 2 + 1 + 3 + 1
+    assert len(machine.notes) == 2 + 1 + 2 + 1
 
 
 def test_records_hold_no_tensors(machine):

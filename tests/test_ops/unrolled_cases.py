@@ -87,7 +87,7 @@ def test_walk_convolution(monkeypatch):
 
     def run():
         inputs = [x.clone().requires_grad_() for x in (u, weight, bias)]
-        y = walk_conv(*inputs, plan.slots(), plan.steps())
+        y = walk_conv(*inputs, plan.permutation(), plan.inverse_permutation())
         grads = torch.autograd.grad(y.square().sum(), inputs)
         return dict(zip('yuwb', (y.detach(), *grads), strict=True))
 

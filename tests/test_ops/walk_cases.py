@@ -249,7 +249,7 @@ def test_walk_conv_is_an_operator():
 @pytest.mark.parametrize('odd', [False, True])
 def test_calls_give_the_bits_of_the_operators(odd):
     tensors, plan = conv_inputs(('h', 'w2_flip'), (3, 3), dtype=torch.bfloat16)
-    tables = [plan.slots(), plan.steps()]
+    tables = [plan.permutation(), plan.inverse_permutation()]
     if odd:  # every other number of something
         tensors[1:], tables = (
             [torch.stack([x, x], -1)[..., 0] for x in given] for given in (tensors[1:], tables)
@@ -267,7 +267,7 @@ def test_calls_give_the_bits_of_the_operators(odd):
         expected = results()
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.isfinite().all()
-    odd_plan = [plan.slots(), plan.steps()]
+    odd_plan = [plan.permutation(), plan.inverse_permutation()]
     assert torch.equal(walk_conv(*tensors, *odd_plan), got[0])
 
 
@@ -276,7 +276,7 @@ def test_walk_conv_saves_what_a_hook_changes():
     tensors = [x.requires_grad_() for x in tensors]
 
     def grads():
-        y = walk_conv(*tensors, plan.slots(), plan.steps())
+        y = walk_conv(*tensors, plan.permutation(), plan.inverse_permutation())
         return torch.autograd.grad(y.sum(), tensors)
 
     def unpack(given):

@@ -64,7 +64,7 @@ def test_fused_mixers_pass_the_gate_in_the_interpreter():
     # With this few channels the step and B and C weigh almost 1 byte of it, and with this few
     # tokens the states between chunks another half; sizes of real models have a test beside the
     # operator.
-    assert kept('fused') < 8.6 and kept('plain torch') > 10
+    assert kept('fused') < 8.8 and kept('plain torch') > 10
 
 
 def test_what_cannot_run_is_named(mixer, capsys):

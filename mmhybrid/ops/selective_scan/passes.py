@@ -213,11 +213,12 @@ class Forward(_Pass):
         self.last = (shape.batch, *A.shape) if last else None
         n_states = math.prod(shape.states)
         n_sums = n_states // shape.state
-        # A few chunks are carried by the last sweep itself, which leaves the states behind them.
+        # A few chunks are carried by the last sweep itself, which leaves the states before them.
+        # What it reads then lies in memory that goes with the pass.
         few = 1 < plan.n_chunks <= _FEW_CHUNKS and not starts
-        states, added = Place(11), Place(11, 4 * n_states if few else 0, torch.float32)
-        sums = Place(11, 4 * n_states * (1 + few), torch.float32)
-        last_state = Place(11, 4 * (n_states * (1 + few) + n_sums), torch.float32)
+        states, added = Place(11), Place(12 if few else 11)
+        sums = Place(added.tensor, 4 * n_states, torch.float32)
+        last_state = Place(11, 4 * (n_states if few else n_states + n_sums), torch.float32)
         places = dict(
             p_u=Place(0), p_delta=Place(1), p_A=Place(2), p_B=Place(3), p_C=Place(4),
             p_D=None if D is None else Place(5), p_z=None if z is None else Place(6),
@@ -225,7 +226,8 @@ class Forward(_Pass):
             p_order=None if order is None else Place(8), p_out=Place(9),
             p_last=Place(10) if last else last_state, p_state=added, p_sum=sums, p_start=states,
         )  # fmt: skip
-        self.work = n_states * (1 + few) + n_sums + (0 if last else shape.batch * A.numel())
+        self.passing = n_states + n_sums if few else 0
+        self.work = n_states + (0 if few else n_sums) + (0 if last else shape.batch * A.numel())
         into, packed = self._out_strides(out), packs(B, C)
         constants = (
             shape.common(inputs, softplus, reverse, cut)
@@ -272,8 +274,9 @@ class Forward(_Pass):
             out = inputs[0].new_empty_strided(self.size, self.stride)
         last = None if self.last is None else A.new_empty(self.last)
         work = A.new_empty(self.work)
-        mine = (out.data_ptr(), None if last is None else last.data_ptr(), work.data_ptr())
-        self.program.run((*inputs, out, last, work), (*pointers, *mine))
+        passing = A.new_empty(self.passing) if self.passing else None
+        mine = [None if x is None else x.data_ptr() for x in (out, last, work, passing)]
+        self.program.run((*inputs, out, last, work, passing), (*pointers, *mine))
         return out, last, work
 
 

@@ -18,7 +18,7 @@ from .common import (
     load_states,
     program_place,
     sigmoid,
-    state_of,
+    state_of_late,
     step_size,
     token_of,
 )
@@ -174,7 +174,7 @@ def scan_backward_aggregate_kernel(
         for j in tl.static_range(K):
             b_next = ()
             for n in tl.static_range(N):
-                b_C = state_of(C_raw[K - 1 - j], n, p_C.dtype.element_ty, PACK)
+                b_C = state_of_late(C_raw[K - 1 - j], n, p_C.dtype.element_ty, PACK)
                 b_decay = tl.exp2(b_A[n] * delta_k[K - 1 - j])
                 b_next = b_next + (b_decay * (b_g[n] + dy_k[K - 1 - j] * b_C),)
             b_g = b_next
@@ -226,7 +226,7 @@ def note_states(
             b_x = delta_k[k] * u_k[k]
             b_next = ()
             for n in tl.static_range(N):
-                b_B = state_of(B_raw[k], n, p_B.dtype.element_ty, PACK)
+                b_B = state_of_late(B_raw[k], n, p_B.dtype.element_ty, PACK)
                 b_next = b_next + (tl.exp2(b_A[n] * delta_k[k]) * b_h[n] + b_x * b_B,)
             b_h = b_next
         entry_k = ahead_k
@@ -462,8 +462,8 @@ def scan_backward_kernel(
                 B_k = ()
                 C_k = ()
                 for k in tl.static_range(K):
-                    B_k = B_k + (state_of(B_raw[k], n - n0, p_B.dtype.element_ty, PACK),)
-                    C_k = C_k + (state_of(C_raw[k], n - n0, p_C.dtype.element_ty, PACK),)
+                    B_k = B_k + (state_of_late(B_raw[k], n - n0, p_B.dtype.element_ty, PACK),)
+                    C_k = C_k + (state_of_late(C_raw[k], n - n0, p_C.dtype.element_ty, PACK),)
                 b_gn, b_dAn, dx_k, dd_k, y_k, sums_k = gradients_of_state(
                     b_A[n], b_h[n], b_g[n], b_dA[n], B_k, C_k, delta_k, x_k, dy_k,
                     dx_k, dd_k, y_k, K, HAS_Z,

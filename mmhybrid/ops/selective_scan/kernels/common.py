@@ -111,6 +111,20 @@ def state_of(words, n: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def state_of_late(words, n: tl.constexpr, DTYPE: tl.constexpr, PACK: tl.constexpr):
+    """:func:`state_of` for the backward sweeps.
+
+    It is a few instructions more, which the compiler leaves where the value is used. Those of
+    ``state_of`` it pulls up to the load, and then waits for it there.
+    """
+    if PACK:
+        bits = (words[n // 4] >> (n % 4 * 16)).to(tl.int16)
+        return bits.to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return words[n].to(tl.float32)
+
+
+@triton.jit
 def step_size(b_delta, b_bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
     """The step of a token from what was given for it: plus the bias, through softplus."""
     if HAS_BIAS:
