@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes to hours; runs with -m slow only')
     config.addinivalue_line('markers', 'gpu: a GPU adds something; run_tests.sh --gpu takes these')
     torch.set_num_threads(min(2, int(os.environ.get('OMP_NUM_THREADS', '2') or 2)))
+    # A shell that starts the tests in the background lets them ignore Ctrl-C, which some send.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files that take longest come first: with two processes, one that starts late ends alone.

@@ -47,9 +47,10 @@ def test_targets_are_kept(printed):
     assert forward <= 60 and both <= 170 and allocations <= 2
     rows = [line.split() for line in lines if re.match('  forward.backward  ', line)]
     assert len(rows) == 3  # the scan, the scan in an order, and a convolution
-    for row in rows[:2]:
+    # The second has few chunks: no launch of a carry, and memory that goes with the forward pass.
+    for row, expected in zip(rows, ((4, 7), (5, 6)), strict=False):
         calls, _, allocated, launches, as_operator = map(int, row[1:6])
-        assert as_operator > 5 * calls and launches == 7 and allocated == 4
+        assert as_operator > 5 * calls and (allocated, launches) == expected
         assert float(row[6].rstrip('x')) > 1.5
 
 
