@@ -13,8 +13,8 @@ from .common import (
     LOG2E,
     SIZES,
     entries_at,
+    load_as_is,
     load_channels,
-    load_raw,
     load_states,
     program_place,
     sigmoid,
@@ -49,7 +49,7 @@ def load_run(
     raw_k = ()
     for k in tl.static_range(K):
         token, _ = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
-        raw_k = raw_k + (load_raw(p + token * stride, m_d, EVEN),)
+        raw_k = raw_k + (load_as_is(p + token * stride, m_d, EVEN),)
     return raw_k
 
 

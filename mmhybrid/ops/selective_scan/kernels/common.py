@@ -36,25 +36,8 @@ def sigmoid(x):
 
 
 @triton.jit
-def token_at(p_order, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
-    """Index of the token visited at position s, and whether there is one (a table may say -1).
-
-    Positions behind the end repeat the last token, so that loads need no mask.
-    """
-    position = tl.minimum(s, length - 1)
-    if REVERSE:
-        position = length - 1 - position
-    if ORDER:
-        token = tl.load(p_order + position).to(tl.int64)
-        live = token >= 0
-        return tl.maximum(token, 0), live
-    else:
-        return position.to(tl.int64), position >= 0
-
-
-@triton.jit
 def position_at(s, end, length, REVERSE: tl.constexpr):
-    """Place in the sequence of what is visited at s; from ``end`` on that of the last before it."""
+    """Index of what is visited at position s; from ``end`` on that of the last before it."""
     position = tl.minimum(s, end - 1)
     if REVERSE:
         position = length - 1 - position
@@ -262,12 +245,3 @@ def token_of(entry, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
         return tl.maximum(entry, 0).to(tl.int64), entry >= 0
     else:  # cheaper again than carried through a loop
         return entry_at(entry, s, length, False, REVERSE).to(tl.int64), s >= 0
-
-
-@triton.jit
-def load_raw(p, m_d, EVEN: tl.constexpr):
-    """A block of channels in its own dtype, to be carried through a loop."""
-    if EVEN:
-        return tl.load(p)
-    else:
-        return tl.load(p, mask=m_d, other=0.0)
