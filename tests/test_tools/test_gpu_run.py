@@ -144,6 +144,36 @@ def test_targets_are_held_against_rows(gpu_run, tmp_path):
     assert len(mixers) == 4 and all(line.endswith('| not measured |') for line in mixers)
 
 
+def test_kernels_are_counted(gpu_run):
+    """Events as the profiler's averages have them; copies of memory are no launches."""
+    from types import SimpleNamespace
+
+    from torch.autograd import DeviceType
+
+    jobs = importlib.import_module('gpu_jobs')
+
+    def event(key, kind, count, microseconds):
+        return SimpleNamespace(key=key, device_type=kind, count=count,
+                               self_device_time_total=microseconds)
+
+    assert jobs.kernels_of([
+        event('scan_kernel', DeviceType.CUDA, 3, 10.0), event('add', DeviceType.CUDA, 2, 1.5),
+        event('Memcpy DtoD (Device -> Device)', DeviceType.CUDA, 5, 2.0),
+        event('Memset (Device)', DeviceType.CUDA, 1, 1.0),
+        event('aten::add', DeviceType.CPU, 2, 0.0),
+    ]) == (5, 11.5)  # fmt: skip
+
+
+def test_tables_of_the_summary_have_only_what_was_timed(gpu_run, tmp_path):
+    row = dict.fromkeys(gpu_run.TABLES[3][2], 'x')
+    write(tmp_path / 'attention.csv', [row | {'p50_ms': '1.5'}, row | {'shape': 'y', 'p50_ms': ''}])
+    write(tmp_path / 'launches.csv', [dict.fromkeys(gpu_run.TABLES[2][2], 'z')])
+    gpu_run.write_summary(tmp_path, [], {})
+    summary = (tmp_path / 'summary.md').read_text()
+    assert '| x | x | x | x | 1.5 | x | x |' in summary and '| y |' not in summary
+    assert '| z | z | z | z | z |' in summary and '## Iterations' not in summary
+
+
 def test_a_row_that_was_cut_off_is_left_out(gpu_run, tmp_path):
     path = tmp_path / 'rows.csv'
     path.write_text('a,b\n1,2\n3')
@@ -230,9 +260,10 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()
-    for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile'):
+    for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile',
+                 'attention', 'train'):
         assert f'| {name} | passed, ' in summary
-    for name in ('ops', 'mixer', 'backbone', 'scan_plans'):
+    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations'):
         with open(out / f'{name}.csv', newline='') as file:
             assert list(csv.DictReader(file)), name
     assert list(out.glob('profile_*.txt'))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -271,23 +272,57 @@ def sweep_part(args) -> int:
 # --- profile --------------------------------------------------------------------------------------
 
 
+class Step(NamedTuple):
+    """A training step of two images that is profiled.
+
+    Attributes:
+        model: CLASS:ARCH of backbone.py.
+        size: (H, W) of the images.
+        dtype: of autocast.
+        backend: of the scans.
+        most: kernel launches that it may take; None where there is no target.
+        arguments: of the model.
+    """
+
+    model: str
+    size: tuple[int, int]
+    dtype: str = 'bfloat16'
+    backend: str = 'triton'
+    most: int | None = None
+    arguments: dict = {}  # noqa: RUF012  (never changed)
+
+
+_DETECTION = dict(size=(832, 1344), dtype='float16', arguments=dict(window_size=(8, 8, 112, 56)))
+STEPS = {
+    'MambaVision-T detection': Step('MambaVision:tiny', most=750, **_DETECTION),
+    'MambaVision-T detection, tight windows': Step('MambaVision:tiny', **(
+        _DETECTION | dict(arguments=_DETECTION['arguments'] | dict(windows='tight')))),
+    'MambaVision-T segmentation': Step('MambaVision:tiny', (512, 512), 'float16',
+                                       arguments=dict(window_size=(8, 8, 64, 32))),
+    'VMamba-T segmentation': Step('VMamba:tiny', (512, 512), most=850),
+    'LocalVMamba-T segmentation': Step('LocalVMamba:tiny', (512, 512)),
+    'Vim-Ti segmentation': Step('Vim:tiny', (512, 512)),
+    'LocalVim-T segmentation': Step('LocalVim:tiny', (512, 512)),
+}  # fmt: skip
+LAUNCHES = ('device', 'step', 'dtype', 'launches', 'most', 'kernels_us')
+
+
 def profile_part(args) -> int:
-    """Where a training step's time goes, a table for each model."""
+    """Where a training step's time goes, a table for each model, and how often it launches."""
     import backbone
     from torch.profiler import ProfilerActivity, profile
 
-    models = {'Vim:tiny': (32, 'torch')} if args.dry_run else {
-        name: (512, 'triton') for name in backbone.MODELS_OF_INTEREST}
+    steps = {'tiny': Step('Vim:tiny', (32, 32), 'float32', 'torch')} if args.dry_run else STEPS
     activities = [ProfilerActivity.CPU]
     if args.device == 'cuda':
         activities.append(ProfilerActivity.CUDA)
-    failures = Failures()
-    for name, (side, choice) in models.items():
+    failures, counted = Failures(), args.out / 'launches.csv'
+    for name, about in steps.items():
         with failures.noted(name):
-            model = backbone.choose(backbone.build(name).to(args.device), choice).train()
-            x = torch.randn(1 if args.dry_run else 2, 3, side, side, device=args.device)
-            dtype = 'float32' if args.dry_run else 'bfloat16'
-            step = backbone.step(model, x, backbone.PASSES[1], dtype)
+            model = backbone.build(about.model, about.arguments).to(args.device)
+            model = backbone.choose(model, about.backend).train()
+            x = torch.randn(1 if args.dry_run else 2, 3, *about.size, device=args.device)
+            step = backbone.step(model, x, backbone.PASSES[1], about.dtype)
             for _ in range(1 if args.dry_run else 4):
                 step()
             with profile(activities=activities) as profiler:
@@ -295,12 +330,33 @@ def profile_part(args) -> int:
                 if args.device == 'cuda':
                     torch.cuda.synchronize()
             by = 'self_device_time_total' if args.device == 'cuda' else 'self_cpu_time_total'
-            table = profiler.key_averages().table(sort_by=by, row_limit=40)
-            path = args.out / f'profile_{name.replace(":", "_")}.txt'
-            what = f'{name}, {side} x {side}, {dtype}, a training step'
+            averages = profiler.key_averages()
+            table = averages.table(sort_by=by, row_limit=40)
+            path = args.out / f'profile_{name.replace(", ", "_").replace(" ", "_")}.txt'
+            height, width = about.size
+            what = f'{name}, {height} x {width}, {about.dtype}, a training step'
             path.write_text(f'{processor(args.device)}, {what}\n\n{table}\n')
+            if args.device == 'cuda':
+                launches, microseconds = kernels_of(averages)
+                append_rows(counted, LAUNCHES, [{
+                    'device': processor(args.device), 'step': name, 'dtype': about.dtype,
+                    'launches': launches, 'most': about.most or '',
+                    'kernels_us': f'{microseconds:.0f}',
+                }])  # fmt: skip
+                print(f'{what}: {launches} launches', flush=True)
             print(f'wrote {path}', flush=True)
     return int(bool(failures))
+
+
+def kernels_of(averages) -> tuple[int, float]:
+    """Kernels that a GPU ran and their microseconds; copies and fills of memory are none."""
+    kernels = [
+        event for event in averages
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.key.startswith(('Memcpy', 'Memset'))
+    ]  # fmt: skip
+    return (sum(event.count for event in kernels),
+            sum(event.self_device_time_total for event in kernels))
 
 
 def main(arguments=None) -> int:

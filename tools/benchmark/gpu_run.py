@@ -62,6 +62,14 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
             'backbone': rows('backbone', *cpu, '--models', 'Vim:tiny', '--choices', 'torch',
                              '--size', '32', '32', '--batch', '1', '--turns', '1',
                              '--check-size', '32'),
+            'attention': rows('attention', *cpu, '--rounds', '1', '--small', '--only', 'uneven'),
+            'train': script('iterations.py', 'configs/upernet_mambavision_mini_ade20k.py',
+                            '--small', '--no-amp', '--ways', 'eager',
+                            '--data', str(out / 'data'), '--csv', str(out / 'iterations.csv'),
+                            '--cfg-options', 'train_cfg.max_iters=7',
+                            'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0',
+                            'train_dataloader.persistent_workers=False',
+                            'val_dataloader.persistent_workers=False'),
             'host': script('host.py', '--stub', '--only', '^scan$'),
         }  # fmt: skip
     else:
@@ -70,6 +78,9 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
             'ops': rows('ops', '--rounds', '10', '--seconds', '1'),
             'mixer': rows('mixer', '--rounds', '10', '--seconds', '1'),
             'backbone': rows('backbone', '--dtype', 'bfloat16', '--seconds', '5'),
+            'attention': rows('attention', '--rounds', '5', '--seconds', '1'),
+            'train': script('iterations.py', '--seconds', '30', '--ways', 'eager', 'graphs',
+                            '--data', str(out / 'data'), '--csv', str(out / 'iterations.csv')),
             'host': script('host.py'),
         }
     jobs = ('--dry-run',) if dry else ()
@@ -79,11 +90,8 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
                         '--minutes', '{minutes}', *jobs),
         'profile': script('gpu_jobs.py', 'profile', '--out', str(out), *jobs),
     }
-    if (FOLDER / 'attention.py').exists():
-        small = ('--device', 'cpu', '--small') if dry else ()
-        commands['attention'] = script('attention.py', '--csv', str(out / 'attention.csv'), *small)
-    shares = dict(compile=15, tests=25, ops=12, mixer=12, backbone=12, host=4, plans=12,
-                  attention=3, profile=5)  # fmt: skip
+    shares = dict(compile=15, tests=25, ops=12, mixer=10, backbone=12, host=4, profile=5,
+                  attention=4, train=12, plans=12)  # fmt: skip
     plain = ('host',)  # its stub compiles
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
@@ -243,6 +251,19 @@ def target_lines(out: Path) -> list[str]:
     return lines
 
 
+# Result files that the summary shows as they are: rows that were timed, of these columns.
+TABLES = (
+    ('backbone', 'Backbones',
+     ('model', 'pass', 'mode', 'choice', 'p50_ms', 'images_per_s', 'peak_MB')),
+    ('iterations', 'Iterations of tools/train.py',
+     ('config', 'way', 'p50_ms', 'data_ms', 'peak_MB', 'eager_over_this', 'graphs')),
+    ('launches', 'Kernel launches of a training step',
+     ('step', 'dtype', 'launches', 'most', 'kernels_us')),
+    ('attention', 'Attention',
+     ('shape', 'variant', 'pass', 'mode', 'p50_ms', 'default_over_this', 'kernel')),
+)  # fmt: skip
+
+
 def tail(log: Path, count: int) -> list[str]:
     """The last lines of a log."""
     lines = log.read_text(errors='replace').splitlines() if log.exists() else []
@@ -260,11 +281,12 @@ def write_summary(out: Path, parts: list[Part], found: dict[str, str]) -> None:
     lines += [f'| {part.name} | {found.get(part.name, "not begun")} |' for part in parts]
     lines += ['', "## Against the targets (CUDA's scan over ours, same run)", '',
               *target_lines(out)]  # fmt: skip
-    backbones = read_rows(out / 'backbone.csv')
-    if backbones:
-        columns = ('model', 'pass', 'mode', 'choice', 'p50_ms', 'images_per_s', 'peak_MB')
-        lines += ['', '## Backbones', '', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
-        lines += [f'| {" | ".join(row[key] for key in columns)} |' for row in backbones]
+    for file, title, columns in TABLES:
+        rows = [row for row in read_rows(out / f'{file}.csv') if row.get('p50_ms', 'none')]
+        if rows:
+            lines += ['', f'## {title}', '', f'| {" | ".join(columns)} |',
+                      '|---' * len(columns) + '|']  # fmt: skip
+            lines += [f'| {" | ".join(row[key] for key in columns)} |' for row in rows]
     for name, title, count in (('tests', 'Tests', 12), ('host', 'Host', 12), ('plans', 'Plans', 9)):
         if tail(out / f'{name}.log', count):
             lines += ['', f'## {title}, end of the log', '', '```',
