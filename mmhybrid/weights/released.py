@@ -72,47 +72,46 @@ def _mambavision() -> list[Released]:
 
 
 def _vmamba() -> list[Released]:
+    # A tag of a release is its number, v0 the first one, and the kind of its files.
     base = 'https://github.com/MzeroMiko/VMamba/releases/download/%23'
-    unlinked = 'its repository names the file without printing a link to it'
-    unnamed = 'its repository has the file, under a name and a link that are not known here'
     cls, det, seg = 'classification', 'detector', 'segmentor'
+    kinds = {cls: 'cls', det: 'det', seg: 'seg'}
     upernet = 'upernet_vssm_4xb4-160k_ade20k-512x512_'
     mask = 'mask_rcnn_vssm_fpn_coco_'
     rows = [
-        ('t-s1l8', 'tiny_s1l8', cls, 'v2cls', 'vssm1_tiny_0230s_ckpt_epoch_264'),
-        ('s-s2l15', 'small_s2l15', cls, 'v2cls', 'vssm_small_0229_ckpt_epoch_222'),
-        ('b-s2l15', 'base_s2l15', cls, 'v2cls', 'vssm_base_0229_ckpt_epoch_237'),
-        ('t-s2l5', 'tiny_s2l5', cls, '', 'vssm_tiny_0230_ckpt_epoch_262'),
-        ('s-s1l20', 'small_s1l20', cls, '', 'vssm1_small_0229s_ckpt_epoch_240'),
-        ('b-s1l20', 'base_s1l20', cls, '', 'vssm1_base_0229s_ckpt_epoch_225'),
-        ('v0-t', 'v0_tiny', cls, '', 'vssmtiny_dp01_ckpt_epoch_292'),
-        ('v0-s', 'v0_small', cls, '', 'vssmsmall_dp03_ckpt_epoch_238'),
-        ('v0-b', 'v0_base', cls, '', 'vssmbase_dp06_ckpt_epoch_241'),
-        ('t-s1l8-mask-rcnn-coco', 'tiny_s1l8', det, 'v2det', f'{mask}tiny_s_epoch_12'),
-        ('s-s2l15-mask-rcnn-coco', 'small_s2l15', det, 'v2det', f'{mask}small_epoch_11'),
-        ('b-s2l15-mask-rcnn-coco', 'base_s2l15', det, 'v2det', f'{mask}base_epoch_11'),
-        ('b-s2l15-mask-rcnn-coco-bs8', 'base_s2l15', det, 'v2det', f'{mask}base_epoch_12_bs8'),
-        ('t-s1l8-mask-rcnn-coco-3x', 'tiny_s1l8', det, 'v2det', f'{mask}tiny_ms_3x_s_epoch_31'),
-        ('s-s2l15-mask-rcnn-coco-3x', 'small_s2l15', det, 'v2det',
-         f'{mask}small_ms_3x_epoch_32'),
-        ('t-s2l5-mask-rcnn-coco', 'tiny_s2l5', det, '', f'{mask}tiny_epoch_12'),
-        ('t-s2l5-mask-rcnn-coco-3x', 'tiny_s2l5', det, '', f'{mask}tiny_ms_3x_epoch_36'),
-        *((f'v0-{size[0]}-mask-rcnn-coco', f'v0_{size}', det, '',
+        ('t-s1l8', 'tiny_s1l8', cls, 'vssm1_tiny_0230s_ckpt_epoch_264'),
+        ('s-s2l15', 'small_s2l15', cls, 'vssm_small_0229_ckpt_epoch_222'),
+        ('b-s2l15', 'base_s2l15', cls, 'vssm_base_0229_ckpt_epoch_237'),
+        ('t-s2l5', 'tiny_s2l5', cls, 'vssm_tiny_0230_ckpt_epoch_262'),
+        ('s-s1l20', 'small_s1l20', cls, 'vssm1_small_0229s_ckpt_epoch_240'),
+        ('b-s1l20', 'base_s1l20', cls, 'vssm1_base_0229s_ckpt_epoch_225'),
+        ('v0-t', 'v0_tiny', cls, 'vssmtiny_dp01_ckpt_epoch_292'),
+        ('v0-s', 'v0_small', cls, 'vssmsmall_dp03_ckpt_epoch_238'),
+        ('v0-b', 'v0_base', cls, 'vssmbase_dp06_ckpt_epoch_241'),
+        ('t-s1l8-mask-rcnn-coco', 'tiny_s1l8', det, f'{mask}tiny_s_epoch_12'),
+        ('s-s2l15-mask-rcnn-coco', 'small_s2l15', det, f'{mask}small_epoch_11'),
+        ('b-s2l15-mask-rcnn-coco', 'base_s2l15', det, f'{mask}base_epoch_11'),
+        ('b-s2l15-mask-rcnn-coco-bs8', 'base_s2l15', det, f'{mask}base_epoch_12_bs8'),
+        ('t-s1l8-mask-rcnn-coco-3x', 'tiny_s1l8', det, f'{mask}tiny_ms_3x_s_epoch_31'),
+        ('s-s2l15-mask-rcnn-coco-3x', 'small_s2l15', det, f'{mask}small_ms_3x_epoch_32'),
+        ('t-s2l5-mask-rcnn-coco', 'tiny_s2l5', det, f'{mask}tiny_epoch_12'),
+        ('t-s2l5-mask-rcnn-coco-3x', 'tiny_s2l5', det, f'{mask}tiny_ms_3x_epoch_36'),
+        *((f'v0-{size[0]}-mask-rcnn-coco', f'v0_{size}', det,
            f'vssm{size}_mask_rcnn_swin_fpn_coco_epoch_12') for size in ('tiny', 'small', 'base')),
-        ('t-s1l8-upernet-ade20k', 'tiny_s1l8', seg, 'v2seg', f'{upernet}tiny_s_iter_160000'),
-        ('s-s2l15-upernet-ade20k', 'small_s2l15', seg, 'v2seg', f'{upernet}small_iter_144000'),
-        ('b-s2l15-upernet-ade20k', 'base_s2l15', seg, 'v2seg', f'{upernet}base_iter_160000'),
-        ('t-s2l5-upernet-ade20k', 'tiny_s2l5', seg, '', f'{upernet}tiny_iter_160000'),
-        *((f'v0-{size[0]}-mask-rcnn-coco-3x', f'v0_{size}', det, '', '')
-          for size in ('tiny', 'small')),
-        *((f'v0-{size[0]}-upernet-ade20k', f'v0_{size}', seg, '', '')
-          for size in ('tiny', 'small', 'base')),
+        *((f'v0-{size[0]}-mask-rcnn-coco-3x', f'v0_{size}', det,
+           f'vssm{size}_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34') for size in ('tiny', 'small')),
+        ('t-s1l8-upernet-ade20k', 'tiny_s1l8', seg, f'{upernet}tiny_s_iter_160000'),
+        ('s-s2l15-upernet-ade20k', 'small_s2l15', seg, f'{upernet}small_iter_144000'),
+        ('b-s2l15-upernet-ade20k', 'base_s2l15', seg, f'{upernet}base_iter_160000'),
+        ('t-s2l5-upernet-ade20k', 'tiny_s2l5', seg, f'{upernet}tiny_iter_160000'),
+        *((f'v0-{size[0]}-upernet-ade20k', f'v0_{size}', seg,
+           f'vssm{size}_upernet_4xb4-160k_ade20k-512x512_iter_{iteration}')
+          for size, iteration in (('tiny', 160000), ('small', 160000), ('base', 128000))),
     ]
-    return [Released(f'vmamba-{name}', 'VMamba', arch, kind, f'{stem}.pth' if stem else '',
-                     f'{base}{tag}/{stem}.pth' if tag else '', 'MIT',
-                     'https://github.com/MzeroMiko/VMamba',
-                     '' if tag else unlinked if stem else unnamed)
-            for name, arch, kind, tag, stem in rows]
+    return [Released(f'vmamba-{name}', 'VMamba', arch, kind, f'{stem}.pth',
+                     f'{base}{"v0" if arch.startswith("v0") else "v2"}{kinds[kind]}/{stem}.pth',
+                     'MIT', 'https://github.com/MzeroMiko/VMamba')
+            for name, arch, kind, stem in rows]
 
 
 def _vim() -> list[Released]:

@@ -351,8 +351,6 @@ def test_short_names(file, tmp_path, monkeypatch):
                      'mambavision_tiny_1k.pth.tar']
     with pytest.raises(WeightsError, match='localvim-s has no address: never published.*give its'):
         fetch('localvim-s')
-    with pytest.raises(WeightsError, match='without printing a link.*vssmtiny_dp01.*give its path'):
-        fetch('vmamba-v0-t')
     with pytest.raises(FileNotFoundError, match='did you mean vmamba-t-s1l8'):
         fetch('vmamba-t-s1l9')
     (tmp_path / 'vim-t').write_bytes(file)  # an own file has precedence
@@ -373,6 +371,22 @@ def test_the_table_of_released_files():
         assert not row.address or row.address.endswith(row.file)
     addresses = [row.address for row in RELEASED.values() if row.address]
     assert len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize(('name', 'end'), [
+    ('vmamba-t-s1l8', 'v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth'),
+    ('vmamba-v0-t', 'v0cls/vssmtiny_dp01_ckpt_epoch_292.pth'),
+    ('vmamba-v0-s-mask-rcnn-coco-3x', 'v0det/vssmsmall_mask_rcnn_swin_fpn_coco_ms_3x_epoch_34.pth'),
+    ('vmamba-t-s2l5-upernet-ade20k',
+     'v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_tiny_iter_160000.pth'),
+    ('vmamba-v0-b-upernet-ade20k',
+     'v0seg/vssmbase_upernet_4xb4-160k_ade20k-512x512_iter_128000.pth'),
+])  # fmt: skip
+def test_addresses_of_vmamba_have_the_tag_of_their_release(name, end):
+    """Its repository prints all 29 of them; '#' begins each tag and is escaped in an address."""
+    assert RELEASED[name].address == (
+        f'https://github.com/MzeroMiko/VMamba/releases/download/%23{end}')
+    assert all(row.address for row in RELEASED.values() if row.family == 'VMamba')
 
 
 def test_names_in_configs_are_in_the_table():
