@@ -8,7 +8,7 @@ from .linear import token_linear
 from .linear2d import Linear2d, map_linear
 from .mixer import MambaVisionMixer
 from .mlp import Mlp
-from .norm import LayerNorm2d, PortableSyncBatchNorm
+from .norm import LayerNorm, LayerNorm2d, PortableSyncBatchNorm, RMSNorm, add_norm
 from .pool import MapPool
 from .precision import at_least_float32
 from .recompute import recomputed
@@ -18,8 +18,9 @@ from .window import near_equal, window_partition, window_unpartition
 
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
-    'Downsample', 'DropPath', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
-    'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'Rope2d', 'VimMixer',
-    'at_least_float32', 'drop_path_or_identity', 'map_linear', 'merge_directions', 'near_equal',
-    'recomputed', 'resize_grid', 'rotate', 'token_linear', 'window_partition', 'window_unpartition'
+    'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D',
+    'LocalVimMixer', 'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm',
+    'Rope2d', 'VimMixer', 'add_norm', 'at_least_float32', 'drop_path_or_identity', 'map_linear',
+    'merge_directions', 'near_equal', 'recomputed', 'resize_grid', 'rotate', 'token_linear',
+    'window_partition', 'window_unpartition',
 ]

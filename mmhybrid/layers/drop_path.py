@@ -1,6 +1,7 @@
 """Stochastic depth."""
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ['DropPath', 'drop_path_or_identity']
@@ -25,9 +26,12 @@ class DropPath(nn.Module):
         """Shape (B, ...) in and out."""
         if not self.training:
             return x
+        return x * self.factor(x, x.dtype).view(-1, *(1,) * (x.dim() - 1))
+
+    def factor(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw the factors (B,) of a branch (B, ...) in training: 0 or 1 / (1 - rate)."""
         keep = 1 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep).div_(keep)
-        return x * mask
+        return x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         """Show the rate in the printed module."""
