@@ -1,11 +1,12 @@
 """Norms of tokens and maps, alone and together with the residual sum before them.
 
-    LayerNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed
-    RMSNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed
+    LayerNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed                    (B, ..., C)
+    RMSNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed                      (B, ..., C)
+    LayerNorm2d(dim, eps=1e-5, feeds_linear=False, channels_last=False)(x) -> normed  (B, C, H, W)
     add_norm(residual, branch, norm, scale=None, drop=None) -> (sum, normed)
 
-On a GPU where Triton runs, both are one kernel (:mod:`mmhybrid.ops.layer_norm`).  Elsewhere they
-are what PyTorch makes of the same sum and norm.
+On a GPU where Triton runs, each is one kernel (:mod:`mmhybrid.ops.layer_norm`).  Elsewhere, and
+where a compiler fuses by itself, it is what PyTorch makes of the same sum and norm.
 """
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
         self.feeds_linear = feeds_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, ..., C) in and out."""
+        """Shape (B, ..., C) in and out; the result is contiguous."""
         if _fits(self, x):
             return fused.norm(x, self.weight, self.bias, self.eps, _dtype_of(self, x.dtype, x))
         return _narrowed(self, super().forward(x))
@@ -57,47 +58,81 @@ class RMSNorm(nn.RMSNorm):
         self.feeds_linear = feeds_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, ..., C) in and out."""
+        """Shape (B, ..., C) in and out; the result is contiguous."""
         if _fits(self, x):
             dtype = _dtype_of(self, x.dtype, x)
             return fused.norm(x, self.weight, None, self.eps, dtype, rms=True)
         return _narrowed(self, super().forward(x))
 
 
-def add_norm(residual: Tensor, branch: Tensor, norm: LayerNorm | RMSNorm,
-             scale: Tensor | None = None, drop: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channel axis of a map.
+
+    Input and output: (B, C, H, W), any memory format; the output is contiguous NCHW, which is what
+    necks and RoI operators want.
+
+    Args:
+        dim: C.
+        eps: added to the variance.
+        feeds_linear: see :class:`LayerNorm`.
+        channels_last: whether the output lies in this memory format instead.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, feeds_linear: bool = False,
+                 channels_last: bool = False):
+        super().__init__(dim, eps=eps)
+        self.feeds_linear, self.channels_last = feeds_linear, channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each pixel's channel vector."""
+        x = _pixels(x)
+        if _fits(self, x):
+            dtype = _dtype_of(self, x.dtype, x)
+            return _map(fused.norm(x, self.weight, self.bias, self.eps, dtype,
+                                   channels_first=not self.channels_last))
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        x = _map(_narrowed(self, x))
+        return x if self.channels_last else x.contiguous()
+
+
+def add_norm(residual: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | None = None,
+             drop: nn.Module | None = None) -> tuple[Tensor, Tensor]:
     """residual + drop(scale * branch), and the norm of this sum.
 
     Args:
-        residual: (B, ..., C).
+        residual: (B, ..., C); (B, C, H, W) if the norm is a :class:`LayerNorm2d`.
         branch: like the residual.
-        norm: over the last axis.
+        norm: one of the three norms above; any other module is called as it is.
         scale: (C,), a factor of each channel.
         drop: a :class:`DropPath` or ``nn.Identity``.
 
     Returns:
         (sum, normed): the sum in the dtype to which PyTorch promotes its parts, the norm as the
-        module alone would give it.
+        module alone would give it.  With kernels both lie in memory as the module's output does.
     """
-    dropped = isinstance(drop, DropPath)
-    if _hooked(norm, drop) or not (dropped or drop is None or type(drop) is nn.Identity) or (
-            not _fits(norm, residual, branch, scale)):
-        branch = branch if scale is None else scale * branch
+    of_map = isinstance(norm, LayerNorm2d)
+    rows = (_pixels(residual), _pixels(branch)) if of_map else (residual, branch)
+    if _hooked(norm, drop) or not (
+            isinstance(drop, (DropPath, nn.Identity, type(None))) and _fits(norm, *rows, scale)):
+        if scale is not None:
+            branch = (scale[:, None, None] if of_map else scale) * branch
         total = residual + (branch if drop is None else drop(branch))
         return total, norm(total)
-    factor = drop.factor(branch) if dropped and drop.training else None
-    parts = (residual, branch) if scale is None else (residual, branch, scale)
-    dtype = _dtype_of(norm, _promoted(*parts), residual)
+    factor = drop.factor(branch) if isinstance(drop, DropPath) and drop.training else None
+    dtype = _dtype_of(norm, fused.promoted(*rows, scale), residual)
     rms = isinstance(norm, RMSNorm)
-    return fused.add_norm(residual, branch, norm.weight, None if rms else norm.bias, norm.eps,
-                          dtype, scale, factor, rms)
+    pair = fused.add_norm(*rows, norm.weight, None if rms else norm.bias, norm.eps, dtype, scale,
+                          factor, rms, of_map and not norm.channels_last)
+    return tuple(map(_map, pair)) if of_map else pair
 
 
-def _promoted(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
+def _pixels(x: Tensor) -> Tensor:
+    """View of a map whose last axis are the channels."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _map(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
 
 
 def _hooked(*modules: nn.Module | None) -> bool:
@@ -110,14 +145,14 @@ def _hooked(*modules: nn.Module | None) -> bool:
 
 def _fits(norm: nn.Module, x: Tensor, *more: Tensor | None) -> bool:
     """Whether the kernels take a call; a compiler fuses the operations of PyTorch by itself."""
-    if not isinstance(norm, (LayerNorm, RMSNorm)) or torch.compiler.is_compiling():
+    if not isinstance(norm, (LayerNorm, RMSNorm, LayerNorm2d)) or torch.compiler.is_compiling():
         return False
-    if triton_support.not_default_reason() is not None or norm.weight is None:
+    if triton_support.not_default_reason() is not None:
         return False
     return fused.unsupported_reason(x, norm.weight, *more) is None
 
 
-def _dtype_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype, x: Tensor) -> torch.dtype:
+def _dtype_of(norm: nn.Module, dtype: torch.dtype, x: Tensor) -> torch.dtype:
     """Dtype of what a norm of ``dtype`` on the device of x gives."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
@@ -127,25 +162,11 @@ def _dtype_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype, x: Tensor) -> torch
     return dtype if isinstance(norm, RMSNorm) else torch.float32
 
 
-def _narrowed(norm: LayerNorm | RMSNorm, y: Tensor) -> Tensor:
+def _narrowed(norm: nn.Module, y: Tensor) -> Tensor:
     """What the kernels would give, where a compiler sees the cast."""
     if torch.compiler.is_compiling() and y.is_cuda:
         return y.to(_dtype_of(norm, y.dtype, y))
     return y
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channel axis of a map.
-
-    Input and output: (B, C, H, W), any memory format; the output is contiguous NCHW, which is what
-    necks and RoI operators want.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each pixel's channel vector."""
-        x = x.permute(0, 2, 3, 1)  # B H W C: the normalised axis comes last
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2).contiguous()
 
 
 class PortableSyncBatchNorm(nn.SyncBatchNorm):

@@ -1,8 +1,8 @@
 """Residual sum and norm on Triton's kernels: calls, passes and PyTorch operators.
 
-    norm(x, weight, bias, eps, dtype=None, rms=False) -> out
-    add_norm(residual, branch, weight, bias, eps, dtype=None, scale=None, factor=None, rms=False)
-        -> (sum, out)
+    norm(x, weight, bias, eps, dtype=None, rms=False, channels_first=False) -> out
+    add_norm(residual, branch, weight, bias, eps, dtype=None, scale=None, factor=None, rms=False,
+             channels_first=False) -> (sum, out)
 
 B samples, L tokens of each, C channels, which are the last axis; tokens may lie anywhere in memory.
 """
@@ -18,7 +18,7 @@ from ..selective_scan import launch
 from ..selective_scan.launch import Launch, Place, Program
 from ..selective_scan.passes import find, processors, remember
 
-__all__ = ['MAX_CHANNELS', 'add_norm', 'norm', 'unsupported_reason']
+__all__ = ['MAX_CHANNELS', 'add_norm', 'norm', 'promoted', 'unsupported_reason']
 
 #: Environment variable that leaves norms to PyTorch when it is 0.
 VARIABLE = 'MMHYBRID_FUSED_NORM'
@@ -66,7 +66,8 @@ def _wanted() -> bool:
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
-         dtype: torch.dtype | None = None, rms: bool = False) -> Tensor:  # fmt: skip
+         dtype: torch.dtype | None = None, rms: bool = False,
+         channels_first: bool = False) -> Tensor:  # fmt: skip
     """Layer norm, or RMS norm, over the last axis, rounded once to the dtype of the result.
 
     Args:
@@ -76,15 +77,17 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
         eps: added to the variance, or to the mean square.
         dtype: of the result, None for that of x.
         rms: whether to divide by the root of the mean square and subtract no mean.
+        channels_first: whether the result lies in memory as (B, C, ...) does, whatever the input.
 
     Returns:
-        Like x, and lying in memory as it does. Differentiable once, in x, weight and bias.
+        Like x, dense. Differentiable once, in x, weight and bias; the gradient of x lies as x does.
 
     Raises:
         ValueError: shapes do not fit together.
         RuntimeError: the kernels cannot run; the message says why.
     """
-    return _norm((x, None, None, None, weight, bias), eps, dtype or x.dtype, rms)
+    tensors = x, None, None, None, weight, bias
+    return _norm(tensors, eps, dtype or x.dtype, rms, channels_first)
 
 
 def add_norm(
@@ -97,6 +100,7 @@ def add_norm(
     scale: Tensor | None = None,
     factor: Tensor | None = None,
     rms: bool = False,
+    channels_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum of :func:`sum_reference`, and the norm of it.
 
@@ -110,28 +114,30 @@ def add_norm(
         scale: of the branch, one number for each channel, (C,), or None.
         factor: of the branch, one number for each sample, (B,), or None; it gets no gradient.
         rms: whether to divide by the root of the mean square and subtract no mean.
+        channels_first: whether results lie in memory as (B, C, ...) does, whatever the inputs.
 
     Returns:
-        (sum, norm of the sum), lying in memory as the residual does. The sum has the dtype to which
-        PyTorch promotes, and the norm is that of the rounded sum. Differentiable once.
+        (sum, norm of the sum), dense. The sum has the dtype to which PyTorch promotes, and the norm
+        is that of the rounded sum. Differentiable once.
 
     Raises:
         ValueError: shapes do not fit together.
         RuntimeError: the kernels cannot run; the message says why.
     """
     tensors = residual, branch, scale, factor, weight, bias
-    return _norm(tensors, eps, dtype or _promoted(residual, branch, scale), rms)
+    dtype = dtype or promoted(residual, branch, scale)
+    return _norm(tensors, eps, dtype, rms, channels_first)
 
 
-def _norm(tensors, eps: float, dtype: torch.dtype, rms: bool):
-    ready = launch.prepared(_CALLS, tensors, eps, dtype, rms)
+def _norm(tensors, *flags):
+    ready = launch.prepared(_CALLS, tensors, *flags)
     if ready is not None and ready.call is not None:  # has passed all of the below
         return ready.call(tensors, ready.pointers)
     _check(*tensors)
     if ready is None:
-        total, out, _ = torch.ops.mmhybrid.add_norm(*tensors, eps, dtype, rms)
+        total, out, _ = torch.ops.mmhybrid.add_norm(*tensors, *flags)
         return out if tensors[1] is None else (total, out)
-    call = _Call(tensors, eps, dtype, rms)
+    call = _Call(tensors, *flags)
     remember(_CALLS, ready.key, call)
     return call(tensors, ready.pointers)
 
@@ -152,8 +158,8 @@ def _check(x, branch, scale, factor, weight, bias) -> None:
             )
 
 
-def _promoted(x: Tensor, branch: Tensor | None, scale: Tensor | None) -> torch.dtype:
-    """The dtype to which PyTorch promotes the sum."""
+def promoted(x: Tensor, branch: Tensor | None, scale: Tensor | None = None) -> torch.dtype:
+    """The dtype to which PyTorch promotes the sum of :func:`sum_reference`."""
     dtype = x.dtype
     for t in (branch, scale):
         if t is not None:
@@ -178,16 +184,31 @@ def _steps(size, stride) -> tuple[int, int, int] | None:
     return stride[0], step or 0, stride[-1]
 
 
-class _Like:
-    """A new tensor that is dense and lies as another does."""
+def _contiguous(size) -> tuple[int, ...]:
+    return torch.empty(size, device='meta').stride()
 
-    def __init__(self, x: Tensor, dtype: torch.dtype):
-        self.size, self.dtype = x.shape, dtype
-        self.stride = torch.empty_like(x, device='meta').stride()
-        self.steps = _steps(self.size, self.stride)
-        if self.steps is None:
-            self.stride = torch.empty(x.shape, device='meta').stride()
-            self.steps = _steps(self.size, self.stride)
+
+class _New:
+    """A dense tensor to be made, with entries for each token."""
+
+    def __init__(self, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype):
+        self.size, self.stride, self.dtype = size, stride, dtype
+        self.steps = _steps(size, stride)
+
+    @classmethod
+    def like(cls, x: Tensor, dtype: torch.dtype) -> '_New':
+        """Lies as x does, where kernels can write that."""
+        new = cls(x.shape, torch.empty_like(x, device='meta').stride(), dtype)
+        return cls(x.shape, _contiguous(x.shape), dtype) if new.steps is None else new
+
+    @classmethod
+    def shaped(cls, x: Tensor, dtype: torch.dtype, channels_first: bool) -> '_New':
+        """Has the shape of x."""
+        if not channels_first:
+            return cls(x.shape, _contiguous(x.shape), dtype)
+        batch, *tokens, channels = x.shape
+        first, across, *along = _contiguous((batch, channels, *tokens))
+        return cls(x.shape, (first, *along, across), dtype)
 
     def empty(self, x: Tensor) -> Tensor:
         """Uninitialised, on the device of x."""
@@ -208,7 +229,7 @@ class _Pass:
         whole: whether samples must be told apart.
     """
 
-    def __init__(self, tensors, tokens: tuple[int, ...], made: list[_Like | None], whole: bool):
+    def __init__(self, tensors, tokens: tuple[int, ...], made: list[_New | None], whole: bool):
         present = [i for i, t in enumerate(tensors) if t is not None]
         self.copies = [
             i for i in present
@@ -236,7 +257,7 @@ class _Pass:
         self.tiles = -(-self.length // self.rows)
 
     def _steps(self, x: Tensor, i: int):
-        stride = torch.empty(x.shape, device='meta').stride() if i in self.copies else x.stride()
+        stride = _contiguous(x.shape) if i in self.copies else x.stride()
         return _steps(x.shape, stride)
 
     def strides(self, name: str, steps: tuple[int, int, int] | None) -> dict[str, int]:
@@ -276,12 +297,14 @@ def _address(x: Tensor | None) -> int | None:
 class Forward(_Pass):
     """One kind of forward pass; its tensors are x, branch, scale, factor, weight and bias."""
 
-    def __init__(self, tensors, eps: float, dtype: torch.dtype, rms: bool, gradients: bool):
+    def __init__(self, tensors, eps, dtype, rms, channels_first, gradients: bool):
         from . import triton_kernels as kernels
 
         x, branch, scale, factor, _, bias = tensors
-        self.out = _Like(x, dtype)
-        self.sum = None if branch is None else _Like(x, _promoted(x, branch, scale))
+        self.out = _New.shaped(x, dtype, channels_first)
+        self.sum = None
+        if branch is not None:
+            self.sum = _New.shaped(x, promoted(x, branch, scale), channels_first)
         super().__init__(tensors, (1, 0), [self.out, self.sum], factor is not None)
         self.stats = (2, self.total) if gradients else None
         places = _places(
@@ -339,8 +362,8 @@ class Backward(_Pass):
         _, dsum, total, _, _, scale, factor, _ = tensors
         of_x, of_branch, self.of_scale, *of_norm = needs
         self.shared = of_branch and _shared(scale, factor, *dtypes)
-        self.dx = _Like(total, dtypes[0]) if of_x or self.shared else None
-        self.dbranch = _Like(total, dtypes[1]) if of_branch and not self.shared else None
+        self.dx = _New.like(total, dtypes[0]) if of_x or self.shared else None
+        self.dbranch = _New.like(total, dtypes[1]) if of_branch and not self.shared else None
         tensors = [*tensors]
         if not self.of_scale:
             tensors[4] = None
@@ -402,7 +425,7 @@ def forget() -> None:
 class _Call:
     """One kind of call: its forward pass, and its backward passes by what reaches them."""
 
-    def __init__(self, tensors, eps: float, dtype: torch.dtype, rms: bool):
+    def __init__(self, tensors, eps, dtype, rms, channels_first):
         x, branch, scale, _, weight, bias = tensors
         self.needs = tuple(
             t is not None and t.requires_grad for t in (x, branch, scale, weight, bias)
@@ -411,7 +434,7 @@ class _Call:
         self.dtypes = x.dtype, None if branch is None else branch.dtype
         self.dtype, self.rms, self.biased = dtype, rms, bias is not None
         self.alone = branch is None
-        self.forward = Forward(tensors, eps, dtype, rms, self.gradients)
+        self.forward = Forward(tensors, eps, dtype, rms, channels_first, self.gradients)
         self.backward: dict[tuple, Backward] = {}
 
     def __call__(self, tensors, pointers):
@@ -483,20 +506,18 @@ def _as_gradients(dx, dbranch, sums, needs, biased: bool):
 
 
 def _forward(*arguments):
-    *tensors, eps, dtype, rms = arguments
-    one, pointers = find(
-        _FORWARD, tensors, (eps, dtype, rms), lambda: Forward(tensors, eps, dtype, rms, True)
-    )
+    tensors, flags = arguments[:6], arguments[6:]
+    one, pointers = find(_FORWARD, tensors, flags, lambda: Forward(tensors, *flags, True))
     total, out, stats = one.run(tensors, pointers)
     return tensors[0].new_empty(0) if total is None else total, out, stats
 
 
-def _forward_fake(x, branch, scale, factor, weight, bias, eps, dtype, rms):
+def _forward_fake(x, branch, scale, factor, weight, bias, eps, dtype, rms, channels_first):
     total = x.new_empty(0)
     if branch is not None:
-        total = _Like(x, _promoted(x, branch, scale)).empty(x)
-    tokens = math.prod(x.shape[:-1])
-    return total, _Like(x, dtype).empty(x), x.new_empty(2, tokens, dtype=torch.float32)
+        total = _New.shaped(x, promoted(x, branch, scale), channels_first).empty(x)
+    out = _New.shaped(x, dtype, channels_first).empty(x)
+    return total, out, x.new_empty(2, math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 def _backward(*arguments):
@@ -521,9 +542,9 @@ def _backward_fake(dout, dsum, total, stats, branch, scale, factor, weight, need
     sums = total.new_empty(0, dtype=torch.float32)
     shared = needs[1] and _shared(scale, factor, x_dtype, branch_dtype)
     if needs[0] or shared:
-        dx = _Like(total, x_dtype).empty(total)
+        dx = _New.like(total, x_dtype).empty(total)
     if needs[1] and not shared:
-        dbranch = _Like(total, branch_dtype).empty(total)
+        dbranch = _New.like(total, branch_dtype).empty(total)
     if any(needs[2:]):
         sums = sums.new_empty(1 + biased + needs[2], total.shape[-1])
     return dx, dbranch, sums
@@ -542,7 +563,7 @@ def _backward_operator(tensors, needs, dtypes, rms: bool, biased: bool):
 
 
 def _setup_context(ctx, inputs, output):
-    x, branch, scale, factor, weight, bias, _, ctx.dtype, ctx.rms = inputs
+    x, branch, scale, factor, weight, bias, _, ctx.dtype, ctx.rms, _ = inputs
     total, _, stats = output
     ctx.alone, ctx.biased = branch is None, bias is not None
     ctx.parameters = [None if t is None else t.dtype for t in (scale, None, weight, bias)]
@@ -556,21 +577,21 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, dsum, dout, _):
     dsum = None if ctx.alone else dsum
     if dsum is None and dout is None:
-        return (None,) * 9
+        return (None,) * 10
     x, branch, scale, _, weight, bias = ctx.needs_input_grad[:6]
     tensors = (_given(dout, ctx.saved_tensors[0], ctx.dtype), dsum, *ctx.saved_tensors)
     needs = x, branch, scale, weight, bias
     dx, dbranch, *rest = _backward_operator(tensors, needs, ctx.dtypes, ctx.rms, ctx.biased)
     rest = (g if g is None else g.to(d) for g, d in zip(rest, ctx.parameters, strict=True))
-    return dx, dbranch, *rest, None, None, None
+    return dx, dbranch, *rest, None, None, None, None
 
 
 _INPUTS = 'Tensor? branch, Tensor? scale, Tensor? factor, Tensor weight'
 library.register(
     'add_norm',
     schema=(
-        f'(Tensor x, {_INPUTS}, Tensor? bias, float eps, ScalarType dtype, bool rms) -> '
-        '(Tensor total, Tensor out, Tensor stats)'
+        f'(Tensor x, {_INPUTS}, Tensor? bias, float eps, ScalarType dtype, bool rms, '
+        'bool channels_first) -> (Tensor total, Tensor out, Tensor stats)'
     ),
     forward=_forward,
     fake=_forward_fake,
