@@ -26,8 +26,9 @@ VARIABLE = 'MMHYBRID_FUSED_NORM'
 MAX_CHANNELS = 4096
 # Elements of a tile, and those of one thread.
 _TILE, _THREAD = 2048, 16
-# Neighbouring pixels of a tile where channels do not lie side by side: a sector of 16-bit numbers.
-_PIXELS = 16
+# Neighbouring pixels of a tile where channels do not lie side by side: a sector of 16-bit numbers;
+# fewer where a tile would have more elements than this.
+_PIXELS, _MOST = 16, 8192
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -251,8 +252,9 @@ class _Pass:
             self.merged = False
         self.cols = _next_power(self.channels)
         across = any(sl == 1 and sd != 1 for _, sl, sd in lying)
-        rows = max(_PIXELS if across else 1, _TILE // self.cols)
+        rows = max(1, _TILE // self.cols, across * min(_PIXELS, _MOST // self.cols))
         self.rows = min(rows, _next_power(self.length))
+        self.whole = across and self.length % self.rows == 0
         self.warps = max(1, min(16, self.rows * self.cols // (32 * _THREAD)))
         self.tiles = -(-self.length // self.rows)
 
@@ -265,13 +267,15 @@ class _Pass:
         sb, sl, sd = steps or (0, 0, 0)
         if self.merged:  # every sample is a token
             sl = sb
+        if self.batch == 1:
+            sb = 0
         return {f'{name}_sb': sb, f'{name}_sl': sl, f'{name}_sd': sd}
 
     def sizes(self) -> dict[str, int]:
         """Arguments of a kernel."""
         return dict(
             length=self.length, tiles=self.tiles, total=self.total, channels=self.channels,
-            ROWS=self.rows, COLS=self.cols, num_warps=self.warps,
+            ROWS=self.rows, COLS=self.cols, WHOLE=self.whole, num_warps=self.warps,
         )  # fmt: skip
 
     def copied(self, tensors, pointers):
@@ -464,7 +468,8 @@ class _AddNorm(torch.autograd.Function):
         dsum, dout = (None, *grads) if call.alone else grads
         if dout is None and dsum is None:
             return (None,) * 8
-        tensors = (_given(dout, ctx.saved_tensors[0], call.dtype), dsum, *ctx.saved_tensors)
+        kept = ctx.saved_tensors  # to be read once
+        tensors = (_given(dout, kept[0], call.dtype), dsum, *kept)
         watched = torch.is_grad_enabled() or launch.intercepted()
         found = None if watched else launch.describe(tensors)
         if found is None:  # the operator says no to a second derivative
@@ -579,7 +584,8 @@ def _differentiate(ctx, dsum, dout, _):
     if dsum is None and dout is None:
         return (None,) * 10
     x, branch, scale, _, weight, bias = ctx.needs_input_grad[:6]
-    tensors = (_given(dout, ctx.saved_tensors[0], ctx.dtype), dsum, *ctx.saved_tensors)
+    kept = ctx.saved_tensors  # to be read once
+    tensors = (_given(dout, kept[0], ctx.dtype), dsum, *kept)
     needs = x, branch, scale, weight, bias
     dx, dbranch, *rest = _backward_operator(tensors, needs, ctx.dtypes, ctx.rms, ctx.biased)
     rest = (g if g is None else g.to(d) for g, d in zip(rest, ctx.parameters, strict=True))

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..unrolled import for_this_triton
 
-_SIZES = ['length', 'tiles', 'total', 'repeat']
+_SIZES = ['length', 'tiles', 'total', 'repeat', 'programs']
 
 
 @triton.jit
@@ -19,12 +19,21 @@ def _tile(i_b, o_l, o_d, sb, sl, sd):
     return i_b * sb + o_l[:, None] * sl + o_d[None, :] * sd
 
 
+@triton.jit
+def _inside(o_l, length, WHOLE: tl.constexpr):
+    """Which tokens of a tile there are; where tiles are whole, neighbours can travel together."""
+    if WHOLE:
+        return o_l >= 0
+    return o_l < length
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def add_norm_kernel(
     p_x, p_branch, p_scale, p_factor, p_weight, p_bias, p_sum, p_out, p_stats,
     x_sb, x_sl, x_sd, branch_sb, branch_sl, branch_sd, sum_sb, sum_sl, sum_sd,
     out_sb, out_sl, out_sd, length, tiles, total, channels,
     EPS: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """sum = x + factor_b * scale_d * branch, out = norm(sum); without a branch the norm of x.
 
@@ -34,7 +43,7 @@ def add_norm_kernel(
     i_b = (pid // tiles).to(tl.int64)
     o_l = (pid % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, COLS).to(tl.int64)
-    m_l, m_d = o_l < length, o_d < channels
+    m_l, m_d = _inside(o_l, length, WHOLE), o_d < channels
     m_x = m_l[:, None] & m_d[None, :]
     b_x = tl.load(p_x + _tile(i_b, o_l, o_d, x_sb, x_sl, x_sd), mask=m_x, other=0.0)
     b_x = b_x.to(tl.float32)
@@ -74,7 +83,7 @@ def add_norm_backward_kernel(
     branch_sb, branch_sl, branch_sd, dx_sb, dx_sl, dx_sd, dbranch_sb, dbranch_sl, dbranch_sd,
     length, tiles, total, repeat, programs, channels,
     RMS: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_SCALE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, KEPT: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and branch, and sums of those of weight, bias and scale over some tiles.
 
@@ -95,8 +104,8 @@ def add_norm_backward_kernel(
         i_tile = pid * repeat + r
         i_b = (i_tile // tiles).to(tl.int64)
         o_l = (i_tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        # Programs are as many as needed, so that the last may have less than the others to do.
-        m_l = (o_l < length) & (i_b * length + o_l < total)
+        # The last program may have less than the others to do.
+        m_l = _inside(o_l, length, WHOLE) & (i_b * length < total)
         m_x = m_l[:, None] & m_d[None, :]
         i_row = i_b * length + o_l
         b_rstd = tl.load(p_stats + total + i_row, mask=m_l, other=0.0)[:, None]
