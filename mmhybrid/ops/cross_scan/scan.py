@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..precision import autocast_off
-from ..selective_scan import choose_backend, run_backend
+from ..selective_scan import choose_backend, cpp, run_backend
 from ..selective_scan.ordered import reads_tables, selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
@@ -57,8 +57,9 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
 
     Everything that goes in is row-major and exists once: the step, input and output projections
     act token by token, so they commute with any order.  Directions are given by the plan alone
-    (an order table and a flag): the Triton kernels read and write through the table and no copy
-    per direction exists; for other backends the tokens are reordered before the scan.
+    (an order table and a flag): the Triton and the compiled CPU kernels read and write through the
+    table and no copy per direction exists; for other backends the tokens are reordered before the
+    scan.
 
     Symbols: B batch, K directions, D channels, L tokens, N states, R rank of the step.
 
@@ -91,7 +92,7 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
     dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
     name = choose_backend(backend, u.device, dtype, A.shape[-1])
     tables = reads_tables(name)
-    if tables:
+    if tables or name == 'cpp':
         # Channels side by side are what the kernels read; one copy serves all directions.
         u = u.mT.contiguous().mT
         proj = F.linear(u.mT, x_proj.flatten(0, 1)).mT
@@ -101,6 +102,8 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
 
     def scan(u, proj):
         inputs = u, proj, dt_weight, A, D, dt_bias, plan, name
+        if name == 'cpp':
+            return _scan_compiled(*inputs[:-1], merge)
         return _scan_through_tables(*inputs) if tables else _scan_copies(*inputs, dtype, merge)
 
     if not float32:
@@ -121,6 +124,16 @@ def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, 
         u.unsqueeze(1).expand(-1, K, -1, -1), delta, A, b, c, D, delta_bias=dt_bias,
         delta_softplus=True, order=plan.scan_order(), backend=backend)
     return plan.displace(y)
+
+
+def _scan_compiled(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                   dt_bias: Tensor, plan: ScanPlan, merge: bool) -> list[Tensor]:
+    """The same on a CPU: the kernel also expands the step, and sums the directions if it may."""
+    rank = dt_weight.shape[2]
+    step, b, c = proj.split_with_sizes([rank, A.shape[-1], A.shape[-1]], 2)
+    y, _ = cpp.scan_ordered(u.unsqueeze(1), step, dt_weight, A, b, c, D, dt_bias,
+                            plan.scan_order(), True, merge and plan.exact)
+    return plan.displace(y.to(u.dtype))
 
 
 def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ...private_files import alone, exposure, exposure_of, open_regular
-from .operator import apply_gate, gate_gradients, make_operator
+from .. import library as operators
+from .operator import REFUSAL, apply_gate, gate_gradients, make_operator
 
-__all__ = ['distrusts_cache', 'selective_scan_cpp', 'unavailable_reason', 'unsupported_reason']
+__all__ = ['distrusts_cache', 'scan_ordered', 'selective_scan_cpp', 'unavailable_reason',
+           'unsupported_reason']
 
 #: Environment variable: the folder for compiled files, in place of the user's cache folder.
 CACHE_VARIABLE = 'MMHYBRID_CACHE'
@@ -242,7 +244,13 @@ def build() -> Path:
 
 class _View(ctypes.Structure):
     _fields_ = [('data', ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ('batch', 'channel', 'token')
+        (name, ctypes.c_int64) for name in ('batch', 'group', 'channel', 'token')
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [('data', ctypes.c_void_p)] + [
+        (name, ctypes.c_int64) for name in ('batch', 'group', 'token')
     ]
 
 
@@ -250,10 +258,13 @@ class _Arguments(ctypes.Structure):
     """Mirror of Arguments in scan.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ('batch', 'groups', 'group_dim', 'length',
-                                             'padded_state', 'softplus', 'threads')]
+        [(name, ctypes.c_int64) for name in (
+            'batch', 'groups', 'group_dim', 'length', 'tokens', 'padded_state', 'rank', 'softplus',
+            'threads', 'reverse', 'shared', 'merged')]
+        + [('order', ctypes.c_void_p), ('order_stride', ctypes.c_int64)]
         + [(name, _View) for name in ('u', 'delta', 'y')]
-        + [(name, ctypes.c_void_p) for name in ('A', 'B', 'C', 'D', 'bias', 'starts')]
+        + [(name, _Rows) for name in ('B', 'C', 'low')]
+        + [(name, ctypes.c_void_p) for name in ('weight', 'A', 'D', 'bias', 'starts', 'last')]
         + [(name, _View) for name in ('grad_y', 'grad_u', 'grad_delta')]
         + [(name, ctypes.c_void_p) for name in ('grad_last', 'grad_A', 'grad_B', 'grad_C',
                                                 'grad_D', 'grad_bias')]
@@ -273,6 +284,8 @@ def _library() -> ctypes.CDLL | str:
             function = getattr(library, f'mmhybrid_scan_{function}')
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
         library.mmhybrid_scan_arguments.restype = ctypes.c_int64
+        fits = library.mmhybrid_scan_order_fits
+        fits.argtypes, fits.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 2], ctypes.c_int64
     except (BuildError, OSError, AttributeError) as error:
         kind = _Unsafe if isinstance(error, UnsafeCache) else str
         return kind(f'the compiled scan kernel is not available: {error}')
@@ -326,23 +339,35 @@ def _padded_state(state: int) -> int:
     return -(-state // 8) * 8
 
 
-def _view(x: Tensor, reverse: bool) -> _View:
-    batch, channel, token = x.stride()
-    first = x.data_ptr()
-    if reverse:
-        first += (x.shape[2] - 1) * token * x.element_size()
-        token = -token
-    return _View(first, batch, channel, token)
+def _side_by_side(x: Tensor) -> Tensor:
+    """The same (B, G, H, L) in float32 with the channels of a token side by side in memory."""
+    x = x.float()
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.mT.contiguous().mT
 
 
-def _pack_weights(x: Tensor, padded: int, reverse: bool) -> Tensor:
-    """(B, G, N, L) to (B, G, L, NP) in scan order."""
-    x = x.transpose(-1, -2)
-    if reverse:
-        x = x.flip(-2)
+def _token_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of (B, G, H, L) that lies as (B, L, G, H)."""
+    _, groups, channels, tokens = shape
+    row = groups * channels
+    return tokens * row, channels, 1, row
+
+
+def _state_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of (B, G, N, L) that lies as (B, G, L, N)."""
+    _, groups, state, tokens = shape
+    return groups * tokens * state, tokens * state, 1, state
+
+
+def _empty(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=torch.float32)
+
+
+def _rows_of(x: Tensor, padded: int) -> Tensor:
+    """(B, G, N, L) in float32 so that the NP values of a token are neighbours; (B, G, L, NP)."""
+    x = x.transpose(-1, -2).float()
     if padded != x.shape[-1]:
-        x = torch.nn.functional.pad(x, (0, padded - x.shape[-1]))
-    return x.float().contiguous()
+        return torch.nn.functional.pad(x, (0, padded - x.shape[-1]))
+    return x if x.stride(-1) == 1 or padded == 1 else x.contiguous()
 
 
 def _pack_state(x: Tensor, groups: int, padded: int) -> Tensor:
@@ -362,33 +387,48 @@ def _unpack_state(x: Tensor, state: int) -> Tensor:
 class _Problem:
     """The tensors of one call in the kernel's layouts, and the struct that points to them.
 
-    The tensors are kept as attributes, because the struct holds only their addresses.
+    The tensors are kept as attributes, because the struct holds only their addresses. Sequences are
+    (B, G, H, L) here, or (B, 1, H, L) for u that all groups share. With ``weight`` (G, H, R) delta
+    is (B, G, R, L), and the kernel expands it.
     """
 
-    def __init__(self, u, delta, A, B, C, D, delta_bias, delta_softplus, reverse):
-        batch, channels, length = u.shape
-        self.groups, self.state = B.shape[1:3]
-        self.padded = _padded_state(self.state)
-        self.reverse = reverse
+    def __init__(
+        self, u, delta, weight, A, B, C, D, delta_bias, softplus, *, order=None, reverse=False
+    ):
+        self.batch, self.groups, self.state, self.tokens = B.shape
+        self.group_dim, self.padded = u.shape[2], _padded_state(self.state)
         self.u, self.delta = u.float(), delta.float()
         self.A = _pack_state(A, self.groups, self.padded)
-        self.B = _pack_weights(B, self.padded, reverse)
-        self.C = _pack_weights(C, self.padded, reverse)
-        self.D = None if D is None else D.contiguous()
-        self.bias = None if delta_bias is None else delta_bias.contiguous()
-        work = batch * channels * length * self.padded
+        self.B, self.C = _rows_of(B, self.padded), _rows_of(C, self.padded)
+        self.D, self.bias = (x if x is None else x.contiguous() for x in (D, delta_bias))
+        length = self.tokens if order is None else order.shape[1]
+        work = self.batch * self.groups * self.group_dim * length * self.padded
         self.arguments = _Arguments(
-            batch=batch,
+            batch=self.batch,
             groups=self.groups,
-            group_dim=channels // self.groups,
+            group_dim=self.group_dim,
             length=length,
+            tokens=self.tokens,
             padded_state=self.padded,
-            softplus=delta_softplus,
+            softplus=softplus,
             threads=max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD)),
-            u=_view(self.u, reverse),
-            delta=_view(self.delta, reverse),
+            reverse=reverse,
+            shared=u.shape[1] < self.groups,
+            B=_rows(self.B),
+            C=_rows(self.C),
         )
-        self.point(A=self.A, B=self.B, C=self.C, D=self.D, bias=self.bias)
+        self.view(u=self.u)
+        self.point(A=self.A, D=self.D, bias=self.bias)
+        if weight is None:
+            self.view(delta=self.delta)
+        else:
+            self.weight, self.low = weight.float().mT.contiguous(), _rows_of(delta, weight.shape[2])
+            self.arguments.rank, self.arguments.low = weight.shape[2], _rows(self.low)
+            self.point(weight=self.weight)
+        if order is not None:
+            self.order = order
+            self.arguments.order = order.data_ptr()
+            self.arguments.order_stride = length if order.shape[0] > 1 else 0
 
     def point(self, **tensors: Tensor | None) -> None:
         """Enter contiguous tensors by their address; None stays null."""
@@ -398,79 +438,266 @@ class _Problem:
                 setattr(self.arguments, name, x.data_ptr())
 
     def view(self, **tensors: Tensor) -> None:
-        """Enter (B, D, L) tensors with their strides, in scan order."""
+        """Enter (B, G or 1, H, L) tensors with their strides."""
         for name, x in tensors.items():
-            assert x.dtype == torch.float32, name
-            setattr(self.arguments, name, _view(x, self.reverse))
+            assert x.dtype == torch.float32 and x.shape[2:] == (self.group_dim, self.tokens), name
+            batch, group, channel, token = x.stride()
+            group = 0 if x.shape[1] < self.groups else group
+            # A single channel or token may have any stride.
+            channel = 1 if x.shape[2] == 1 and token != 1 else channel
+            setattr(self.arguments, name, _View(x.data_ptr(), batch, group, channel, token))
 
     def call(self, function: str) -> None:
         """Run one of the kernel's functions."""
         getattr(_library(), f'mmhybrid_scan_{function}')(ctypes.byref(self.arguments))
 
+    def forward(self, y: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """Fill y; give the last state (B, D, N), and if ``keep`` the states before the tiles."""
+        size = self.batch, self.groups, self.padded, self.group_dim
+        starts = torch.empty(-(-self.arguments.length // _TILE) if keep else 0, *size)
+        last = torch.empty(size)
+        self.arguments.merged = y.shape[1] < self.groups
+        self.view(y=y)
+        self.point(starts=starts if keep else None, last=last)
+        self.call('forward')
+        return _unpack_state(last, self.state), starts
+
+    def backward(
+        self, grad_y: Tensor, grad_last: Tensor | None, starts: Tensor, grad_u: Tensor,
+        grad_delta: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Fill grad_u and the grad_delta of all channels; give those of A, B, C, D and bias."""
+        grad_A = torch.empty(self.batch, *self.A.shape)
+        rows = self.batch, self.groups, self.tokens, self.padded
+        grad_B, grad_C = torch.empty(rows), torch.empty(rows)
+        sums = self.batch, self.groups * self.group_dim
+        grad_D, grad_bias = torch.empty(sums), torch.empty(sums)
+        if grad_last is not None:
+            grad_last = _pack_state(grad_last, self.groups, self.padded)
+        self.view(grad_y=grad_y, grad_u=grad_u, grad_delta=grad_delta)
+        self.point(starts=starts.contiguous(), grad_last=grad_last, grad_A=grad_A, grad_B=grad_B,
+                   grad_C=grad_C, grad_D=grad_D, grad_bias=grad_bias)  # fmt: skip
+        self.call('backward')
+        grad_B, grad_C = (x[..., : self.state].transpose(-1, -2) for x in (grad_B, grad_C))
+        return (
+            _unpack_state(grad_A.sum(0), self.state), grad_B, grad_C, grad_D.sum(0),
+            grad_bias.sum(0),
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> _Rows:
+    batch, group, token, _ = x.stride()
+    return _Rows(x.data_ptr(), batch, group, token)
+
+
+def _problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse) -> _Problem:
+    u, delta = (x.unflatten(1, (B.shape[1], -1)) for x in (u, delta))
+    return _Problem(u, delta, None, A, B, C, D, delta_bias, delta_softplus, reverse=reverse)
+
 
 def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
-    p = _Problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
-    chunk_states = torch.empty(_chunk_states_shape(u, A, B))
+    p = _problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     y = torch.empty(u.shape)
-    p.view(y=y)
-    p.point(starts=chunk_states)
-    p.call('forward')
-    last_state = _unpack_state(chunk_states[-1], p.state)
+    last_state, starts = p.forward(y.unflatten(1, (p.groups, -1)), True)
     ungated = torch.empty(0)
     if z is not None:
         ungated, y = y, apply_gate(y, z)
-    return y.to(u.dtype), last_state, chunk_states, ungated
+    return y.to(u.dtype), last_state, starts, ungated
 
 
 def _backward(
-    grad_y, grad_last_state, chunk_states, ungated,
+    grad_y, grad_last_state, starts, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
 ):  # fmt: skip
     inputs = (u, delta, A, B, C, D, z, delta_bias)
-    p = _Problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
+    p = _problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     grad_y = torch.zeros(u.shape) if grad_y is None else grad_y.float()
     grad_z = None
     if z is not None:
         grad_y, grad_z = gate_gradients(grad_y, ungated, z)
     grad_u, grad_delta = torch.empty(u.shape), torch.empty(u.shape)
-    grad_A = torch.empty(u.shape[0], *p.A.shape)
-    grad_B, grad_C = torch.empty_like(p.B), torch.empty_like(p.C)
-    grad_D, grad_bias = torch.empty(u.shape[:2]), torch.empty(u.shape[:2])
-    grad_last = None
-    if grad_last_state is not None:
-        grad_last = _pack_state(grad_last_state, p.groups, p.padded)
-    p.view(grad_y=grad_y, grad_u=grad_u, grad_delta=grad_delta)
-    p.point(starts=chunk_states.contiguous(), grad_last=grad_last, grad_A=grad_A, grad_B=grad_B,
-            grad_C=grad_C, grad_D=grad_D, grad_bias=grad_bias)  # fmt: skip
-    p.call('backward')
-
-    def unpack_weights(x):
-        x = x[..., : p.state].transpose(-1, -2)
-        return x.flip(-1) if reverse else x
-
-    grads = (
-        grad_u,
-        grad_delta,
-        _unpack_state(grad_A.sum(0), p.state),
-        unpack_weights(grad_B),
-        unpack_weights(grad_C),
-        grad_D.sum(0),
-        grad_z,
-        grad_bias.sum(0),
+    grouped = (x.unflatten(1, (p.groups, -1)) for x in (grad_u, grad_delta))
+    grad_A, grad_B, grad_C, grad_D, grad_bias = p.backward(
+        grad_y.unflatten(1, (p.groups, -1)), grad_last_state, starts, *grouped
     )
+    grads = grad_u, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_z, grad_bias
     return tuple(
         torch.empty(0) if x is None else grad.to(x.dtype).contiguous()
         for x, grad in zip(inputs, grads, strict=True)
     )
 
 
-def _chunk_states_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
+def _starts_shape(u: Tensor, A: Tensor, B: Tensor) -> tuple[int, ...]:
     batch, channels, length = u.shape
     groups = B.shape[1]
-    tiles = -(-length // _TILE)
-    return tiles + 1, batch, groups, _padded_state(A.shape[1]), channels // groups
+    return -(-length // _TILE), batch, groups, _padded_state(A.shape[1]), channels // groups
 
 
 selective_scan_cpp = make_operator(
-    'selective_scan_cpp', _forward, _backward, _chunk_states_shape, keys=('CPU',)
+    'selective_scan_cpp', _forward, _backward, _starts_shape, keys=('CPU',)
 )
+
+
+# In an order --------------------------------------------------------------------------------------
+
+_INPUTS = (
+    'Tensor u, Tensor delta, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor? D, '
+    'Tensor? delta_bias, Tensor order'
+)
+
+
+def _forward_ordered(u, delta, weight, A, B, C, D, delta_bias, order, softplus, merge, gradients):
+    fits = _library().mmhybrid_scan_order_fits
+    if not fits(order.data_ptr(), order.numel(), B.shape[3]):
+        raise ValueError(
+            f'selective_scan_ordered expects order with values from -1 to L - 1 = '
+            f'{B.shape[3] - 1}, got {order.min().item()} to {order.max().item()}.'
+        )
+    p = _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus)
+    shape = _y_shape(u, B, merge)
+    y = _empty(shape, _token_major(shape))
+    return y, *p.forward(y, gradients)
+
+
+def _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus) -> _Problem:
+    delta = delta if weight is not None else _side_by_side(delta)
+    return _Problem(
+        _side_by_side(u), delta, weight, A, B, C, D, delta_bias, softplus, order=order
+    )
+
+
+def _y_shape(u: Tensor, B: Tensor, merge: bool) -> tuple[int, ...]:
+    return u.shape[0], 1 if merge else B.shape[1], *u.shape[2:]
+
+
+def _backward_ordered(
+    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus
+):
+    inputs = (u, delta, weight, A, B, C, D, delta_bias)
+    p = _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus)
+    full = p.batch, p.groups, p.group_dim, p.tokens
+    grad_y = torch.zeros(1).expand(full) if grad_y is None else _side_by_side(grad_y)
+    grad_u, grad_delta = (_empty(shape, _token_major(shape)) for shape in (u.shape, full))
+    sums = p.backward(grad_y, grad_last, starts, grad_u, grad_delta)
+    grad_weight = None
+    if weight is not None:
+        grad_weight = torch.matmul(grad_delta, p.low).sum(0)
+        grad_delta = torch.matmul(p.weight, grad_delta)
+    return tuple(
+        A.new_empty(0) if x is None else _laid_out(grad.to(x.dtype), strides)
+        for x, grad, strides in zip(
+            inputs, (grad_u, grad_delta, grad_weight, *sums), _gradient_strides(*inputs),
+            strict=True,
+        )
+    )  # fmt: skip
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same with these strides, in memory of its own."""
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+
+
+def _gradient_strides(u, delta, weight, A, B, C, D, delta_bias) -> list[tuple[int, ...] | None]:
+    """Of the gradients, None for those of absent tensors."""
+    layouts = (_token_major, _token_major if weight is None else _state_major, None, None,
+               _state_major, _state_major, None, None)  # fmt: skip
+    return [
+        None if x is None else layout(x.shape) if layout else _contiguous(x.shape)
+        for x, layout in zip((u, delta, weight, A, B, C, D, delta_bias), layouts, strict=True)
+    ]
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def _fake_ordered(u, delta, weight, A, B, C, D, delta_bias, order, softplus, merge, gradients):
+    batch, groups = B.shape[:2]
+    shape = _y_shape(u, B, merge)
+    tiles = -(-order.shape[1] // _TILE) if gradients else 0
+    return (
+        A.new_empty_strided(shape, _token_major(shape)),
+        A.new_empty(batch, *A.shape),
+        A.new_empty(tiles, batch, groups, _padded_state(A.shape[1]), u.shape[2]),
+    )
+
+
+def _fake_backward_ordered(
+    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus
+):
+    inputs = (u, delta, weight, A, B, C, D, delta_bias)
+    return tuple(
+        A.new_empty(0) if x is None else x.new_empty_strided(x.shape, strides)
+        for x, strides in zip(inputs, _gradient_strides(*inputs), strict=True)
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2], *inputs[:9])
+    ctx.mark_non_differentiable(output[2])
+    ctx.softplus = inputs[9]
+
+
+def _differentiate(ctx, grad_y, grad_last, _):
+    if grad_y is None and grad_last is None:
+        return (None,) * 12
+    starts, *inputs = ctx.saved_tensors
+    grads = torch.ops.mmhybrid.selective_scan_cpp_ordered_backward(
+        grad_y, grad_last, starts, *inputs, ctx.softplus
+    )
+    kept = (None if x is None else grad for x, grad in zip(inputs[:8], grads, strict=True))
+    return (*kept, *(None,) * 4)
+
+
+operators.register(
+    'selective_scan_cpp_ordered',
+    schema=f'({_INPUTS}, bool softplus, bool merge, bool gradients) -> (Tensor, Tensor, Tensor)',
+    forward=torch.compiler.disable(_forward_ordered),
+    fake=_fake_ordered,
+    setup_context=_setup_context,
+    differentiate=_differentiate,
+    backward_schema=(
+        f'(Tensor? grad_y, Tensor? grad_last_state, Tensor starts, {_INPUTS}, bool softplus) -> '
+        f'({", ".join(["Tensor"] * 8)})'
+    ),
+    backward=torch.compiler.disable(_backward_ordered),
+    backward_fake=_fake_backward_ordered,
+    refusal=REFUSAL,
+    keys=('CPU',),
+)
+
+
+def scan_ordered(
+    u: Tensor,
+    delta: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    order: Tensor,
+    softplus: bool,
+    merge: bool,
+) -> tuple[Tensor, Tensor]:
+    """The compiled scan through a table: y in float32, and the last state (B, D, N).
+
+    Args:
+        u: (B, G, H, L), or (B, 1, H, L) for one that all groups share.
+        delta: (B, G, H, L), or with ``weight`` (B, G, R, L).
+        weight: (G, H, R), expands delta, or None.
+        order: int32 (G, L') or (1, L'), contiguous.
+        merge: whether y is the sum over groups, (B, 1, H, L).
+
+    The rest is as in :func:`mmhybrid.ops.selective_scan.ordered.selective_scan_ordered`, whose
+    tensors these are once they are checked.
+    """
+    A, D, delta_bias = (x if x is None else x.float() for x in (A, D, delta_bias))
+    tensors = (u, delta, weight, A, B, C, D, delta_bias, order)
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.ops.mmhybrid.selective_scan_cpp_ordered(*tensors, softplus, merge, gradients)[:2]

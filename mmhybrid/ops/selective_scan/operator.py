@@ -21,7 +21,7 @@ _BACKWARD = (
     f'(Tensor? grad_y, Tensor? grad_last_state, Tensor chunk_states, Tensor ungated, {_INPUTS}) '
     '-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
-_REFUSAL = (
+REFUSAL = (
     'selective_scan can be differentiated only once: its backward pass has no derivative. '
     "Use backend='reference' for second derivatives, or drop create_graph=True."
 )
@@ -105,7 +105,7 @@ def make_operator(
         backward_schema=_BACKWARD,
         backward=torch.compiler.disable(backward),
         backward_fake=fake_backward,
-        refusal=_REFUSAL,
+        refusal=REFUSAL,
         keys=keys,
     )
     forward_op, backward_op = (

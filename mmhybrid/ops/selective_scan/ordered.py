@@ -1,4 +1,4 @@
-"""The selective scan in any order of the tokens: through a table, without copies on a GPU.
+"""The selective scan in any order of the tokens: through a table, without reordered copies.
 
 B batch, G groups, H channels per group, D = G H, L tokens, L' positions of the sequence, N state.
 """
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ..reorder import inverse_of, reorder
-from . import _wish_of_environment, choose_backend, run_backend, triton_backend
+from . import _wish_of_environment, choose_backend, cpp, run_backend, triton_backend
+from .operator import apply_gate
 
 __all__ = ['reads_tables', 'selective_scan_ordered']
 
 
 def reads_tables(backend: str) -> bool:
-    """Whether a backend reads and writes tokens through tables instead of reordered copies."""
+    """Whether a backend's tensors stay row-major on a GPU, where the other kernels are ours too."""
     return backend == 'triton'
 
 
@@ -35,7 +36,8 @@ def selective_scan_ordered(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan that visits token ``order[p]`` at position p and leaves every y at its token.
 
-    The Triton kernels read and write through the table; other backends get reordered copies.
+    The Triton and the compiled CPU kernels read and write through the table; other backends get
+    reordered copies.
 
     Args:
         u: input, (B, G, H, L), any strides: directions that share a map may share it through
@@ -86,9 +88,20 @@ def selective_scan_ordered(
         )
         order = order.int().contiguous()
         found = triton_backend.scan_grouped(u, delta, A, B, C, D, z, delta_bias, order, *flags[:2])
+    elif name == 'cpp' and u.numel():
+        found = _scan_compiled(u, delta, A, B, C, D, z, delta_bias, order, *flags[:2])
     else:
         found = _scan_copies(name, dtype, *tensors[:8], order, *flags[:2])
     return found if return_last_state else found[0]
+
+
+def _scan_compiled(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse):
+    order = (order.flip(-1) if reverse else order).int().contiguous()
+    y, last_state = cpp.scan_ordered(
+        u, delta, None, A, B, C, D, delta_bias, order, delta_softplus, False
+    )
+    y = y if z is None else apply_gate(y, z)
+    return y.to(u.dtype), last_state
 
 
 def _scan_copies(

@@ -5,11 +5,13 @@
 // B batch, G groups, H channels per group, L tokens, N state; NP is N padded to whole parts.
 //
 // Channels lie over vector lanes, the states of a part stay in registers, tokens follow each other.
-// Tokens are taken in tiles of TILE: inputs are transposed from (channel, token) into lanes tile by
-// tile, and the state at each tile's start is kept for the backward pass, which computes a tile's
-// states again and then walks the tile from its end. A task is (item, group, range of channel
-// blocks, chunk of tiles); chunks are used when the others are fewer than the threads, at the
-// price of a second sweep. Sums over channels (for the gradients of B and C) go through per-task
+// Tokens are taken in tiles of TILE: where a channel's tokens are neighbours in memory they are
+// transposed into lanes tile by tile, where a token's channels are they are loaded as they lie, at
+// places that a table may name. The state at each tile's start is kept for the backward pass, which
+// computes a tile's states again and then walks the tile from its end. A task is (item, group,
+// range of channel blocks, chunk of tiles); chunks are used when the others are fewer than the
+// threads, at the price of a second sweep. Groups that share an input or add up in one output are
+// taken one after the other. Sums over channels (for the gradients of B and C) go through per-task
 // buffers that are added in a fixed order: results do not depend on the timing of threads.
 //
 // Never compile this with -ffast-math: it removes the rounding by adding and subtracting SHIFT.
@@ -190,60 +192,114 @@ inline vec lane_sums(vec* r) {
 #endif
 }
 
-// A (batch, channel, token) tensor; the token stride is negated by the caller when scanning in
-// reverse, with the pointer at the last token.
+// A (batch, group, channel, token) tensor.
 struct View {
   float* data;
-  int64_t batch, channel, token;
-  float* at(int64_t b, int64_t c, int64_t t) const {
-    return data + b * batch + c * channel + t * token;
+  int64_t batch, group, channel, token;
+  float* at(int64_t b, int64_t g, int64_t c, int64_t t) const {
+    return data + b * batch + g * group + c * channel + t * token;
   }
 };
 
+// A (batch, group, token) tensor of rows whose values are neighbours.
+struct Rows {
+  float* data;
+  int64_t batch, group, token;
+  float* at(int64_t b, int64_t g, int64_t t) const {
+    return data + b * batch + g * group + t * token;
+  }
+};
+
+// The tokens of one tile, in scan order; -1 is a token of zeros, which is never written.
+struct Tile {
+  int count;
+  int along;  // 1 or -1 for neighbours in this sense, 0 for places that a table names
+  int64_t token[TILE];
+};
+
 // `count` tokens of `lanes` channels into out[token][lane]; the other lanes become 0.
-void read_tile(const View& x, int64_t b, int64_t c, int64_t t, int lanes, int count, vec* out) {
-  int done = 0;
+void read_tile(const View& x, int64_t b, int64_t g, int64_t c, const Tile& tile, int lanes,
+               vec* out) {
+  int i = 0;
   if (x.channel == 1 && lanes == W) {
-    for (; done < count; ++done) out[done] = load(x.at(b, c, t + done));
-  } else if (x.token == 1 || x.token == -1) {
-    for (; done + W <= count; done += W) {
+    const float* p = x.at(b, g, c, 0);
+    for (; i < tile.count; ++i)
+      out[i] = tile.token[i] < 0 ? vec{} : load(p + tile.token[i] * x.token);
+  } else if (x.token == 1 && tile.along) {
+    for (; i + W <= tile.count; i += W) {
       vec rows[W];
-      const float* p = x.at(b, c, x.token == 1 ? t + done : t + done + W - 1);
-      for (int i = 0; i < W; ++i) rows[i] = i < lanes ? load(p + i * x.channel) : vec{};
+      const float* p = x.at(b, g, c, tile.token[tile.along > 0 ? i : i + W - 1]);
+      for (int j = 0; j < W; ++j) rows[j] = j < lanes ? load(p + j * x.channel) : vec{};
       transpose(rows);
-      for (int i = 0; i < W; ++i) out[done + i] = rows[x.token == 1 ? i : W - 1 - i];
+      for (int j = 0; j < W; ++j) out[i + j] = rows[tile.along > 0 ? j : W - 1 - j];
     }
   }
-  for (; done < count; ++done) {
-    const float* p = x.at(b, c, t + done);
+  for (; i < tile.count; ++i) {
     vec row = {};
-    for (int i = 0; i < lanes; ++i) row[i] = p[i * x.channel];
-    out[done] = row;
+    const float* p = x.at(b, g, c, tile.token[i]);
+    if (tile.token[i] >= 0)
+      for (int j = 0; j < lanes; ++j) row[j] = p[j * x.channel];
+    out[i] = row;
   }
 }
 
-// Asks for the tile that comes next, a line per view and token while this one is computed: a
-// channel's tokens lie far from those of its neighbours, in too many streams for the processor to
-// foresee, and all requests at once would fill its queue and stop it.
+// With `add` the values are added to what is there.
+void write_tile(const View& x, int64_t b, int64_t g, int64_t c, const Tile& tile, int lanes,
+                bool add, const vec* in) {
+  int i = 0;
+  if (x.channel == 1 && lanes == W) {
+    float* first = x.at(b, g, c, 0);
+    for (; i < tile.count; ++i) {
+      float* p = first + tile.token[i] * x.token;
+      if (tile.token[i] >= 0) store(p, add ? load(p) + in[i] : in[i]);
+    }
+  } else if (x.token == 1 && tile.along) {
+    for (; i + W <= tile.count; i += W) {
+      vec rows[W];
+      for (int j = 0; j < W; ++j) rows[j] = in[i + (tile.along > 0 ? j : W - 1 - j)];
+      transpose(rows);
+      float* first = x.at(b, g, c, tile.token[tile.along > 0 ? i : i + W - 1]);
+      for (int j = 0; j < lanes; ++j) {
+        float* p = first + j * x.channel;
+        store(p, add ? load(p) + rows[j] : rows[j]);
+      }
+    }
+  }
+  for (; i < tile.count; ++i) {
+    float* p = x.at(b, g, c, tile.token[i]);
+    if (tile.token[i] >= 0)
+      for (int j = 0; j < lanes; ++j) p[j * x.channel] = in[i][j] + (add ? p[j * x.channel] : 0.f);
+  }
+}
+
+// Asks for the tile that comes next, a line per view and token while this one is computed: its
+// lines lie far from each other, in too many streams for the processor to foresee, and all requests
+// at once would fill its queue and stop it.
 template <int READS, int WRITES> struct Ahead {
   const float* first[READS + WRITES];
-  int64_t channel[READS + WRITES];
+  int64_t channel[READS + WRITES], token[READS + WRITES];  // one of them is 0
+  const Tile* tile;
   int lines = 0;  // per view
-  // Views in the order of READS, then WRITES; channels from c, tokens from t.
-  void aim(const View* const* views, int64_t b, int64_t c, int64_t t, int lanes, int count) {
-    lines = lanes * LINES;
+  // Views in the order of READS, then WRITES, absent ones null; channels from c.
+  void aim(const View* const* views, int64_t b, int64_t g, int64_t c, const Tile& next,
+           int lanes) {
+    tile = &next;
+    lines = next.count;
     for (int k = 0; k < READS + WRITES; ++k) {
       const View& x = *views[k];
-      const bool along = x.token == 1 || x.token == -1;
-      first[k] = x.at(b, c, x.token == -1 ? t + count - 1 : t);
-      channel[k] = along ? x.channel : 0;  // else neighbours share lines, which are foreseen
+      const bool along = x.token == 1 && next.along;
+      first[k] = x.data ? x.at(b, g, c, along ? next.token[next.along > 0 ? 0 : next.count - 1] : 0)
+                        : nullptr;
+      channel[k] = along && lanes * LINES >= next.count ? x.channel : 0;
+      token[k] = along ? 0 : x.token;
     }
   }
   // (Always inline: else g++ takes it for a function without effect.)
   __attribute__((always_inline)) void fetch(int i) const {
     if (i >= lines) return;
     for (int k = 0; k < READS + WRITES; ++k) {
-      const float* p = first[k] + i / LINES * channel[k] + i % LINES * LINE;
+      const float* p = first[k] + i / LINES * channel[k] + i % LINES * LINE * (token[k] == 0) +
+                       tile->token[i] * token[k];
       if (k < READS)
         __builtin_prefetch(p, 0);
       else
@@ -252,42 +308,27 @@ template <int READS, int WRITES> struct Ahead {
   }
 };
 
-void write_tile(const View& x, int64_t b, int64_t c, int64_t t, int lanes, int count,
-                const vec* in) {
-  int done = 0;
-  if (x.channel == 1 && lanes == W) {
-    for (; done < count; ++done) store(x.at(b, c, t + done), in[done]);
-  } else if (x.token == 1 || x.token == -1) {
-    for (; done + W <= count; done += W) {
-      vec rows[W];
-      for (int i = 0; i < W; ++i) rows[i] = in[done + (x.token == 1 ? i : W - 1 - i)];
-      transpose(rows);
-      float* p = x.at(b, c, x.token == 1 ? t + done : t + done + W - 1);
-      for (int i = 0; i < lanes; ++i) store(p + i * x.channel, rows[i]);
-    }
-  }
-  for (; done < count; ++done) {
-    float* p = x.at(b, c, t + done);
-    for (int i = 0; i < lanes; ++i) p[i * x.channel] = in[done][i];
-  }
-}
-
 }  // namespace
 
 extern "C" {
 
 // Filled by cpp.py; every member is 8 bytes. Absent tensors are null.
 struct Arguments {
-  int64_t batch, groups, group_dim, length, padded_state, softplus, threads;
-  View u, delta, y;         // y: output
-  const float *A, *B, *C;   // (G, NP, H), (B, G, L, NP) twice, in scan order
-  const float *D, *bias;    // (G * H) or null
-  float* starts;            // (tiles + 1, B, G, NP, H): state before each tile, and at the end
+  int64_t batch, groups, group_dim, length, tokens, padded_state, rank, softplus, threads;
+  int64_t reverse;          // without a table: from the last token to the first
+  int64_t shared, merged;   // all groups have one u; y is the sum over groups
+  const int32_t* order;     // (G, length): the token at each position, -1 for zeros; or null
+  int64_t order_stride;     // from group to group
+  View u, delta, y;         // delta is null with a rank; y: output
+  Rows B, C, low;           // of NP values twice; of `rank` values, from which delta is made
+  const float* weight;      // (G, rank, H), makes delta
+  const float *A, *D, *bias;  // (G, NP, H), (G * H) or null twice
+  float *starts, *last;     // (tiles, B, G, NP, H): state before each tile, or null; and at the end
   // Backward only:
   View grad_y, grad_u, grad_delta;
   const float* grad_last;   // (B, G, NP, H) or null
   float *grad_A;            // (B, G, NP, H), to be summed over B
-  float *grad_B, *grad_C;   // (B, G, L, NP)
+  float *grad_B, *grad_C;   // (B, G, tokens, NP)
   float *grad_D, *grad_bias;  // (B, G * H), to be summed over B
 };
 }
@@ -296,24 +337,36 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the work is cut into tasks.
+// How the work is cut into tasks. `together`: one task takes all groups of an item.
 struct Grid {
   int64_t tiles, blocks, splits, blocks_per_split, chunks, tiles_per_chunk, items;
-  explicit Grid(const Arguments& a) {
+  bool together;
+  Grid(const Arguments& a, bool together) : together(together) {
     tiles = ceil_div(a.length, TILE);
     blocks = ceil_div(a.group_dim, W);
     items = a.batch * a.groups;
-    splits = items >= a.threads ? 1 : ceil_div(a.threads, items);
+    const int64_t units = together ? a.batch : items;
+    splits = units >= a.threads ? 1 : ceil_div(a.threads, units);
     splits = splits < blocks ? splits : blocks;
     blocks_per_split = ceil_div(blocks, splits);
     splits = ceil_div(blocks, blocks_per_split);
-    chunks = ceil_div(a.threads, items * splits);
+    chunks = ceil_div(a.threads, units * splits);
     if (chunks < 3) chunks = 1;  // two chunks do twice the work with twice the threads
     chunks = chunks < tiles ? chunks : tiles;
     tiles_per_chunk = ceil_div(tiles, chunks);
     chunks = ceil_div(tiles, tiles_per_chunk);
   }
-  int64_t tasks() const { return items * splits * chunks; }
+};
+
+// A range of channel blocks and one of tiles.
+struct Range {
+  int64_t chunk, from, to, first, last;
+  Range(const Grid& g, int64_t split, int64_t chunk) : chunk(chunk) {
+    from = split * g.blocks_per_split;
+    to = from + g.blocks_per_split < g.blocks ? from + g.blocks_per_split : g.blocks;
+    first = chunk * g.tiles_per_chunk;
+    last = first + g.tiles_per_chunk < g.tiles ? first + g.tiles_per_chunk : g.tiles;
+  }
 };
 
 // Run task(0..count-1) on the threads; each takes the next one when it is free.
@@ -330,23 +383,96 @@ template <class Task> void parallel(int64_t count, int64_t threads, Task task) {
   for (int64_t i = 0; i < count; ++i) task(i);
 }
 
-int tile_tokens(const Arguments& a, int64_t tile) {
-  int64_t left = a.length - tile * TILE;
-  return (int)(left < TILE ? left : TILE);
+// Run task(item, split, chunk) for all chunks from `chunk0` to before `chunk1`. Groups that write
+// to the same places follow each other: in one task, or where chunks of several groups could meet
+// at a token, one group after the other.
+template <class Task>
+void for_all(const Arguments& a, const Grid& g, int64_t chunk0, int64_t chunk1, Task task) {
+  const int64_t chunks = chunk1 - chunk0;
+  if (!g.together) {
+    parallel(g.items * g.splits * chunks, a.threads, [&](int64_t i) {
+      task(i / chunks / g.splits, i / chunks % g.splits, chunk0 + i % chunks);
+    });
+    return;
+  }
+  const int64_t rounds = chunks > 1 ? a.groups : 1, groups = chunks > 1 ? 1 : a.groups;
+  for (int64_t round = 0; round < rounds; ++round)
+    parallel(a.batch * g.splits * chunks, a.threads, [&](int64_t i) {
+      for (int64_t group = round; group < round + groups; ++group)
+        task(i / chunks / g.splits * a.groups + group, i / chunks % g.splits, chunk0 + i % chunks);
+    });
 }
+
 int block_lanes(const Arguments& a, int64_t block) {
   int64_t left = a.group_dim - block * W;
   return (int)(left < W ? left : W);
 }
 int64_t state_size(const Arguments& a) { return a.padded_state * a.group_dim; }  // per item
 
+void find_tokens(const Arguments& a, int64_t group, int64_t tile, Tile& out) {
+  const int64_t t = tile * TILE, left = a.length - t;
+  out.count = (int)(left < TILE ? left : TILE);
+  out.along = a.order ? 0 : a.reverse ? -1 : 1;
+  for (int i = 0; i < out.count; ++i)
+    out.token[i] = a.order     ? a.order[group * a.order_stride + t + i]
+                   : a.reverse ? a.length - 1 - t - i
+                               : t + i;
+}
+
+// Memory of a task, aligned to lines.
+struct Room {
+  std::vector<char> memory;
+  char* next;
+  Room(int64_t vecs) : memory(vecs * sizeof(vec) + 64, 0) {
+    next = (char*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
+  }
+  vec* take(int64_t vecs) {
+    auto p = (vec*)next;
+    next += vecs * sizeof(vec);
+    return p;
+  }
+};
+
+// The rows of a tile's tokens; TILE of them, those after the last token of zeros.
+void find_rows(const Rows& x, int64_t b, int64_t g, const Tile& tile, const float* zeros,
+               const float** rows) {
+  for (int i = 0; i < TILE; ++i)
+    rows[i] = i < tile.count && tile.token[i] >= 0 ? x.at(b, g, tile.token[i]) : zeros;
+}
+
+// A vector's worth of zeros for any row.
+int64_t zero_vecs(const Arguments& a) {
+  return ceil_div(a.padded_state > a.rank ? a.padded_state : a.rank, W);
+}
+
+// out[i] = sum_r weight[r] * rows[i][r], for whole groups of eight tokens.
+void expand(const float* weight, int64_t stride, int64_t rank, const float* const* rows, int count,
+            int lanes, vec* out) {
+  for (int i = 0; i < count; i += 8) {
+    vec sum[8] = {};
+    for (int64_t r = 0; r < rank; ++r) {
+      const vec w = load_some(weight + r * stride, lanes);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) sum[j] += w * rows[i + j][r];
+    }
+    for (int j = 0; j < 8; ++j) out[i + j] = sum[j];
+  }
+}
+
 // Step of one tile, and with SLOPE its derivative.
 template <bool SLOPE>
-void make_steps(const Arguments& a, int64_t b, int64_t c, int64_t t, int lanes, int count,
-                vec* step, vec* slope) {
-  read_tile(a.delta, b, c, t, lanes, count, step);
-  vec bias = a.bias ? load_some(a.bias + c, lanes) : vec{};
-  for (int i = 0; i < count; ++i) {
+void make_steps(const Arguments& a, int64_t b, int64_t g, int64_t c, const Tile& tile, int lanes,
+                const float* zeros, vec* step, vec* slope) {
+  if (a.rank) {
+    const float* rows[TILE];
+    find_rows(a.low, b, g, tile, zeros, rows);
+    expand(a.weight + g * a.rank * a.group_dim + c, a.group_dim, a.rank, rows, tile.count, lanes,
+           step);
+  } else {
+    read_tile(a.delta, b, g, c, tile, lanes, step);
+  }
+  vec bias = a.bias ? load_some(a.bias + g * a.group_dim + c, lanes) : vec{};
+  for (int i = 0; i < tile.count; ++i) {
     vec x = step[i] + bias, s = splat(1.f);
     if (a.softplus) softplus(x, x, s);
     step[i] = x;
@@ -356,82 +482,84 @@ void make_steps(const Arguments& a, int64_t b, int64_t c, int64_t t, int lanes, 
 
 // Forward ----------------------------------------------------------------------------------------
 
-// One part of NB states over one tile: h[n] in and out, y added to.
+// One part of NB states over one tile: h[n] in and out, y added to. B and C are rows, from n0.
 template <int NB, bool OUT>
-void forward_part(int count, int NP, const vec* step, const vec* input, const float* A, int64_t lda,
-                  const float* B, const float* C, int lanes, const Ahead<2, OUT>& ahead,
-                  vec* h_io, vec* y) {
+void forward_part(int count, const vec* step, const vec* input, const float* A, int64_t lda,
+                  const float* const* B, const float* const* C, int64_t n0, int lanes,
+                  const Ahead<2, OUT>& ahead, vec* h_io, vec* y) {
   vec h[NB], rate[NB];
   for (int n = 0; n < NB; ++n) {
     h[n] = h_io[n];
     rate[n] = load_some(A + n * lda, lanes) * LOG2E;
   }
-  for (int i = 0; i < count; ++i, B += NP, C += NP) {
+  for (int i = 0; i < count; ++i) {
+    const float *b = B[i] + n0, *c = C[i] + n0;
     vec d = step[i], x = input[i], sum = {};
     ahead.fetch(i);
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
-      h[n] = exp2_(d * rate[n]) * h[n] + x * B[n];
-      if (OUT) sum += h[n] * C[n];
+      h[n] = exp2_(d * rate[n]) * h[n] + x * b[n];
+      if (OUT) sum += h[n] * c[n];
     }
     if (OUT) y[i] += sum;
   }
   for (int n = 0; n < NB; ++n) h_io[n] = h[n];
 }
 
-// Sweep the tiles [first, last) of some channel blocks. starts[first] is given; with OUT the states
-// go to starts[first + 1 ...] and y is written, else the state after the last tile goes to `end`
-// and the sum of the steps to `sum_step`, which are laid out like one row of starts and like D.
+// Sweep the tiles of a range. `start` is the state before it, null for zeros. With OUT y is
+// written, and the states before the tiles if they are kept; without it the sum of the steps goes
+// to `sum_step`. The state after the last tile goes to `end` if that is not null. States are laid
+// out like one row of starts, sums like D per item.
 template <int NB, bool OUT>
-void forward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split, int64_t first,
-                  int64_t last, float* end, float* sum_step) {
+void forward_task(const Arguments& a, const Grid& g, int64_t item, const Range& range,
+                  const float* start, float* end, float* sum_step) {
   const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state;
-  const int64_t row = g.items * state_size(a);
-  const int64_t from = split * g.blocks_per_split;
-  const int64_t to = from + g.blocks_per_split < g.blocks ? from + g.blocks_per_split : g.blocks;
-  vec step[TILE], u[TILE], input[TILE], y[TILE], h[NB];
-  for (int64_t block = from; block < to; ++block) {
+  const int64_t row = g.items * state_size(a), zeros_size = zero_vecs(a);
+  const bool add = a.merged && group > 0;
+  Room room(NP + zeros_size);
+  vec* state = room.take(NP);
+  auto zeros = (const float*)room.take(zeros_size);
+  vec step[TILE], u[TILE], input[TILE], y[TILE];
+  const float *B[TILE], *C[TILE];
+  Tile tiles[2];
+  for (int64_t block = range.from; block < range.to; ++block) {
     const int lanes = block_lanes(a, block);
-    const int64_t c = group * a.group_dim + block * W;  // channel
-    for (int64_t tile = first; tile < last; ++tile) {
-      const int count = tile_tokens(a, tile);
-      const int64_t t = tile * TILE;
-      const float* B = a.B + (item * a.length + t) * NP;
-      const float* C = a.C + (item * a.length + t) * NP;
+    const int64_t c = block * W, at = item * state_size(a) + c, H = a.group_dim;
+    for (int64_t n = 0; n < NP; ++n)
+      state[n] = start ? load_some(start + at + n * H, lanes) : vec{};
+    vec skip = OUT && a.D ? load_some(a.D + group * H + c, lanes) : vec{};
+    vec all = {};
+    find_tokens(a, group, range.first, tiles[range.first % 2]);
+    for (int64_t t = range.first; t < range.last; ++t) {
+      const Tile& tile = tiles[t % 2];
       Ahead<2, OUT> ahead;
-      if (tile + 1 < last) {
+      if (t + 1 < range.last) {
+        find_tokens(a, group, t + 1, tiles[(t + 1) % 2]);
         const View* views[] = {&a.delta, &a.u, &a.y};
-        ahead.aim(views, b, c, t + TILE, lanes, tile_tokens(a, tile + 1));
+        ahead.aim(views, b, group, c, tiles[(t + 1) % 2], lanes);
       }
-      make_steps<false>(a, b, c, t, lanes, count, step, nullptr);
-      read_tile(a.u, b, c, t, lanes, count, u);
-      vec skip = OUT && a.D ? load_some(a.D + c, lanes) : vec{};
+      find_rows(a.B, b, group, tile, zeros, B);
+      find_rows(a.C, b, group, tile, zeros, C);
+      make_steps<false>(a, b, group, c, tile, lanes, zeros, step, nullptr);
+      read_tile(a.u, b, group, c, tile, lanes, u);
       vec total = {};
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < tile.count; ++i) {
         input[i] = step[i] * u[i];
         y[i] = skip * u[i];
         total += step[i];
       }
+      all += total;
       for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
-        const int64_t offset = item * state_size(a) + n0 * a.group_dim + block * W;
-        float* in = OUT ? a.starts + tile * row + offset : end + offset;
-        float* out = OUT ? in + row : in;
-        for (int n = 0; n < NB; ++n)
-          h[n] = !OUT && tile == first ? vec{} : load_some(in + n * a.group_dim, lanes);
-        forward_part<NB, OUT>(count, (int)NP, step, input, A, a.group_dim, B + n0, C + n0, lanes,
-                              ahead, h, y);
-        // The start of the next chunk is known already, and its task may be reading it.
-        if (!OUT || tile + 1 < last || last == g.tiles)
-          for (int n = 0; n < NB; ++n) store_some(out + n * a.group_dim, h[n], lanes);
+        if (OUT && a.starts)
+          for (int n = 0; n < NB; ++n)
+            store_some(a.starts + t * row + at + (n0 + n) * H, state[n0 + n], lanes);
+        forward_part<NB, OUT>(tile.count, step, input, a.A + (group * NP + n0) * H + c, H, B, C, n0,
+                              lanes, ahead, state + n0, y);
       }
-      if (OUT) {
-        write_tile(a.y, b, c, t, lanes, count, y);
-      } else {
-        float* p = sum_step + item * a.group_dim + block * W;
-        store_some(p, tile == first ? total : load_some(p, lanes) + total, lanes);
-      }
+      if (OUT) write_tile(a.y, b, group, c, tile, lanes, add, y);
     }
+    for (int64_t n = 0; end && n < NP; ++n) store_some(end + at + n * H, state[n], lanes);
+    if (!OUT) store_some(sum_step + item * H + c, all, lanes);
   }
 }
 
@@ -451,32 +579,24 @@ void combine(const Arguments& a, int64_t item, const float* sum_step, const floa
 }
 
 template <int NB> void forward(const Arguments& a) {
-  const Grid g(a);
-  const int64_t row = g.items * state_size(a);
-  std::memset(a.starts, 0, row * sizeof(float));
+  const Grid g(a, a.merged);
+  const int64_t row = g.items * state_size(a), channels = g.items * a.group_dim;
+  std::vector<float> starts(g.chunks > 1 ? g.chunks * row : 0);  // of the chunks; of the first 0
   if (g.chunks > 1) {
-    std::vector<float> ends((g.chunks - 1) * row), sums((g.chunks - 1) * g.items * a.group_dim);
-    parallel(g.items * g.splits * (g.chunks - 1), a.threads, [&](int64_t i) {
-      const int64_t chunk = i % (g.chunks - 1), split = i / (g.chunks - 1) % g.splits;
-      const int64_t first = chunk * g.tiles_per_chunk;
-      forward_task<NB, false>(a, g, i / (g.chunks - 1) / g.splits, split, first,
-                              first + g.tiles_per_chunk, &ends[chunk * row],
-                              &sums[chunk * g.items * a.group_dim]);
+    std::vector<float> ends((g.chunks - 1) * row), sums((g.chunks - 1) * channels);
+    for_all(a, g, 0, g.chunks - 1, [&](int64_t item, int64_t split, int64_t chunk) {
+      forward_task<NB, false>(a, g, item, Range(g, split, chunk), nullptr, &ends[chunk * row],
+                              &sums[chunk * channels]);
     });
     parallel(g.items, a.threads, [&](int64_t item) {
-      for (int64_t chunk = 0; chunk + 1 < g.chunks; ++chunk) {
-        float* from = a.starts + chunk * g.tiles_per_chunk * row;
-        combine(a, item, &sums[chunk * g.items * a.group_dim], &ends[chunk * row], from,
-                from + g.tiles_per_chunk * row);
-      }
+      for (int64_t chunk = 0; chunk + 1 < g.chunks; ++chunk)
+        combine(a, item, &sums[chunk * channels], &ends[chunk * row], &starts[chunk * row],
+                &starts[(chunk + 1) * row]);
     });
   }
-  parallel(g.tasks(), a.threads, [&](int64_t i) {
-    const int64_t chunk = i % g.chunks, split = i / g.chunks % g.splits;
-    const int64_t first = chunk * g.tiles_per_chunk;
-    const int64_t last = first + g.tiles_per_chunk;
-    forward_task<NB, true>(a, g, i / g.chunks / g.splits, split, first,
-                           last < g.tiles ? last : g.tiles, nullptr, nullptr);
+  for_all(a, g, 0, g.chunks, [&](int64_t item, int64_t split, int64_t chunk) {
+    forward_task<NB, true>(a, g, item, Range(g, split, chunk), chunk ? &starts[chunk * row] : nullptr,
+                           chunk + 1 == g.chunks ? a.last : nullptr, nullptr);
   });
 }
 
@@ -484,14 +604,16 @@ template <int NB> void forward(const Arguments& a) {
 
 // What one task needs besides its tile: sums over its channel blocks.
 struct Scratch {
-  std::vector<char> memory;
+  Room room;
   vec *decay, *state, *sum_B, *sum_C;  // [TILE][NB], [TILE + 1][NB], [TILE][NP] twice
-  Scratch(int NB, int64_t NP) : memory(sizeof(vec) * (TILE * (2 * NB + 2 * NP) + NB) + 64) {
-    auto p = (vec*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
-    decay = p;
-    state = decay + TILE * NB;
-    sum_B = state + (TILE + 1) * NB;
-    sum_C = sum_B + TILE * NP;
+  const float* zeros;
+  Scratch(const Arguments& a, int NB)
+      : room(TILE * (2 * NB + 2 * a.padded_state) + NB + zero_vecs(a)) {
+    decay = room.take(TILE * NB);
+    state = room.take((TILE + 1) * NB);
+    sum_B = room.take(TILE * a.padded_state);
+    sum_C = room.take(TILE * a.padded_state);
+    zeros = (const float*)room.take(zero_vecs(a));
   }
 };
 
@@ -499,8 +621,8 @@ struct Scratch {
 // comes in from the right, already times the decay of the token there.
 template <int NB>
 void backward_part(int count, int NP, const vec* step, const vec* input, const vec* grad_y,
-                   const float* A, int64_t lda, const float* B, const float* C, int lanes,
-                   Scratch& s, int n0, const Ahead<3, 2>& ahead, vec* g_io, vec* grad_A,
+                   const float* A, int64_t lda, const float* const* B, const float* const* C,
+                   int lanes, Scratch& s, int n0, const Ahead<3, 2>& ahead, vec* g_io, vec* grad_A,
                    vec* grad_input, vec* grad_step) {
   vec rate[NB], g[NB], dA[NB];
   for (int n = 0; n < NB; ++n) rate[n] = load_some(A + n * lda, lanes);
@@ -508,12 +630,13 @@ void backward_part(int count, int NP, const vec* step, const vec* input, const v
     vec h[NB];
     for (int n = 0; n < NB; ++n) h[n] = s.state[n];
     for (int i = 0; i < count; ++i) {
+      const float* b = B[i] + n0;
       vec d = step[i] * LOG2E, x = input[i];
       ahead.fetch(i);
 #pragma GCC unroll 8
       for (int n = 0; n < NB; ++n) {
         vec decay = exp2_(d * rate[n]);
-        h[n] = decay * h[n] + x * B[i * NP + n];
+        h[n] = decay * h[n] + x * b[n];
         s.decay[i * NB + n] = decay;
         s.state[(i + 1) * NB + n] = h[n];
       }
@@ -524,14 +647,15 @@ void backward_part(int count, int NP, const vec* step, const vec* input, const v
     dA[n] = grad_A[n];
   }
   for (int i = count - 1; i >= 0; --i) {
+    const float *b = B[i] + n0, *c = C[i] + n0;
     const vec dy = grad_y[i], d = step[i], x = input[i];
     vec to_input = {}, to_step = {};
 #pragma GCC unroll 8
     for (int n = 0; n < NB; ++n) {
       s.sum_C[i * NP + n0 + n] += s.state[(i + 1) * NB + n] * dy;
-      vec adjoint = dy * C[i * NP + n] + g[n];
+      vec adjoint = dy * c[n] + g[n];
       s.sum_B[i * NP + n0 + n] += adjoint * x;
-      to_input += adjoint * B[i * NP + n];
+      to_input += adjoint * b[n];
       g[n] = adjoint * s.decay[i * NB + n];
       vec w = g[n] * s.state[i * NB + n];
       to_step += w * rate[n];
@@ -548,13 +672,13 @@ void backward_part(int count, int NP, const vec* step, const vec* input, const v
 
 // Only the adjoint, for finding what a chunk passes to the one on its left.
 template <int NB>
-void adjoint_part(int count, int NP, const vec* step, const vec* grad_y, const float* A,
-                  int64_t lda, const float* C, int lanes, vec* g) {
+void adjoint_part(int count, const vec* step, const vec* grad_y, const float* A, int64_t lda,
+                  const float* const* C, int64_t n0, int lanes, vec* g) {
   vec rate[NB];
   for (int n = 0; n < NB; ++n) rate[n] = load_some(A + n * lda, lanes) * LOG2E;
   for (int i = count - 1; i >= 0; --i)
     for (int n = 0; n < NB; ++n)
-      g[n] = exp2_(step[i] * rate[n]) * (grad_y[i] * C[i * NP + n] + g[n]);
+      g[n] = exp2_(step[i] * rate[n]) * (grad_y[i] * C[i][n0 + n] + g[n]);
 }
 
 // Sums over tokens are taken per tile first: one long sum would lose digits.
@@ -568,114 +692,121 @@ struct Sums {
 };
 
 template <int NB>
-void adjoint_task(const Arguments& a, const Grid& g, int64_t item, int64_t split, int64_t first,
-                  int64_t last, float* end, float* sum_step) {
-  const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state;
-  const int64_t from = split * g.blocks_per_split;
-  const int64_t to = from + g.blocks_per_split < g.blocks ? from + g.blocks_per_split : g.blocks;
-  vec step[TILE], grad_y[TILE], adjoint[NB];
-  for (int64_t tile = last - 1; tile >= first; --tile) {
-    const int count = tile_tokens(a, tile);
-    const int64_t t = tile * TILE;
-    const float* C = a.C + (item * a.length + t) * NP;
-    for (int64_t block = from; block < to; ++block) {
-      const int lanes = block_lanes(a, block);
-      const int64_t c = group * a.group_dim + block * W;
-      make_steps<false>(a, b, c, t, lanes, count, step, nullptr);
-      read_tile(a.grad_y, b, c, t, lanes, count, grad_y);
+void adjoint_task(const Arguments& a, int64_t item, const Range& range, float* end,
+                  float* sum_step) {
+  const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state, H = a.group_dim;
+  Room room(NP + zero_vecs(a));
+  vec* adjoint = room.take(NP);
+  auto zeros = (const float*)room.take(zero_vecs(a));
+  vec step[TILE], grad_y[TILE];
+  const float* C[TILE];
+  Tile tile;
+  for (int64_t block = range.from; block < range.to; ++block) {
+    const int lanes = block_lanes(a, block);
+    const int64_t c = block * W;
+    vec all = {};
+    std::memset((void*)adjoint, 0, NP * sizeof(vec));
+    for (int64_t t = range.last - 1; t >= range.first; --t) {
+      find_tokens(a, group, t, tile);
+      find_rows(a.C, b, group, tile, zeros, C);
+      make_steps<false>(a, b, group, c, tile, lanes, zeros, step, nullptr);
+      read_tile(a.grad_y, b, group, c, tile, lanes, grad_y);
       vec total = {};
-      for (int i = 0; i < count; ++i) total += step[i];
-      float* p = sum_step + item * a.group_dim + block * W;
-      store_some(p, tile == last - 1 ? total : load_some(p, lanes) + total, lanes);
-      for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
-        float* g_io = end + item * state_size(a) + n0 * a.group_dim + block * W;
-        for (int n = 0; n < NB; ++n)
-          adjoint[n] = tile == last - 1 ? vec{} : load_some(g_io + n * a.group_dim, lanes);
-        adjoint_part<NB>(count, (int)NP, step, grad_y, A, a.group_dim, C + n0, lanes, adjoint);
-        for (int n = 0; n < NB; ++n) store_some(g_io + n * a.group_dim, adjoint[n], lanes);
-      }
+      for (int i = 0; i < tile.count; ++i) total += step[i];
+      all += total;
+      for (int64_t n0 = 0; n0 < NP; n0 += NB)
+        adjoint_part<NB>(tile.count, step, grad_y, a.A + (group * NP + n0) * H + c, H, C, n0, lanes,
+                         adjoint + n0);
     }
+    for (int64_t n = 0; n < NP; ++n)
+      store_some(end + item * state_size(a) + n * H + c, adjoint[n], lanes);
+    store_some(sum_step + item * H + c, all, lanes);
   }
+}
+
+// The rows of a tile are sums over lanes of `count` times NP vectors; `rows` is overwritten.
+void write_rows(float* out, const Tile& tile, int64_t NP, vec* sums, std::vector<float>& rows) {
+  const int64_t total = tile.count * NP;
+  for (int64_t i = 0; i < total; i += W) {
+    vec some[W];
+    for (int j = 0; j < W; ++j) some[j] = i + j < total ? sums[i + j] : vec{};
+    store_some(&rows[i], lane_sums(some), (int)(total - i < W ? total - i : W));
+  }
+  for (int i = 0; i < tile.count; ++i)
+    if (tile.token[i] >= 0)
+      std::memcpy(out + tile.token[i] * NP, &rows[i * NP], NP * sizeof(float));
 }
 
 // `adjoint` (one row of starts) comes in from the right and is left as it goes out to the left.
 template <int NB>
-void backward_task(const Arguments& a, const Grid& g, int64_t item, int64_t split, int64_t first,
-                   int64_t last, float* adjoint, Sums sums, float* grad_B, float* grad_C) {
-  const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state;
+void backward_task(const Arguments& a, const Grid& g, int64_t item, const Range& range,
+                   float* adjoint, Sums sums, float* grad_B, float* grad_C) {
+  const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state, H = a.group_dim;
   const int64_t row = g.items * state_size(a);
-  const int64_t from = split * g.blocks_per_split;
-  const int64_t to = from + g.blocks_per_split < g.blocks ? from + g.blocks_per_split : g.blocks;
-  Scratch s(NB, NP);
+  const bool add = a.shared && group > 0;
+  Scratch s(a, NB);
+  std::vector<float> rows(TILE * NP);
   vec step[TILE], slope[TILE], u[TILE], input[TILE], grad_y[TILE];
   vec grad_input[TILE], grad_step[TILE], h[NB], dA[NB];
-  for (int64_t tile = last - 1; tile >= first; --tile) {
-    const int count = tile_tokens(a, tile);
-    const int64_t t = tile * TILE, bc = (item * a.length + t) * NP;
+  const float *B[TILE], *C[TILE];
+  Tile tiles[2];
+  find_tokens(a, group, range.last - 1, tiles[(range.last - 1) % 2]);
+  for (int64_t t = range.last - 1; t >= range.first; --t) {
+    const Tile& tile = tiles[t % 2];
+    if (t > range.first) find_tokens(a, group, t - 1, tiles[(t - 1) % 2]);
+    find_rows(a.B, b, group, tile, s.zeros, B);
+    find_rows(a.C, b, group, tile, s.zeros, C);
+    const bool last = t == range.last - 1;
     std::memset((void*)s.sum_B, 0, 2 * TILE * NP * sizeof(vec));
-    for (int64_t block = from; block < to; ++block) {
+    for (int64_t block = range.from; block < range.to; ++block) {
       const int lanes = block_lanes(a, block);
-      const int64_t c = group * a.group_dim + block * W;
+      const int64_t c = block * W;
       // Next come the following block, or the first block of the tile on the left.
       Ahead<3, 2> ahead;
-      const int64_t next_tile = block + 1 < to ? tile : tile - 1;
-      if (next_tile >= first) {
-        const int64_t next = block + 1 < to ? block + 1 : from;
-        const int64_t c1 = group * a.group_dim + next * W, t1 = next_tile * TILE;
-        const int lanes1 = block_lanes(a, next), count1 = tile_tokens(a, next_tile);
+      const bool same = block + 1 < range.to;
+      if (same || t > range.first) {
+        const int64_t next = same ? block + 1 : range.from;
         const View* views[] = {&a.delta, &a.u, &a.grad_y, &a.grad_u, &a.grad_delta};
-        ahead.aim(views, b, c1, t1, lanes1, count1);
+        ahead.aim(views, b, group, next * W, same ? tile : tiles[(t - 1) % 2],
+                  block_lanes(a, next));
       }
-      make_steps<true>(a, b, c, t, lanes, count, step, slope);
-      read_tile(a.u, b, c, t, lanes, count, u);
-      read_tile(a.grad_y, b, c, t, lanes, count, grad_y);
-      for (int i = 0; i < count; ++i) {
+      make_steps<true>(a, b, group, c, tile, lanes, s.zeros, step, slope);
+      read_tile(a.u, b, group, c, tile, lanes, u);
+      read_tile(a.grad_y, b, group, c, tile, lanes, grad_y);
+      for (int i = 0; i < tile.count; ++i) {
         input[i] = step[i] * u[i];
         grad_input[i] = grad_step[i] = vec{};
       }
       for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        const int64_t offset = item * state_size(a) + n0 * a.group_dim + block * W;
-        const float* A = a.A + (group * NP + n0) * a.group_dim + block * W;
+        const int64_t offset = item * state_size(a) + n0 * H + c;
         for (int n = 0; n < NB; ++n) {
-          s.state[n] = load_some(a.starts + tile * row + offset + n * a.group_dim, lanes);
-          h[n] = load_some(adjoint + offset + n * a.group_dim, lanes);
+          s.state[n] = load_some(a.starts + t * row + offset + n * H, lanes);
+          h[n] = load_some(adjoint + offset + n * H, lanes);
           dA[n] = vec{};
         }
-        backward_part<NB>(count, (int)NP, step, input, grad_y, A, a.group_dim, a.B + bc + n0,
-                          a.C + bc + n0, lanes, s, (int)n0, ahead, h, dA, grad_input,
-                          grad_step);
+        backward_part<NB>(tile.count, (int)NP, step, input, grad_y,
+                          a.A + (group * NP + n0) * H + c, H, B, C, lanes, s, (int)n0, ahead, h,
+                          dA, grad_input, grad_step);
         for (int n = 0; n < NB; ++n) {
-          store_some(adjoint + offset + n * a.group_dim, h[n], lanes);
-          add_some(sums.A + offset + n * a.group_dim, dA[n], lanes, tile == last - 1);
+          store_some(adjoint + offset + n * H, h[n], lanes);
+          add_some(sums.A + offset + n * H, dA[n], lanes, last);
         }
       }
-      const int64_t i_c = b * a.groups * a.group_dim + c;
-      vec skip = a.D ? load_some(a.D + c, lanes) : vec{};
+      vec skip = a.D ? load_some(a.D + group * H + c, lanes) : vec{};
       vec dD = {}, dbias = {};
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < tile.count; ++i) {
         grad_step[i] = (grad_step[i] + grad_input[i] * u[i]) * slope[i];
         grad_input[i] = grad_input[i] * step[i] + skip * grad_y[i];
         dD += grad_y[i] * u[i];
         dbias += grad_step[i];
       }
-      add_some(sums.D + i_c, dD, lanes, tile == last - 1);
-      add_some(sums.bias + i_c, dbias, lanes, tile == last - 1);
-      write_tile(a.grad_u, b, c, t, lanes, count, grad_input);
-      write_tile(a.grad_delta, b, c, t, lanes, count, grad_step);
+      add_some(sums.D + item * H + c, dD, lanes, last);
+      add_some(sums.bias + item * H + c, dbias, lanes, last);
+      write_tile(a.grad_u, b, group, c, tile, lanes, add, grad_input);
+      write_tile(a.grad_delta, b, group, c, tile, lanes, false, grad_step);
     }
-    // Sums over lanes, W vectors at a time.
-    for (int which = 0; which < 2; ++which) {
-      const vec* sum = which ? s.sum_C : s.sum_B;
-      float* out = (which ? grad_C : grad_B) + bc;
-      const int64_t total = count * NP;
-      for (int64_t i = 0; i < total; i += W) {
-        const int some = (int)(total - i < W ? total - i : W);
-        vec rows[W];
-        for (int j = 0; j < W; ++j) rows[j] = j < some ? sum[i + j] : vec{};
-        store_some(out + i, lane_sums(rows), some);
-      }
-    }
+    write_rows(grad_B + item * a.tokens * NP, tile, NP, s.sum_B, rows);
+    write_rows(grad_C + item * a.tokens * NP, tile, NP, s.sum_C, rows);
   }
 }
 
@@ -692,20 +823,18 @@ void add_rows(float* out, const float* rows, int64_t count, int64_t size, int64_
 }
 
 template <int NB> void backward(const Arguments& a) {
-  const Grid g(a);
+  const Grid g(a, a.shared);
   const int64_t row = g.items * state_size(a), channels = g.items * a.group_dim;
-  const int64_t tokens = g.items * a.length * a.padded_state;
+  const int64_t tokens = g.items * a.tokens * a.padded_state;
   std::vector<float> adjoint(g.chunks * row);  // what comes into each chunk from the right
   float* from_right = &adjoint[(g.chunks - 1) * row];
   if (a.grad_last) std::memcpy(from_right, a.grad_last, row * sizeof(float));
   if (g.chunks > 1) {
     const int64_t rest = g.chunks - 1;
     std::vector<float> ends(rest * row), steps(rest * channels);
-    parallel(g.items * g.splits * rest, a.threads, [&](int64_t i) {
-      const int64_t chunk = i % rest + 1, split = i / rest % g.splits;
-      const int64_t first = chunk * g.tiles_per_chunk, last = first + g.tiles_per_chunk;
-      adjoint_task<NB>(a, g, i / rest / g.splits, split, first, last < g.tiles ? last : g.tiles,
-                       &ends[(chunk - 1) * row], &steps[(chunk - 1) * channels]);
+    for_all(a, g, 1, g.chunks, [&](int64_t item, int64_t split, int64_t chunk) {
+      adjoint_task<NB>(a, item, Range(g, split, chunk), &ends[(chunk - 1) * row],
+                       &steps[(chunk - 1) * channels]);
     });
     parallel(g.items, a.threads, [&](int64_t item) {
       for (int64_t chunk = g.chunks - 1; chunk > 0; --chunk)
@@ -726,12 +855,10 @@ template <int NB> void backward(const Arguments& a) {
     dB = partial_bc.data();
     dC = dB + g.splits * tokens;
   }
-  parallel(g.tasks(), a.threads, [&](int64_t i) {
-    const int64_t chunk = i % g.chunks, split = i / g.chunks % g.splits;
-    const int64_t first = chunk * g.tiles_per_chunk, last = first + g.tiles_per_chunk;
+  for_all(a, g, 0, g.chunks, [&](int64_t item, int64_t split, int64_t chunk) {
     Sums sums = {dA + chunk * row, dD + chunk * channels, dbias + chunk * channels};
-    backward_task<NB>(a, g, i / g.chunks / g.splits, split, first, last < g.tiles ? last : g.tiles,
-                      &adjoint[chunk * row], sums, dB + split * tokens, dC + split * tokens);
+    backward_task<NB>(a, g, item, Range(g, split, chunk), &adjoint[chunk * row], sums,
+                      dB + split * tokens, dC + split * tokens);
   });
   if (g.chunks > 1) {
     add_rows(a.grad_A, dA, g.chunks, row, a.threads);
@@ -751,6 +878,13 @@ extern "C" {
 // Size of Arguments, so that a caller with another idea of it notices.
 int64_t mmhybrid_scan_arguments(void) { return sizeof(Arguments); }
 int64_t mmhybrid_scan_lanes(void) { return W; }
+
+// Whether every entry of the table is a token, or -1.
+int64_t mmhybrid_scan_order_fits(const int32_t* order, int64_t count, int64_t tokens) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) wrong |= (order[i] < -1) | (order[i] >= tokens);
+  return !wrong;
+}
 
 void mmhybrid_scan_forward(const Arguments* a) {
   switch (a->padded_state) {
