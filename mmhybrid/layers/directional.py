@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops.cross_scan import DIRECTIONS, ScanPlan, scan_plan
+from mmhybrid.ops.precision import autocast_off
 from mmhybrid.ops.selective_scan import choose_backend, run_backend
 from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
 from mmhybrid.ops.walk_conv import walk_conv
+from mmhybrid.ops.walk_scan import takes, walk_scan
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear import token_linear
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['Branch', 'LocalVimMixer', 'VimMixer', 'scan_branches']
+__all__ = ['Branch', 'LocalVimMixer', 'VimMixer', 'prepare_mixers', 'scan_branches']
 
 
 class Branch(NamedTuple):
@@ -41,6 +44,61 @@ class Branch(NamedTuple):
     dt_proj: nn.Linear
     A_log: Tensor
     D: Tensor
+
+
+def prepare_mixers(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor, grid: tuple[int, int]
+                   ) -> list[tuple | None]:
+    """What the Triton kernels need of mixers for tokens like these, made for all at once.
+
+    The weights of all directions of all mixers are put together, cast and turned into decay rates
+    in one call for each kind, instead of one for each kind, direction and mixer.
+
+    Args:
+        mixers: with equal widths.
+        x: tokens (B, L, C) that the first one reads.
+        grid: (H, W) of their map.
+
+    Returns:
+        For each mixer what its ``forward`` takes as ``prepared``; None where tokens are reordered
+        by copies, which needs nothing.
+    """
+    made: list[tuple | None] = [None] * len(mixers)
+    for trained in (True, False):  # no gradient should wander through frozen mixers
+        ids = [i for i, m in enumerate(mixers) if m.trained() == trained]
+        if ids and _goes_together(mixers[ids[0]], x):
+            for i, weights in zip(ids, _weights_of([mixers[i] for i in ids], x), strict=True):
+                plan = mixers[i].plan(x, grid)
+                made[i] = (weights, plan.permutation(), plan.inverse_permutation(), plan)
+    return made
+
+
+def _goes_together(mixer: VimMixer | LocalVimMixer, x: Tensor) -> bool:
+    A_log = mixer.branches()[0].A_log
+    dtype = torch.promote_types(torch.promote_types(x.dtype, A_log.dtype), torch.float32)
+    name = choose_backend(mixer.backend, x.device, dtype, A_log.shape[1])
+    return reads_tables(name) and takes(x.numel(), A_log.shape[1])
+
+
+def _weights_of(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor) -> list[list[Tensor]]:
+    """Per mixer conv_weight, conv_bias, w_x, w_dt, dt_bias, A and D of :func:`walk_scan`."""
+    branches = [mixer.branches() for mixer in mixers]
+    counts = [len(of_mixer) for of_mixer in branches]
+    convs, x_projs, dt_projs, A_logs, Ds = zip(*chain.from_iterable(branches), strict=True)
+    kind, dtype = x.device.type, x.dtype
+    if not x.is_meta and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    with autocast_off(x.device):
+        together = [
+            torch.stack([conv.weight for conv in convs]).squeeze(2),
+            torch.stack([conv.bias for conv in convs]),
+            torch.stack([proj.weight for proj in x_projs]).to(dtype),
+            torch.stack([proj.weight for proj in dt_projs]).to(dtype),
+            at_least_float32(torch.stack([proj.bias for proj in dt_projs])),
+            -torch.exp(at_least_float32(torch.stack(A_logs))),
+            at_least_float32(torch.stack(Ds)),
+        ]
+    of_mixers = zip(*(w.split(counts) for w in together), strict=True)
+    return [[*own[:4], *(w.flatten(0, 1) for w in own[4:])] for own in of_mixers]
 
 
 def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
@@ -123,6 +181,13 @@ def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, 
     return y_BKES.mT[:, :, :L].mT  # cut with the channels last, so that its gradient lies that way
 
 
+def _any_trained(branches: Sequence[Branch]) -> bool:
+    return any(
+        p.requires_grad
+        for conv, x_proj, dt_proj, *rest in branches
+        for p in (conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias, *rest))
+
+
 class VimMixer(nn.Module):
     """Gated scan over a token sequence in both senses.
 
@@ -172,16 +237,37 @@ class VimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
+    def trained(self) -> bool:
+        """Whether any direction's weights want gradients."""
+        return _any_trained(self.branches())
+
     def branches(self) -> tuple[Branch, Branch]:
         """What the two directions own."""
         return (Branch(self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
                 Branch(self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b))
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Shape (B, L, C) in and out; the shape of the map plays no role."""
-        u, z = self.in_proj(x).mT.chunk(2, dim=1)
-        plan = scan_plan(self.directions, 1, x.shape[1], x.device)
-        ys = scan_branches(u, self.branches(), plan, backend=self.backend)
+    def plan(self, x: Tensor, grid: tuple[int, int] | None) -> ScanPlan:
+        """How tokens (B, L, C) are read."""
+        return scan_plan(self.directions, 1, x.shape[1], x.device)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None,
+                prepared: tuple | None = None) -> Tensor:
+        """Shape (B, L, C) in and out; the shape of the map plays no role.
+
+        Args:
+            x: tokens.
+            grid: of a map, as all mixers get it.
+            prepared: of this mixer by :func:`prepare_mixers`, None to prepare it here.
+        """
+        if prepared is None:
+            (prepared,) = prepare_mixers([self], x, grid)
+        uz = self.in_proj(x)
+        if prepared is not None:
+            weights, slots, steps, _ = prepared
+            y = walk_scan(uz, *weights, slots, steps, 0.5 if self.divide else 1.)
+            return self.out_proj(y)
+        u, z = uz.mT.chunk(2, dim=1)
+        ys = scan_branches(u, self.branches(), self.plan(x, grid), backend=self.backend)
         y = (ys[0].sum(1) if len(ys) == 1 else sum(ys[1:], ys[0]).squeeze(1)) * F.silu(z)
         # Half of the weight is half of the result, in every digit.
         weight = self.out_proj.weight * 0.5 if self.divide else self.out_proj.weight
@@ -239,17 +325,39 @@ class LocalVimMixer(nn.Module):
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)
 
+    def trained(self) -> bool:
+        """Whether any direction's weights want gradients."""
+        return _any_trained(self.branches())
+
     def branches(self) -> list[Branch]:
         """What the K directions own."""
         return [Branch(getattr(self, f'conv1d_{k}'), getattr(self, f'x_proj_{k}'),
                        getattr(self, f'dt_proj_{k}'), getattr(self, f'A_log_{k}'),
                        getattr(self, f'D_{k}')) for k in range(len(self.directions))]
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (B, L, C) of a map of ``grid`` = (H, W) in and out."""
-        u, z = self.in_proj(x).mT.chunk(2, dim=1)
-        plan = scan_plan(self.directions, *grid, x.device, restore=self.v_restore,
+    def plan(self, x: Tensor, grid: tuple[int, int]) -> ScanPlan:
+        """How tokens (B, L, C) of a map of this shape are read."""
+        return scan_plan(self.directions, *grid, x.device, restore=self.v_restore,
                          class_token=grid[0] * grid[1] // 2 if self.class_token else None)
-        ys = scan_branches(u, self.branches(), plan, z=z, backend=self.backend)
+
+    def forward(self, x: Tensor, grid: tuple[int, int], prepared: tuple | None = None) -> Tensor:
+        """Tokens (B, L, C) of a map of ``grid`` = (H, W) in and out.
+
+        Args:
+            x: tokens.
+            grid: (H, W).
+            prepared: of this mixer by :func:`prepare_mixers`, None to prepare it here.
+        """
+        if prepared is None:
+            (prepared,) = prepare_mixers([self], x, grid)
+        uz = self.in_proj(x)
+        if prepared is not None:
+            weights, slots, steps, plan = prepared
+            y = walk_scan(uz, *weights, slots, steps)
+            # cut with the channels last, so that its gradient lies that way
+            ys = plan.displace(y.mT[:, :, :x.shape[1]].mT)
+        else:
+            u, z = uz.mT.chunk(2, dim=1)
+            ys = scan_branches(u, self.branches(), self.plan(x, grid), z=z, backend=self.backend)
         y = merge_directions(ys, self.attn, self.multi_scan() if self.multi_scan else None)
         return self.out_proj(y)

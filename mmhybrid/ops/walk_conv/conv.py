@@ -128,20 +128,28 @@ class Forward(_Pass):
 
     def run(self, tensors, pointers) -> Tensor:
         """The output."""
+        out = self.out.empty(tensors[0])
+        self.run_into(out, tensors, pointers)
+        return out
+
+    def run_into(self, out: Tensor, tensors, pointers) -> None:
+        """The output goes into memory of its size that lies as (K, B, S, E)."""
         if self.copies:
             tensors, pointers = self.copied(tensors, pointers)
-        out = self.out.empty(tensors[0])
         self.program.run((*tensors, out), (*pointers, out.data_ptr()))
-        return out
 
 
 class Backward(_Pass):
     """One kind of backward pass: a kernel for the sums, and one for the gradient of u.
 
     Its tensors are the gradient of the output, u, weight, bias, slots and steps.
+
+    Args:
+        tensors: as above.
+        row: values between the tokens of the gradient of u where the caller has a place for it.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, row: int | None = None):
         from . import triton_kernels as kernels
 
         super().__init__(tensors, (2, 3, 4, 5))
@@ -169,25 +177,30 @@ class Backward(_Pass):
             dict(
                 p_g=Place(6), p_weight=Place(2), p_slots=Place(4), p_steps=Place(5), p_du=Place(8)
             ),
-            sizes,
+            dict(du_sl=row or channels) | sizes,
         )  # fmt: skip
         self.program = Program(kernels, [sums, inputs])
 
     def run(self, tensors, pointers) -> tuple[Tensor, ...]:
         """Gradients of u, weight and bias."""
+        u, weight = tensors[1:3]
+        du = u.new_empty_strided(*self.du)
+        sums = self.run_into(du, tensors, pointers)
+        # Laid out as the fake says; `to` alone would leave float32 transposed.
+        dweight = sums[:, : self.taps].mT.to(weight.dtype).contiguous()
+        return du, dweight, sums[:, self.taps]
+
+    def run_into(self, du: Tensor, tensors, pointers) -> Tensor:
+        """The gradient of u goes into du; those of the taps and the bias are (K, T + 1, E)."""
         if self.copies:
             tensors, pointers = self.copied(tensors, pointers)
-        u, weight = tensors[1:3]
-        g, du = self.g.empty(u), u.new_empty_strided(*self.du)
-        sums = u.new_empty(self.sums, dtype=torch.float32)
+        u = tensors[1]
+        g, sums = self.g.empty(u), u.new_empty(self.sums, dtype=torch.float32)
         self.program.run(
             (*tensors, g, sums, du),
             (*pointers, g.data_ptr(), sums.data_ptr(), du.data_ptr()),
         )
-        sums = sums.sum(1)
-        # Laid out as the fake says; `to` alone would leave float32 transposed.
-        dweight = sums[:, : self.taps].mT.to(weight.dtype).contiguous()
-        return du, dweight, sums[:, self.taps]
+        return sums.sum(1)
 
 
 _CALLS: dict[tuple, '_Call'] = {}

@@ -114,11 +114,14 @@ def walk_conv_weights_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def walk_conv_input_kernel(
-    p_g, p_weight, p_slots, p_steps, p_du,
+    p_g, p_weight, p_slots, p_steps, p_du, du_sl,
     batch, walks, channels, tokens, steps, tiles, blocks,
     T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """p_du (B, L, E): what every walk's later steps took from a token, summed over the walks."""
+    """p_du (B, L, E): what every walk's later steps took from a token, summed over the walks.
+
+    Rows of p_du are du_sl values apart.
+    """
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % blocks
     i_tile = (pid // blocks) % tiles
@@ -143,7 +146,7 @@ def walk_conv_input_kernel(
         p_slots += steps
         p_g += size
         p_weight += channels * T
-    p_du += (i_b * tokens + o_t)[:, None] * channels + o_d[None, :]
+    p_du += (i_b * tokens + o_t)[:, None] * du_sl + o_d[None, :]
     tl.store(p_du, b_du.to(p_du.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
 
 
