@@ -2,8 +2,8 @@
 from .attention import Attention
 from .conv import ConvBlock, ConvStem, Downsample
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
-from .directional import LocalVimMixer, VimMixer
-from .drop_path import DropPath, drop_path_or_identity
+from .directional import LocalVimMixer, VimMixer, prepare_mixers
+from .drop_path import DropPath, draw_together, drop_path_or_identity, dropped
 from .linear import token_linear
 from .linear2d import Linear2d, map_linear
 from .mixer import MambaVisionMixer
@@ -18,9 +18,9 @@ from .window import near_equal, window_partition, window_unpartition
 
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
-    'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D',
-    'LocalVimMixer', 'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm',
-    'Rope2d', 'VimMixer', 'add_norm', 'at_least_float32', 'drop_path_or_identity', 'map_linear',
-    'merge_directions', 'near_equal', 'recomputed', 'resize_grid', 'rotate', 'token_linear',
-    'window_partition', 'window_unpartition',
+    'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
+    'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d', 'VimMixer',
+    'add_norm', 'at_least_float32', 'draw_together', 'drop_path_or_identity', 'dropped',
+    'map_linear', 'merge_directions', 'near_equal', 'prepare_mixers', 'recomputed', 'resize_grid',
+    'rotate', 'token_linear', 'window_partition', 'window_unpartition',
 ]

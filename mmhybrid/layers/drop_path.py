@@ -1,10 +1,12 @@
 """Stochastic depth."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ['DropPath', 'drop_path_or_identity']
+__all__ = ['DropPath', 'draw_together', 'drop_path_or_identity', 'dropped']
 
 
 class DropPath(nn.Module):
@@ -41,3 +43,34 @@ class DropPath(nn.Module):
 def drop_path_or_identity(rate: float) -> nn.Module:
     """Give a DropPath, or a no-op for a rate of exactly 0."""
     return DropPath(rate) if rate else nn.Identity()
+
+
+def draw_together(paths: Sequence[nn.Module], x: Tensor) -> list[Tensor | None]:
+    """Draw the factors of many modules of this file in a few calls for all of them.
+
+    Args:
+        paths: a :class:`DropPath` or ``nn.Identity`` each.
+        x: a branch (B, ...).
+
+    Returns:
+        For each module its factors (B,), float32, or None where it drops nothing.
+    """
+    found: list[Tensor | None] = [None] * len(paths)
+    active = [i for i, path in enumerate(paths) if isinstance(path, DropPath) and path.training]
+    if active:
+        keeps = [1 - paths[i].rate for i in active]
+        drawn = x.new_empty((len(active), len(x)), dtype=torch.float32).uniform_().unbind()
+        # the whole part of a number that is uniform in [keep, 1 + keep) is 1 with probability keep
+        torch._foreach_add_(drawn, keeps)
+        torch._foreach_floor_(drawn)
+        torch._foreach_div_(drawn, keeps)
+        for i, factors in zip(active, drawn, strict=True):
+            found[i] = factors
+    return found
+
+
+def dropped(x: Tensor, drop: nn.Module | Tensor | None) -> Tensor:
+    """A branch (B, ...) after a module of this file, or times factors that were drawn before."""
+    if isinstance(drop, Tensor):
+        return x * drop.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
+    return x if drop is None else drop(x)

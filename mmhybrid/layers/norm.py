@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmhybrid.ops import layer_norm as fused
 from mmhybrid.ops import triton_support
 
-from .drop_path import DropPath
+from .drop_path import DropPath, dropped
 
 __all__ = ['LayerNorm', 'LayerNorm2d', 'PortableSyncBatchNorm', 'RMSNorm', 'add_norm']
 
@@ -96,7 +96,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def add_norm(residual: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | None = None,
-             drop: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+             drop: nn.Module | Tensor | None = None) -> tuple[Tensor, Tensor]:
     """residual + drop(scale * branch), and the norm of this sum.
 
     Args:
@@ -104,7 +104,7 @@ def add_norm(residual: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | 
         branch: like the residual.
         norm: one of the three norms above; any other module is called as it is.
         scale: (C,), a factor of each channel.
-        drop: a :class:`DropPath` or ``nn.Identity``.
+        drop: a :class:`DropPath`, ``nn.Identity``, or factors (B,) drawn before.
 
     Returns:
         (sum, normed): the sum in the dtype to which PyTorch promotes its parts, the norm as the
@@ -112,13 +112,16 @@ def add_norm(residual: Tensor, branch: Tensor, norm: nn.Module, scale: Tensor | 
     """
     of_map = isinstance(norm, LayerNorm2d)
     rows = (_pixels(residual), _pixels(branch)) if of_map else (residual, branch)
-    if _hooked(norm, drop) or not (
-            isinstance(drop, (DropPath, nn.Identity, type(None))) and _fits(norm, *rows, scale)):
+    module = drop if isinstance(drop, nn.Module) else None
+    if _hooked(norm, module) or not (
+            isinstance(module, (DropPath, nn.Identity, type(None))) and _fits(norm, *rows, scale)):
         if scale is not None:
             branch = (scale[:, None, None] if of_map else scale) * branch
-        total = residual + (branch if drop is None else drop(branch))
+        total = residual + dropped(branch, drop)
         return total, norm(total)
-    factor = drop.factor(branch) if isinstance(drop, DropPath) and drop.training else None
+    factor = drop if module is None else None
+    if isinstance(module, DropPath) and module.training:
+        factor = module.factor(branch)
     dtype = _dtype_of(norm, fused.promoted(*rows, scale), residual)
     rms = isinstance(norm, RMSNorm)
     pair = fused.add_norm(*rows, norm.weight, None if rms else norm.bias, norm.eps, dtype, scale,

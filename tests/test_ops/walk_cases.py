@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from mmhybrid.layers import directional
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.models import LocalVim, Vim
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
 from mmhybrid.ops.selective_scan import ordered, passes, triton_backend
 from mmhybrid.ops.walk_conv import conv, walk_conv
@@ -41,7 +42,8 @@ def compare(module, x, *rest, tolerance=2e-5):
         weight = torch.randn(y.shape, generator=generator(1)).to(dtype)
         (y * weight).sum().backward()
         found.append({'y': y.detach(), 'gradient of x': image.grad} | {
-            f'gradient of {name}': p.grad.clone() for name, p in module.named_parameters()})
+            f'gradient of {name}': p.grad.clone() for name, p in module.named_parameters()
+            if p.requires_grad})
     assert_same(*found, tolerance)
 
 
@@ -143,6 +145,50 @@ def test_localvim(directions, size, class_token, v_restore):
             counted_scans() as kernels:
         compare(mixer, torch.randn(1, size[0] * size[1] + class_token, 8), size)
     assert whole.call_count == kernels.call_count == 1
+
+
+class Trunk(torch.nn.Module):
+    """Maps of a small plain backbone, laid side by side."""
+
+    def __init__(self, build, **options):
+        super().__init__()
+        self.model = build(dict(dim=8, depth=2, state_dim=2), img_size=32, out_indices=(0, 1),
+                           drop_path_rate=0., in_channels=2, **options)
+
+    @property
+    def backend(self):
+        """Of all mixers."""
+        return {block.mixer.backend for block in self.model.layers}
+
+    @backend.setter
+    def backend(self, name):
+        for block in self.model.layers:
+            block.mixer.backend = name
+
+    def forward(self, x):
+        return torch.cat(self.model(x), 1)
+
+
+LISTS = [['h', 'v_flip'], ['w2', 'h_flip']]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(('build', 'options'), [
+    (Vim, dict(feature='mixer', with_cp=True)),
+    (Vim, dict(class_token='middle', frozen_stages=1)),
+    (LocalVim, dict(directions=LISTS)),
+    pytest.param(Vim, dict(feature='mixer'), marks=SLOW),
+    pytest.param(Vim, dict(class_token='first', divide=False), marks=SLOW),
+    pytest.param(Vim, dict(rope=True, with_cp=True), marks=SLOW),
+    pytest.param(LocalVim, dict(directions=LISTS, norm='rms', rope=False, with_cp=True),
+                 marks=SLOW),
+], ids=lambda value: '-'.join(map(str, value)) if isinstance(value, dict) else value.__name__)
+def test_plain_backbones(build, options):
+    torch.manual_seed(0)
+    trunk = Trunk(build, **options, **dict(pyramid=False) if build is Vim else {})
+    with mock.patch.object(directional, 'walk_scan', wraps=walk_scan) as whole:
+        compare(trunk, torch.randn(1, 2, 20, 33), tolerance=1e-4)
+    assert whole.call_count == 2 * (1 + options.get('with_cp', False))
 
 
 def test_a_known_call_chooses_its_backend_once():

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmhybrid.layers import LocalVimMixer
+from mmhybrid.layers import LayerNorm, LocalVimMixer, RMSNorm
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -27,7 +27,7 @@ ARCHITECTURES = {
 }
 _REQUIRED = ('dim', 'depth')
 _OPTIONAL = dict(state_dim=16, dt_rank=None)
-_NORMS = {'ln': nn.LayerNorm, 'rms': nn.RMSNorm}
+_NORMS = {'ln': LayerNorm, 'rms': RMSNorm}
 
 
 class LocalVimTrunk(PlainBackbone):
@@ -54,7 +54,7 @@ class LocalVimTrunk(PlainBackbone):
                           v_restore=v_restore, state_dim=arch['state_dim'],
                           dt_rank=arch['dt_rank'], depth=arch['depth'], backend=scan_backend)
             for names in chosen]
-        make_norm = partial(_NORMS[norm], eps=1e-5)
+        make_norm = partial(_NORMS[norm], eps=1e-5, feeds_linear=True)
         super().__init__(
             mixers, arch['dim'], make_norm, img_size=img_size, stride=16, class_token=class_token,
             rope=rope, interpolate_rope=True, drop_path_rate=drop_path_rate,
@@ -136,7 +136,7 @@ class LocalVim(LocalVimTrunk):
         self.out_channels = (self.dim,) * len(self.out_indices)
         self.out_strides = (16,) * len(self.out_indices)
         for j in range(len(self.out_indices)):
-            self.add_module(f'outnorm_{j}', nn.LayerNorm(self.dim))
+            self.add_module(f'outnorm_{j}', LayerNorm(self.dim))
         self.freeze()
 
     def unused_parts(self):

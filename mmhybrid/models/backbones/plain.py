@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.layers import Rope2d, drop_path_or_identity, recomputed, resize_grid, rotate
+from mmhybrid.layers import (
+    Rope2d,
+    add_norm,
+    draw_together,
+    drop_path_or_identity,
+    dropped,
+    prepare_mixers,
+    recomputed,
+    resize_grid,
+    rotate,
+)
 
 from .base import DenseBackbone, check_flags, check_integers, check_rate
 
@@ -54,10 +64,10 @@ class PatchEmbed(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Norm and mixer; the sum with the stream is the caller's.
+    """Norm and mixer of a stream of tokens.
 
     Args:
-        mixer: maps (B, L, C) and the grid to (B, L, C).
+        mixer: see :func:`mmhybrid.layers.prepare_mixers`.
         norm: norm over C.
         drop_path: stochastic depth rate of what comes in.
     """
@@ -68,9 +78,25 @@ class MixerBlock(nn.Module):
         self.norm = norm
         self.drop_path = drop_path_or_identity(drop_path)
 
-    def forward(self, stream: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens (B, L, C) to what the mixer makes of them."""
-        return self.mixer(self.norm(stream), grid)
+    def forward(self, stream: Tensor, grid: tuple[int, int], prepared: tuple | None = None,
+                hidden: Tensor | None = None, drop: Tensor | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens (B, L, C) to what the mixer makes of them.
+
+        Args:
+            stream: the tokens, or what they are before ``hidden`` is added.
+            grid: (H, W) of their map.
+            prepared: of the mixer.
+            hidden: what the block before made.
+            drop: factors (B,) of ``hidden``.
+
+        Returns:
+            What the mixer makes; with ``hidden`` the sum before it.
+        """
+        if hidden is None:
+            return self.mixer(self.norm(stream), grid, prepared)
+        stream, normed = add_norm(stream, hidden, self.norm, drop=drop)
+        return stream, self.mixer(normed, grid, prepared)
 
 
 class PlainBackbone(DenseBackbone):
@@ -159,7 +185,8 @@ class PlainBackbone(DenseBackbone):
         if index is not None:
             cls = self.cls_token.expand(len(x), -1, -1)
             tokens = torch.cat([tokens[:, :index], cls, tokens[:, index:]], dim=1)
-        return tokens + self.positions(grid), grid
+        # the first one says how the sum lies: channels side by side
+        return self.positions(grid) + tokens, grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position embedding (1, L, C) for a grid."""
@@ -194,22 +221,34 @@ class PlainBackbone(DenseBackbone):
             after it.
         """
         rotation = self.rotation(grid)
+        layers = self.layers[:stop]
+        prepared = prepare_mixers([block.mixer for block in layers], tokens, grid)
+        drops = draw_together([block.drop_path for block in layers], tokens)
         hidden, stream = tokens, None
-        for i, block in enumerate(self.layers[:stop]):
-            stream = self.entering(i, stream, hidden, rotation)
-            if self.with_cp and stream.requires_grad:
-                hidden = recomputed(block, stream, grid)
+        for block, ready, drop in zip(layers, prepared, drops, strict=True):
+            saving = self.with_cp and torch.is_grad_enabled()
+            if stream is None or rotation is not None or saving:
+                stream = self.entering(stream, hidden, rotation, drop)
+                if saving and stream.requires_grad:
+                    hidden = recomputed(block, stream, grid, ready)
+                else:
+                    hidden = block(stream, grid, ready)
             else:
-                hidden = block(stream, grid)
+                stream, hidden = block(stream, grid, ready, hidden, drop)
             yield stream, hidden
 
-    def entering(self, index: int, stream: Tensor | None, hidden: Tensor,
-                 rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Stream that block ``index`` reads, from that and the output of the block before."""
-        if rotation is not None:
-            hidden = rotate(hidden, *rotation)
-            stream = stream if stream is None else rotate(stream, *rotation)
-        return hidden if stream is None else stream + self.layers[index].drop_path(hidden)
+    def entering(self, stream: Tensor | None, hidden: Tensor,
+                 rotation: tuple[Tensor, Tensor] | None, drop: nn.Module | Tensor | None) -> Tensor:
+        """Stream that a block reads, from that and the output of the block before.
+
+        Args:
+            stream: None for the first block.
+            hidden: the output, for the first block the tokens.
+            rotation: both are turned by, so their sum is.
+            drop: stochastic depth of the output.
+        """
+        total = hidden if stream is None else stream + dropped(hidden, drop)
+        return total if rotation is None else rotate(total, *rotation)
 
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, L, C) to a contiguous map (B, C, h, w) without the class token."""

@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmhybrid.layers import MapPool, PortableSyncBatchNorm, VimMixer
+from mmhybrid.layers import MapPool, PortableSyncBatchNorm, RMSNorm, VimMixer
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -57,8 +57,8 @@ class VimTrunk(PlainBackbone):
             VimMixer(arch['dim'], arch['state_dim'], dt_rank=arch['dt_rank'], divide=divide,
                      depth=arch['depth'], backend=scan_backend) for _ in range(arch['depth'])]
         super().__init__(
-            mixers, arch['dim'], partial(nn.RMSNorm, eps=1e-5), img_size=img_size, stride=stride,
-            class_token=class_token, rope=rope, interpolate_rope=False,
+            mixers, arch['dim'], partial(RMSNorm, eps=1e-5, feeds_linear=True), img_size=img_size,
+            stride=stride, class_token=class_token, rope=rope, interpolate_rope=False,
             drop_path_rate=drop_path_rate, in_channels=in_channels, frozen_stages=frozen_stages,
             with_cp=with_cp, init_cfg=init_cfg)
 
@@ -163,7 +163,7 @@ class Vim(VimTrunk):
         # The published segmentor has the final norm whether or not it is used.
         self.norm_f = None
         if pyramid or last == 'add_norm':
-            self.norm_f = nn.RMSNorm(dim, eps=1e-5)
+            self.norm_f = RMSNorm(dim, eps=1e-5)
         if pyramid:
             for i, level in enumerate(make_pyramid(dim, stride), 1):
                 self.add_module(f'fpn{i}', level)
@@ -207,7 +207,8 @@ class Vim(VimTrunk):
             final = hidden if self.last == 'none' else stream + hidden
             streams.append(self.norm_f(final) if self.last == 'add_norm' else final)
         else:
-            streams.append(self.entering(stop, stream, hidden, self.rotation(grid)))
+            drop = self.layers[stop].drop_path
+            streams.append(self.entering(stream, hidden, self.rotation(grid), drop))
         return [streams[i + 1] for i in self.out_indices]
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

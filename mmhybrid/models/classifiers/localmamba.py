@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmhybrid.layers import drop_path_or_identity, token_linear
+from mmhybrid.layers import LayerNorm, RMSNorm, add_norm, drop_path_or_identity, token_linear
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -102,7 +102,7 @@ class LocalVimClassifier(LocalVimTrunk):
             rope=not class_token if rope is None else rope, drop_path_rate=drop_path_rate,
             in_channels=in_channels, frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend,
             init_cfg=init_cfg)
-        norms = {'ln': nn.LayerNorm, 'rms': nn.RMSNorm}
+        norms = {'ln': LayerNorm, 'rms': RMSNorm}
         self.norm_f = norms[norm](self.dim, eps=1e-5)
         self.head = token_linear(self.dim, num_classes)
         self.drop_path = drop_path_or_identity(drop_path_rate)
@@ -112,6 +112,6 @@ class LocalVimClassifier(LocalVimTrunk):
         tokens, grid = self.embed(x)
         for stream, hidden in self.stream(tokens, grid, len(self.layers)):  # noqa: B007
             pass
-        tokens = self.norm_f(stream + self.drop_path(hidden))
+        _, tokens = add_norm(stream, hidden, self.norm_f, drop=self.drop_path)
         index = self.class_index(grid)
         return self.head(tokens.mean(dim=1) if index is None else tokens[:, index])

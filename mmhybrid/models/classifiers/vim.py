@@ -4,9 +4,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmhybrid.layers import drop_path_or_identity, token_linear
+from mmhybrid.layers import RMSNorm, drop_path_or_identity, token_linear
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -63,7 +63,7 @@ class VimClassifier(VimTrunk):
             arch, img_size=img_size, stride=stride, class_token=class_token, rope=rope,
             divide=divide, drop_path_rate=drop_path_rate, in_channels=in_channels,
             frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend, init_cfg=init_cfg)
-        self.norm_f = nn.RMSNorm(arch['dim'], eps=1e-5)
+        self.norm_f = RMSNorm(arch['dim'], eps=1e-5, feeds_linear=True)
         self.head = token_linear(arch['dim'], num_classes)
         self.drop_path = drop_path_or_identity(drop_path_rate)
 
