@@ -205,6 +205,8 @@ class VimMixer(nn.Module):
     """
 
     directions = ('h', 'h_flip')
+    # In float32, see weight_casts.py.
+    reads_itself = 'conv1d', 'conv1d_b', 'dt_proj.bias', 'dt_proj_b.bias'
 
     def __init__(self, dim: int, state_dim: int = 16, conv_size: int = 4,
                  dt_rank: int | None = None, divide: bool = True, depth: int = 24,
@@ -328,6 +330,12 @@ class LocalVimMixer(nn.Module):
     def trained(self) -> bool:
         """Whether any direction's weights want gradients."""
         return _any_trained(self.branches())
+
+    @property
+    def reads_itself(self) -> list[str]:
+        """What is read in float32, see weight_casts.py."""
+        names = 'conv1d_{}', 'dt_proj_{}.bias'
+        return [name.format(k) for name in names for k in range(len(self.directions))]
 
     def branches(self) -> list[Branch]:
         """What the K directions own."""

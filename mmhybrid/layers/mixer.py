@@ -46,6 +46,8 @@ class MambaVisionMixer(nn.Module):
             backend.
     """
 
+    reads_itself = 'conv1d_x', 'conv1d_z', 'dt_proj.bias'  # in float32, see weight_casts.py
+
     def __init__(self, dim: int, state_dim: int = 8, conv_size: int = 3,
                  dt_rank: int | None = None, backend: str = 'auto', fused: bool | str = 'auto',
                  lean: bool = False):

@@ -72,6 +72,11 @@ class SS2D(nn.Module):
         self.Ds._no_weight_decay = True
         self.reset_scan_parameters()
 
+    @property
+    def reads_cast(self) -> tuple[str, ...]:
+        """What autocast casts besides layers, see weight_casts.py."""
+        return ('x_proj_weight',) if self.float32_scan else ('x_proj_weight', 'dt_projs_weight')
+
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
         """Initialise the scan as Mamba does."""

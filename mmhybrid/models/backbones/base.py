@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmhybrid.layers import recomputed
+from mmhybrid.layers import casts_weights, recomputed
 
 from ..arguments import check_names, suggestion
 from ..initialization import initialize_from_checkpoint
@@ -20,11 +20,17 @@ class DenseBackbone(BaseModule):
     """Base of the backbones: freezing, checkpoints and the depth of each parameter.
 
     A subclass implements :meth:`frozen_parts`, :meth:`unused_parts` and :meth:`depth_of`, and
-    calls :meth:`freeze` at the end of its constructor.
+    calls :meth:`freeze` at the end of its constructor.  Under autocast on a GPU all weights are
+    cast in one call when ``forward`` begins (:mod:`mmhybrid.layers.weight_casts`).
     """
 
     # Names that only one of the classification and dense forms has.
     may_differ = r'(outnorm\d|norm|head|classifier)\.'
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if 'forward' in vars(cls):
+            cls.forward = casts_weights(cls.forward)
 
     def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
         """Parts that stay in eval mode and need no gradient."""
