@@ -1,9 +1,17 @@
-"""Convolutional parts of hierarchical backbones: stem, residual block, downsampling."""
+"""Convolutional parts of hierarchical backbones: stem, residual block, downsampling.
+
+Weights lie with channels last in memory, so whatever comes in, maps go from one convolution to the
+next with channels last: libraries compute them so, and their tokens are a view.
+"""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import onednn
 from .drop_path import drop_path_or_identity
 
 __all__ = ['ConvBlock', 'ConvStem', 'Downsample']
@@ -29,10 +37,16 @@ class ConvStem(nn.Module):
             nn.Conv2d(width, out_channels, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(out_channels, eps=1e-4),
             nn.ReLU(inplace=True))
+        _channels_last(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Image (B, in_channels, H, W) to map (B, out_channels, ~H/4, ~W/4)."""
-        return self.conv_down(x)
+        layers = self.conv_down
+        if not _foldable(x, layers[:2], layers[3:5]):
+            return layers(x)
+        for i in (0, 3):
+            x = onednn.convolution(x, layers[i], layers[i + 1], 'relu')
+        return x
 
 
 class ConvBlock(nn.Module):
@@ -50,9 +64,14 @@ class ConvBlock(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(dim)
         self.drop_path = drop_path_or_identity(drop_path)
+        _channels_last(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C, H, W) in and out."""
+        if not self.drop_path.training and _foldable(
+                x, (self.conv1, self.norm1), (self.conv2, self.norm2)):
+            y = onednn.convolution(x, self.conv1, self.norm1, 'gelu_tanh')
+            return onednn.convolution(y, self.conv2, self.norm2, residual=x)
         y = F.gelu(self.norm1(self.conv1(x)), approximate='tanh')
         return x + self.drop_path(self.norm2(self.conv2(y)))
 
@@ -71,7 +90,19 @@ class Downsample(nn.Module):
         super().__init__()
         self.reduction = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False))
+        _channels_last(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, in_channels, H, W) to (B, out_channels, ~H/2, ~W/2)."""
         return self.reduction(x)
+
+
+def _channels_last(module: nn.Module) -> None:
+    module.to(memory_format=torch.channels_last)
+
+
+def _foldable(x: Tensor, *pairs: Sequence[nn.Module]) -> bool:
+    """Whether oneDNN may compute these convolutions with their norms as part of the weights."""
+    return all(type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and not norm.training
+               and norm.running_var is not None and onednn.takes(x, conv, norm)
+               for conv, norm in pairs)

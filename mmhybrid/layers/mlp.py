@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import token_linear
+from . import onednn
+from .linear import TokenLinear, token_linear
 
 __all__ = ['Mlp']
 
@@ -28,4 +29,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        fc1 = self.fc1
+        if type(fc1) is TokenLinear and onednn.takes(x, fc1):
+            return self.fc2(onednn.linear(x, fc1.weight, fc1.bias, 'gelu'))
+        return self.fc2(F.gelu(fc1(x)))

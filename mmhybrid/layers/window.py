@@ -1,6 +1,7 @@
 """Maps to windows of tokens and back, and windows that fit a map: pure functions."""
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,14 +20,16 @@ def window_partition(x: Tensor, window: int | tuple[int, int]) -> Tensor:
 
     Returns:
         (B * rows * columns, h * w, C), contiguous; the image is the slowest part of the first
-        axis, tokens are in row-major order.
+        axis, tokens are in row-major order.  A view of a map with channels last in memory that is
+        one window.
     """
     B, C, H, W = x.shape
     h, w = _sides(window)
     rows, columns = -(-H // h), -(-W // w)
-    if rows * h != H or columns * w != W:
+    # A compiler would ask for each size anew whether there is something to pad.
+    if torch.compiler.is_compiling() or rows * h != H or columns * w != W:
         x = F.pad(x, (0, columns * w - W, 0, rows * h - H))
-    x = x.reshape(B, C, rows, h, columns, w).permute(0, 2, 4, 3, 5, 1)
+    x = x.permute(0, 2, 3, 1).reshape(B, rows, h, columns, w, C).transpose(2, 3)
     # contiguous: with one window the reshape may be a strided view, which every layer would copy
     return x.reshape(B * rows * columns, h * w, C).contiguous()
 
