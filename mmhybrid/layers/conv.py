@@ -98,7 +98,10 @@ class Downsample(nn.Module):
 
 
 def _channels_last(module: nn.Module) -> None:
-    module.to(memory_format=torch.channels_last)
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            weight = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+            conv.weight = nn.Parameter(weight)
 
 
 def _foldable(x: Tensor, *pairs: Sequence[nn.Module]) -> bool:

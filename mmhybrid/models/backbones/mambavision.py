@@ -20,10 +20,13 @@ from mmhybrid.layers import (
     ConvBlock,
     ConvStem,
     Downsample,
+    LayerNorm,
     LayerNorm2d,
     MambaVisionMixer,
     Mlp,
+    add_norm,
     drop_path_or_identity,
+    dropped,
     near_equal,
     window_partition,
     window_unpartition,
@@ -88,29 +91,37 @@ class HybridBlock(nn.Module):
         else:
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim, feeds_linear=True)
         self.mixer = mixer
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim, feeds_linear=True)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path_or_identity(drop_path)
 
-    def forward(self, x: Tensor, kept: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, kept: Callable[[Tensor], Tensor] | None = None,
+                normed: Tensor | None = None, following: nn.Module | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
         """Mix tokens, then channels; drop path acts per entry of the first axis.
 
         Args:
             x: (B, L, C).
             kept: see :class:`mmhybrid.layers.Attention`, which the mixer then must be.
+            normed: ``norm1(x)``, where that is known.
+            following: the norm that reads the result, to be computed together with it.
 
         Returns:
-            (B, L', C), the kept tokens.
+            (B, L', C), the kept tokens; with ``following`` a pair of them and their norm.
         """
+        if normed is None:
+            normed = self.norm1(x)
         if kept is None:
-            y = self.mixer(self.norm1(x))
+            y = self.mixer(normed)
         else:
-            y, x = self.mixer(self.norm1(x), kept), kept(x)
-        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
-        y = self.mlp(self.norm2(x))
-        return x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+            y, x = self.mixer(normed, kept), kept(x)
+        x, normed = add_norm(x, y, self.norm2, self.gamma_1, self.drop_path)
+        y = self.mlp(normed)
+        if following is not None:
+            return add_norm(x, y, following, self.gamma_2, self.drop_path)
+        return x + dropped(y if self.gamma_2 is None else self.gamma_2 * y, self.drop_path)
 
 
 class ConvStage(nn.Module):
@@ -180,12 +191,11 @@ class HybridStage(nn.Module):
         rows, columns = (near_equal(side, self.window) for side in x.shape[-2:])
 
         def run(part: Tensor, window: tuple[int, int]) -> Tensor:
-            tokens = run_blocks(self.blocks, window_partition(part, window), self.with_cp)
+            tokens = self._mix(self.blocks, window_partition(part, window))
             return window_unpartition(tokens, window, tuple(part.shape[-2:]))
 
         heights, widths = ([number * side for number, side in cut] for cut in (rows, columns))
-        parts = [band.split(widths, 3) for band in x.split(heights, 2)]
-        return _patchwork(parts, rows, columns, run)
+        return _patchwork(_cut(x, heights, widths, 2), rows, columns, run)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Windows of one size; of their padding only what reaches the map is computed."""
@@ -193,20 +203,52 @@ class HybridStage(nn.Module):
         last = self.blocks[-1]
         tokens = window_partition(x, w)
         if (H % w == 0 and W % w == 0) or not isinstance(last.mixer, Attention):
-            return window_unpartition(run_blocks(self.blocks, tokens, self.with_cp), w, (H, W))
-        tokens = run_blocks(self.blocks[:-1], tokens, self.with_cp)
+            return window_unpartition(self._mix(self.blocks, tokens), w, (H, W))
+        pair = self._mix(self.blocks[:-1], tokens, last.norm1)
 
-        def run(part: Tensor, real: tuple[int, int]) -> Tensor:
+        def run(part: tuple[Tensor, ...], real: tuple[int, int]) -> Tensor:
             kept = partial(_corner, window=w, real=real)
-            y = run_blocks([last], part.flatten(0, 2), self.with_cp, kept)
-            return window_unpartition(y, real, (part.shape[1] * real[0], part.shape[2] * real[1]))
+            _, down, across = part[0].shape[:3]
+            y = run_blocks([last], part[0].flatten(0, 2), self.with_cp, kept,
+                           *(t.flatten(0, 2) for t in part[1:]))
+            return window_unpartition(y, real, (down * real[0], across * real[1]))
 
         rows, columns = ([(n, r) for n, r in ((side // w, w), (1, side % w)) if n and r]
                          for side in (H, W))
-        windows = tokens.unflatten(0, (-1, -(-H // w), -(-W // w)))
-        down, across = ([number for number, _ in cut] for cut in (rows, columns))
-        parts = [band.split(across, 2) for band in windows.split(down, 1)]
+        heights, widths = ([number for number, _ in cut] for cut in (rows, columns))
+        grids = [_cut(t.unflatten(0, (-1, -(-H // w), -(-W // w))), heights, widths, 1)
+                 for t in pair if t is not None]
+        parts = [list(zip(*bands, strict=True)) for bands in zip(*grids, strict=True)]
         return _patchwork(parts, rows, columns, run)
+
+    def _mix(self, blocks: Sequence[HybridBlock], tokens: Tensor,
+             following: nn.Module | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Apply blocks in order, each together with the norm that reads its result.
+
+        Args:
+            blocks: at least one.
+            tokens: (B, L, C).
+            following: the norm behind the last of them.
+
+        Returns:
+            (B, L, C); with ``following`` a pair of them and their norm, or None in its place where
+            the block behind it is to be computed again from its tokens alone.
+        """
+        if self.with_cp and tokens.requires_grad:
+            tokens = run_blocks(blocks, tokens, True)
+            return tokens if following is None else (tokens, None)
+        normed = None
+        for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), following], strict=True):
+            tokens = block(tokens, None, normed, norm)
+            if norm is not None:
+                tokens, normed = tokens
+        return tokens if following is None else (tokens, normed)
+
+
+def _cut(x: Tensor, heights: list[int], widths: list[int], axis: int) -> list[list[Tensor]]:
+    """Parts of a map whose rows are ``axis``; nothing to put together again where it is one."""
+    bands = [x] if len(heights) == 1 else x.split(heights, axis)
+    return [[band] if len(widths) == 1 else list(band.split(widths, axis + 1)) for band in bands]
 
 
 def _corner(tokens: Tensor, window: int, real: tuple[int, int]) -> Tensor:
@@ -214,7 +256,7 @@ def _corner(tokens: Tensor, window: int, real: tuple[int, int]) -> Tensor:
     return tokens.unflatten(1, (window, window))[:, :real[0], :real[1]].flatten(1, 2)
 
 
-def _patchwork(parts: list[tuple[Tensor, ...]], rows: list[tuple[int, int]],
+def _patchwork(parts: list[list], rows: list[tuple[int, int]],
                columns: list[tuple[int, int]], run: Callable) -> Tensor:
     """One map of what ``run`` makes of each part and of the sides of the windows in it."""
     maps = [[run(part, (height, width)) for part, (_, width) in zip(band, columns, strict=True)]
