@@ -11,12 +11,13 @@ class Linear2d(nn.Linear):
     """A linear layer over the channel axis of a (B, C, H, W) map.
 
     A 1x1 convolution that keeps the two-dimensional weight of ``nn.Linear``, so that files serve
-    both layouts.
+    both layouts.  The channels of a result lie side by side in memory; those of a map that lie so
+    are read without a copy.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, in_features, H, W) to (B, out_features, H, W)."""
-        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 def map_linear(in_features: int, out_features: int, bias: bool = True, *,

@@ -5,6 +5,7 @@ R rank of the step.
 """
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -12,15 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan_plan
+from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
+from mmhybrid.ops.cross_scan.scan import scan_directions, scan_dtype
+from mmhybrid.ops.map_conv import map_conv, map_conv_reference
+from mmhybrid.ops.merge_norm import merge_norm
+from mmhybrid.ops.selective_scan import choose_backend
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
 from .linear2d import map_linear
-from .norm import LayerNorm2d
+from .norm import LayerNorm, LayerNorm2d
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
 __all__ = ['LocalSS2D', 'SS2D']
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to a module, which then has to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks)
 
 
 class SS2D(nn.Module):
@@ -63,7 +74,9 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.empty(K * inner))
         self.dt_projs_weight = nn.Parameter(torch.empty(K, inner, R))
         self.dt_projs_bias = nn.Parameter(torch.empty(K, inner))
-        self.out_norm = (LayerNorm2d if channel_first else nn.LayerNorm)(inner)
+        self.out_norm = (
+            LayerNorm2d(inner, feeds_linear=not gate, channels_last=True) if channel_first
+            else LayerNorm(inner, feeds_linear=not gate))
         self.in_proj = map_linear(dim, inner * (1 + gate), bias=False, channel_first=channel_first)
         self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.out_proj = map_linear(inner, dim, bias=False, channel_first=channel_first)
@@ -89,34 +102,50 @@ class SS2D(nn.Module):
         nn.init.ones_(self.Ds)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out, or (B, H, W, C) if not ``channel_first``."""
-        x = self.in_proj(x)
-        z = None
-        if self.gate:
-            x, z = x.chunk(2, dim=1 if self.channel_first else -1)
-        if not self.channel_first:
-            x = x.permute(0, 3, 1, 2)  # convolution and scan work on B D H W
-        x = F.silu(self.conv2d(x))
-        y = self.out_norm(self.scan(x)).to(x.dtype)
-        if self.gate:
-            y = y * F.silu(z)
-        return self.out_proj(y)
+        """Shape (B, C, H, W) in and out, or (B, H, W, C) if not ``channel_first``.
 
-    def scan(self, x: Tensor) -> Tensor:
-        """Map (B, D, H, W) to the sum of its scans, in the layout of this module."""
-        y = self.scan_directions(x, merge=True)
-        return y.view(x.shape) if self.channel_first else y.view(x.shape).permute(0, 2, 3, 1)
+        Whatever its axes are called, channels lie side by side in memory from here on.
+        """
+        x, gate = self.in_proj(x), None
+        if self.channel_first:
+            x = x.permute(0, 2, 3, 1)
+        if self.gate:
+            x, gate = x.chunk(2, dim=-1)
+        name = choose_backend(self.backend, x.device, scan_dtype(x, self.A_logs),
+                              self.A_logs.shape[1])
+        convolution = map_conv if name == 'triton' else map_conv_reference
+        x = convolution(x, self.conv2d.weight, self.conv2d.bias)
+        y = self.scan(x, gate, name)
+        return self.out_proj(y.permute(0, 3, 1, 2) if self.channel_first else y)
 
-    def scan_directions(self, x: Tensor, merge: bool) -> Tensor | list[Tensor]:
+    def scan(self, x: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+        """Map (B, H, W, D) to the sum of its scans, normalised and under the gate."""
+        fused = backend == 'triton' and not hooked(self.out_norm)
+        y = self.scan_directions(x.permute(0, 3, 1, 2), not fused, backend)
+        if fused and len(y) == 1:
+            norm = self.out_norm
+            gate = gate if gate is None else gate.flatten(1, 2)
+            return merge_norm(y[0], norm.weight, norm.bias, norm.eps, gate, x.dtype).view(x.shape)
+        if fused:  # results of the released restore lie apart
+            y = functools.reduce(torch.add, y).squeeze(1)
+        return self.normalized(y.mT.unflatten(1, x.shape[1:3]), gate, x.dtype)
+
+    def normalized(self, y: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Norm and gate of a map (B, H, W, D)."""
+        y = y.to(self.out_norm.weight.dtype)  # what follows has the precision of its weights
+        if self.channel_first:
+            y = self.out_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(dtype)
+        else:
+            y = self.out_norm(y).to(dtype)
+        return y if gate is None else y * F.silu(gate)
+
+    def scan_directions(self, x: Tensor, merge: bool, backend: str) -> Tensor | list[Tensor]:
         """Map (B, D, H, W) to (B, D, L), or to stacks (B, k, D, L) of them if not ``merge``."""
         plan = scan_plan(self.directions, *x.shape[-2:], x.device, restore=self.v_restore)
-        y = cross_selective_scan(
+        return scan_directions(
             x.flatten(2), self.x_proj_weight, self.dt_projs_weight,
             -torch.exp(at_least_float32(self.A_logs)), self.Ds, self.dt_projs_bias.flatten(), plan,
-            merge=merge, float32=self.float32_scan, backend=self.backend)
-        # what follows has the precision of its weights
-        dtype = self.out_norm.weight.dtype
-        return y.to(dtype) if merge else [y_k.to(dtype) for y_k in y]
+            merge, self.float32_scan, backend)
 
 
 class LocalSS2D(SS2D):
@@ -138,9 +167,10 @@ class LocalSS2D(SS2D):
         self.multi_scan = DirectionMixture(len(self.directions)) if not directions else nn.Module()
         self.multi_scan.attn = ChannelAttention(self.out_norm.normalized_shape[0])
 
-    def scan(self, x: Tensor) -> Tensor:
-        """Map (B, D, H, W) to the merged scans (B, H, W, D)."""
+    def scan(self, x: Tensor, gate: Tensor, backend: str) -> Tensor:
+        """Map (B, H, W, D) to the merged scans, normalised and under the gate."""
         searching = isinstance(self.multi_scan, DirectionMixture)
-        ys = self.scan_directions(x, merge=False)
+        dtype = self.out_norm.weight.dtype
+        ys = [y.to(dtype) for y in self.scan_directions(x.permute(0, 3, 1, 2), False, backend)]
         y = merge_directions(ys, self.multi_scan.attn, self.multi_scan() if searching else None)
-        return y.unflatten(1, x.shape[-2:])
+        return self.normalized(y.unflatten(1, x.shape[1:3]), gate, x.dtype)

@@ -5,6 +5,7 @@ Liu et al., "VMamba: Visual State Space Model" (arXiv 2401.10166).
 
 Legend: B images, C channels, H W sides of a map.  Maps are (B, C, H, W) inside the current models
 and (B, H, W, C) inside those of the first release; at the border they are always (B, C, H, W).
+Whatever the axes are called, the channels of a pixel lie side by side in memory inside.
 """
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmhybrid.layers import SS2D, LayerNorm2d, Mlp, drop_path_or_identity, map_linear
+from mmhybrid.layers import (
+    SS2D,
+    LayerNorm,
+    LayerNorm2d,
+    Mlp,
+    add_norm,
+    drop_path_or_identity,
+    map_linear,
+    recomputed,
+)
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -29,7 +39,6 @@ from .base import (
     check_rate,
     checked_architecture,
     drop_path_rates,
-    run_blocks,
 )
 
 __all__ = ['ARCHITECTURES', 'PatchMerging', 'VMamba', 'VSSBlock', 'VSSStage']
@@ -72,8 +81,15 @@ class Permute(nn.Module):
         return x.permute(self.axes)
 
 
-def _norm(dim: int, channel_first: bool) -> nn.Module:
-    return (LayerNorm2d if channel_first else nn.LayerNorm)(dim)
+def _norm(dim: int, channel_first: bool, feeds_linear: bool = False) -> nn.Module:
+    if channel_first:
+        return LayerNorm2d(dim, feeds_linear=feeds_linear, channels_last=True)
+    return LayerNorm(dim, feeds_linear=feeds_linear)
+
+
+def _conv(*arguments, **options) -> nn.Conv2d:
+    """A convolution with its weight as it is read where channels lie side by side."""
+    return nn.Conv2d(*arguments, **options).to(memory_format=torch.channels_last)
 
 
 def _to_trunk(channel_first: bool) -> nn.Module:
@@ -93,11 +109,11 @@ def make_stem(kind: str, in_channels: int, dim: int, channel_first: bool) -> nn.
     enter, leave = _to_trunk(channel_first), _from_trunk(channel_first)
     if kind == 'v1':
         return nn.Sequential(
-            nn.Conv2d(in_channels, dim, 4, stride=4), enter, _norm(dim, channel_first))
+            _conv(in_channels, dim, 4, stride=4), enter, _norm(dim, channel_first))
     half = dim // 2
     return nn.Sequential(
-        nn.Conv2d(in_channels, half, 3, stride=2, padding=1), enter, _norm(half, channel_first),
-        leave, nn.GELU(), nn.Conv2d(half, dim, 3, stride=2, padding=1), enter,
+        _conv(in_channels, half, 3, stride=2, padding=1), enter, _norm(half, channel_first),
+        leave, nn.GELU(), _conv(half, dim, 3, stride=2, padding=1), enter,
         _norm(dim, channel_first))
 
 
@@ -112,16 +128,17 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, channel_first: bool = False):
         super().__init__()
         self.channel_first = channel_first
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim, feeds_linear=True)
         self.reduction = map_linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the sides of a map, rounding up; odd sides are padded with zeros at their end."""
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        # (row, column) parities in the order of the published weights
-        x = torch.cat([x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)], dim=-1)
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # Parities of columns before those of rows: the order of the published weights.
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         x = self.reduction(self.norm(x))
         return x.permute(0, 3, 1, 2) if self.channel_first else x
 
@@ -136,7 +153,7 @@ def make_downsample(kind: str, dim: int, channel_first: bool) -> nn.Module:
         return PatchMerging(dim, channel_first)
     kernel, padding = (3, 1) if kind == 'v3' else (2, 0)
     return nn.Sequential(
-        _from_trunk(channel_first), nn.Conv2d(dim, 2 * dim, kernel, stride=2, padding=padding),
+        _from_trunk(channel_first), _conv(dim, 2 * dim, kernel, stride=2, padding=padding),
         _to_trunk(channel_first), _norm(2 * dim, channel_first))
 
 
@@ -154,21 +171,38 @@ class VSSBlock(nn.Module):
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float = 4.0, drop_path: float = 0.,
                  channel_first: bool = False):
         super().__init__()
-        self.norm = _norm(dim, channel_first)
+        self.norm = _norm(dim, channel_first, feeds_linear=True)
         self.op = mixer
         self.drop_path = drop_path_or_identity(drop_path)
         self.mlp = None
         if mlp_ratio:
-            self.norm2 = _norm(dim, channel_first)
+            self.norm2 = _norm(dim, channel_first, feeds_linear=True)
             self.mlp = Mlp(dim, int(dim * mlp_ratio),
                            linear=partial(map_linear, channel_first=channel_first))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map of the trunk's layout in and out."""
-        x = x + self.drop_path(self.op(self.norm(x)))
+    def forward(self, x: Tensor, branch: Tensor | None = None, drop: nn.Module | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Maps of the trunk's layout in and out.
+
+        The last sum of a block is left to the norm of the next one, with which it is one kernel.
+
+        Args:
+            x: the residual stream.
+            branch: what the block before this has to add to it.
+            drop: that block's stochastic depth.
+
+        Returns:
+            Stream and branch for the next block, with ``self.drop_path``.
+        """
+        if branch is None:
+            y = self.norm(x)
+        else:
+            x, y = add_norm(x, branch, self.norm, drop=drop)
+        branch = self.op(y)
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, y = add_norm(x, branch, self.norm2, drop=self.drop_path)
+            branch = self.mlp(y)
+        return x, branch
 
 
 class VSSStage(nn.Module):
@@ -189,7 +223,13 @@ class VSSStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map of the trunk's layout in and out."""
-        return run_blocks(self.blocks, x, self.with_cp)
+        pending = ()
+        for block in self.blocks:
+            again = self.with_cp and x.requires_grad
+            x, branch = recomputed(block, x, *pending) if again else block(x, *pending)
+            pending = branch, block.drop_path
+        branch, drop = pending
+        return x + drop(branch)
 
 
 class VSSBackbone(StagedBackbone):
@@ -229,7 +269,7 @@ class VSSBackbone(StagedBackbone):
                 downsample = make_downsample(arch['downsample'], dims[i], channel_first)
             self.layers.append(VSSStage(blocks, downsample, with_cp))
         for i in self.out_indices:
-            self.add_module(f'outnorm{i}', _norm(dims[i], channel_first))
+            self.add_module(f'outnorm{i}', LayerNorm2d(dims[i]))
         self.freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -241,14 +281,14 @@ class VSSBackbone(StagedBackbone):
         Returns:
             Contiguous maps (B, C_i, H_i, W_i).
         """
-        x = self.patch_embed(x)
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         maps = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
                 # the norm is not on the way to the next stage
-                y = self.output_norm(i)(x)
-                maps.append((y if self.channel_first else y.permute(0, 3, 1, 2)).contiguous())
+                maps.append(self.output_norm(i)(
+                    x if self.channel_first else x.permute(0, 3, 1, 2)))
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..precision import autocast_off
 from ..selective_scan import choose_backend, cpp, run_backend
-from ..selective_scan.ordered import reads_tables, selective_scan_ordered
+from ..selective_scan.ordered import selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
 __all__ = ['cross_merge', 'cross_restore', 'cross_scan', 'cross_selective_scan']
@@ -83,45 +83,85 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
 
     Source: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.1.
     """
+    name = choose_backend(backend, u.device, scan_dtype(u, A), A.shape[-1])
+    return scan_directions(u, x_proj, dt_weight, A, D, dt_bias, plan, merge, float32, name)
+
+
+def scan_dtype(u: Tensor, A: Tensor) -> torch.dtype:
+    """Precision of the state."""
+    return torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
+
+
+def scan_directions(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                    dt_bias: Tensor, plan: ScanPlan, merge: bool, float32: bool, backend: str
+                    ) -> Tensor | list[Tensor]:
+    """:func:`cross_selective_scan` by a backend that ``choose_backend`` has named."""
     K = dt_weight.shape[0]
     if len(plan.directions) != K or u.shape[-1] != plan.num_tokens:
         raise ValueError(
             f'weights for {K} directions and a map of {u.shape[-1]} tokens came with a plan for '
             f'{len(plan.directions)} directions and {plan.num_tokens} tokens; build the plan with '
             'scan_plan(directions, height, width) of this map')
-    dtype = torch.promote_types(torch.promote_types(u.dtype, A.dtype), torch.float32)
-    name = choose_backend(backend, u.device, dtype, A.shape[-1])
-    tables = reads_tables(name)
-    if tables or name == 'cpp':
+    weight = x_proj.flatten(0, 1)
+    if backend == 'triton':
         # Channels side by side are what the kernels read; one copy serves all directions.
-        u = u.mT.contiguous().mT
-        proj = F.linear(u.mT, x_proj.flatten(0, 1)).mT
+        proj, u = _Projection.apply(u.mT.contiguous(), weight.to(u.dtype), K, float32)
     else:
-        proj = torch.matmul(x_proj.flatten(0, 1), u)
-    proj = proj.view(u.shape[0], K, x_proj.shape[1], plan.num_tokens)
+        u = u.mT.contiguous().mT if backend == 'cpp' else u
+        proj = F.linear(u.mT, weight)
+    proj = proj.mT.unflatten(1, (K, -1))
 
     def scan(u, proj):
-        inputs = u, proj, dt_weight, A, D, dt_bias, plan, name
-        if name == 'cpp':
+        inputs = u, proj, dt_weight, A, D, dt_bias, plan, backend
+        if backend == 'triton':
+            return _scan_through_tables(*inputs)
+        if backend == 'cpp':
             return _scan_compiled(*inputs[:-1], merge)
-        return _scan_through_tables(*inputs) if tables else _scan_copies(*inputs, dtype, merge)
+        return _scan_copies(*inputs, scan_dtype(u, A), merge)
 
     if not float32:
         ys = scan(u, proj)
     else:
         with autocast_off(u.device):
-            ys = scan(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (u, proj)))
+            ys = scan(_wide(u), _wide(proj))
     return _total([y.squeeze(1) if y.shape[1] == 1 else y.sum(1) for y in ys]) if merge else ys
+
+
+class _Projection(torch.autograd.Function):
+    """What all directions read of a map, and the map for each of them.
+
+    In one function, because the gradients of the map then meet in one sum.
+    """
+
+    @staticmethod
+    def forward(ctx, u_BLD: Tensor, weight: Tensor, directions: int, float32: bool
+                ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(u_BLD, weight)
+        u = _wide(u_BLD) if float32 else u_BLD.view_as(u_BLD)
+        return F.linear(u_BLD, weight), u.mT.unsqueeze(1).expand(-1, directions, -1, -1)
+
+    @staticmethod
+    def backward(ctx, dproj: Tensor, du_BKDL: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        u, weight = ctx.saved_tensors
+        du = du_BKDL.mT.sum(1).to(u.dtype)
+        dproj = dproj.flatten(0, 1)
+        du.flatten(0, 1).addmm_(dproj, weight)
+        return du, dproj.mT @ u.flatten(0, 1), None, None
 
 
 def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
                          dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
     """One call for all directions: the kernels read and write tokens where they are."""
-    K, _, rank = dt_weight.shape
-    step, b, c = proj.split_with_sizes([rank, A.shape[-1], A.shape[-1]], 2)
-    delta = (step.mT @ dt_weight.to(step.dtype).mT).mT  # channels side by side
+    batch, K, _, tokens = proj.shape
+    _, channels, rank = dt_weight.shape
+    # Split token by token, so that the gradients are put together that way.
+    step, b, c = proj.permute(0, 3, 1, 2).split_with_sizes([rank, A.shape[-1], A.shape[-1]], 3)
+    # One product per direction over the tokens of all images: nothing is laid out anew for it.
+    step = step.permute(2, 0, 1, 3).reshape(K, batch * tokens, rank)
+    delta = torch.bmm(step, dt_weight.to(step.dtype).mT)
+    delta = delta.view(K, batch, tokens, channels).permute(1, 0, 3, 2)
     y = selective_scan_ordered(
-        u.unsqueeze(1).expand(-1, K, -1, -1), delta, A, b, c, D, delta_bias=dt_bias,
+        u, delta, A, b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), D, delta_bias=dt_bias,
         delta_softplus=True, order=plan.scan_order(), backend=backend)
     return plan.displace(y)
 
@@ -134,6 +174,10 @@ def _scan_compiled(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Ten
     y, _ = cpp.scan_ordered(u.unsqueeze(1), step, dt_weight, A, b, c, D, dt_bias,
                             plan.scan_order(), True, merge and plan.exact)
     return plan.displace(y.to(u.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scan_copies(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
