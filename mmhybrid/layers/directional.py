@@ -94,7 +94,7 @@ def _weights_of(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor) -> list[l
             torch.stack([proj.weight for proj in x_projs]).to(dtype),
             torch.stack([proj.weight for proj in dt_projs]).to(dtype),
             at_least_float32(torch.stack([proj.bias for proj in dt_projs])),
-            -torch.exp(at_least_float32(torch.stack(A_logs))),
+            _Decay.apply(at_least_float32(torch.stack(A_logs))),
             at_least_float32(torch.stack(Ds)),
         ]
     of_mixers = zip(*(w.split(counts) for w in together), strict=True)
@@ -179,6 +179,21 @@ def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, 
         spread(c, N), torch.cat([b.D for b in branches]), z,
         torch.cat([b.dt_proj.bias for b in branches]), True, order=order, backend=backend)
     return y_BKES.mT[:, :, :L].mT  # cut with the channels last, so that its gradient lies that way
+
+
+class _Decay(torch.autograd.Function):
+    """A = -exp(A_log), keeping A alone, which the scan keeps, too."""
+
+    @staticmethod
+    def forward(ctx, A_log):
+        A = torch.exp(A_log).neg_()
+        ctx.save_for_backward(A)
+        return A
+
+    @staticmethod
+    def backward(ctx, dA):
+        (A,) = ctx.saved_tensors
+        return dA * A
 
 
 def _any_trained(branches: Sequence[Branch]) -> bool:
