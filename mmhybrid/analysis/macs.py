@@ -93,12 +93,12 @@ def count_macs(model: nn.Module, forward: Callable[[], object]) -> list[Record]:
         NotImplementedError: for an operator of this package that has no rule here.
     """
     counter = _Counter(model)
-    with torch.no_grad(), _names(model, counter.running), counter, _Whole(counter):
+    with torch.no_grad(), running_modules(model, counter.running), counter, _Whole(counter):
         forward()
     return counter.records
 
 
-class _names:
+class running_modules:
     """Keeps the names of the running modules, innermost last."""
 
     def __init__(self, model: nn.Module, running: list[str]):
