@@ -11,7 +11,7 @@ value. What stays in a cache, and what a kernel reads twice, is not known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +48,11 @@ class Launches:
     bytes: int = 0
 
 
-def count_launches(build: Callable[[], nn.Module], size: Sequence[int], dtype: torch.dtype,
-                   ) -> list[Launches]:
+def count_launches(model: nn.Module, size: Sequence[int], dtype: torch.dtype) -> list[Launches]:
     """Count a training step: forward pass under autocast, a loss of all results, backward pass.
 
     Args:
-        build: makes the model, and is called where tensors are fake.
+        model: on any device; it loses its values and its place.
         size: of the input.
         dtype: of autocast; float32 turns it off.
 
@@ -61,10 +60,10 @@ def count_launches(build: Callable[[], nn.Module], size: Sequence[int], dtype: t
         One entry for each module and operator that launches, in the order of their first calls.
     """
     counter = _Counter()
+    model.train()
     with pretended_gpu(counter.launched):
-        with torch.device('cuda'):
-            model = build().train()
-            x = torch.empty(size)
+        model.to_empty(device='cuda')
+        x = torch.empty(size, device='cuda')
         with torch.no_grad():  # makes the tables that live as long as the model
             model(x)
         counter.found.clear()

@@ -60,10 +60,10 @@ def test_the_table_has_every_case():
     assert list(TABLE) == list(script.CASES)
 
 
-def step_of(make, size, dtype=torch.float16):
+def step_of(module, size, dtype=torch.float16):
     """{operator: launches} of a step of one module."""
     found = {}
-    for one in count_launches(make, size, dtype):
+    for one in count_launches(module, size, dtype):
         name = one.operator.removeprefix('aten::')
         found[name] = found.get(name, 0) + one.launches
     return found
@@ -74,15 +74,15 @@ LOSS = {'mean': 1, 'div': 1, 'ones_like': 1}
 
 
 def test_a_linear_layer_under_autocast():
-    found = step_of(lambda: nn.Linear(8, 4), (6, 8))
+    found = step_of(nn.Linear(8, 4), (6, 8))
     # casts: x, weight, bias and the result for the loss; its gradient, and those of the weights
     assert found == LOSS | {'_to_copy': 7, 'addmm': 1, 'mm': 1, 'sum': 1}
-    assert step_of(lambda: nn.Linear(8, 4), (6, 8), torch.float32) == LOSS | {
+    assert step_of(nn.Linear(8, 4), (6, 8), torch.float32) == LOSS | {
         'addmm': 1, 'mm': 1, 'sum': 1}
 
 
 def test_a_layer_norm_stays_in_float32():
-    found = step_of(lambda: nn.LayerNorm(8), (6, 8))
+    found = step_of(nn.LayerNorm(8), (6, 8))
     assert found == LOSS | {'native_layer_norm': 1, 'native_layer_norm_backward': 2}
 
 
@@ -95,7 +95,7 @@ def test_weights_are_cast_once_a_step():
         def forward(self, x):
             return self.inner(self.inner(x))
 
-    found = step_of(Twice, (6, 8))
+    found = step_of(Twice(), (6, 8))
     # x, weight, result; gradients of the result and of the weight
     assert found['_to_copy'] == 5
     assert found['mm'] == 2 + 3 and found['add'] == 1
@@ -113,24 +113,18 @@ def test_attention_is_flash_in_16_bits_and_efficient_in_32():
             x = x * self.scale
             return attend(x, x, x)
 
-    half = step_of(Self, (1, 2, 16, 64))
+    half = step_of(Self(), (1, 2, 16, 64))
     assert half['_scaled_dot_product_flash_attention'] == 1
     assert half['_scaled_dot_product_flash_attention_backward'] == 3
-    whole = step_of(Self, (1, 2, 16, 64), torch.float32)
+    whole = step_of(Self(), (1, 2, 16, 64), torch.float32)
     assert whole['_scaled_dot_product_efficient_attention'] == 1
 
 
 def test_the_gradient_is_the_engines():
     """Each parameter gets one, in its own shape and dtype, and launches go to its module."""
-    model = None
-
-    def make():
-        nonlocal model
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(),
-                              nn.Linear(144, 2))
-        return model
-
-    launches = count_launches(make, (2, 3, 8, 8), torch.bfloat16)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Flatten(),
+                          nn.Linear(144, 2))
+    launches = count_launches(model, (2, 3, 8, 8), torch.bfloat16)
     for parameter in model.parameters():
         assert parameter.grad.shape == parameter.shape and parameter.grad.dtype == torch.float32
     where = {one.operator: one.module for one in launches}
@@ -150,7 +144,7 @@ def test_views_and_empty_tensors_launch_nothing():
             return self.weight.view(2, 6)[:, 1:].unsqueeze(0).expand(7, -1, -1)
 
     # the gradient: of the expanded axis a sum, of the slice zeros and a copy
-    with_views = step_of(Views, (1,))
+    with_views = step_of(Views(), (1,))
     assert {k: v for k, v in with_views.items() if k not in LOSS} == {
         'sum': 1, 'slice_backward': 2}
 
@@ -164,7 +158,7 @@ def test_bytes_of_an_expanded_tensor_are_read_once():
         def forward(self, x):
             return self.weight.expand(50, 10, 100).exp()
 
-    (exp,) = (x for x in count_launches(Expanded, (1,), torch.float16)
+    (exp,) = (x for x in count_launches(Expanded(), (1,), torch.float16)
               if x.operator == 'aten::exp')
     assert exp.bytes == 4 * 1000 + 4 * 50 * 1000
 

@@ -83,10 +83,8 @@ def counted(case: Case, shallow: bool = False) -> list:
     if 'windows' not in inspect.signature(cls).parameters:
         arguments.pop('windows', None)  # up to commit 03c1dbf all windows were as published
 
-    def build():
-        return MODELS.build({'type': case.model, 'drop_path_rate': 0.0} | arguments)
-
-    return _analysis().launches.count_launches(build, case.size, getattr(torch, case.dtype))
+    model = MODELS.build({'type': case.model, 'drop_path_rate': 0.0} | arguments)
+    return _analysis().launches.count_launches(model, case.size, getattr(torch, case.dtype))
 
 
 def _few_blocks(cls) -> dict:
