@@ -143,7 +143,8 @@ def compare(net, monkeypatch, **how):
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_backbones_have_the_bits_of_autocast(kind, monkeypatch):
     torch.manual_seed(0)
-    net = BACKBONES[kind]().train()
+    # the compiled scan of a CPU reads a weight in float32 that all others cast
+    net = BACKBONES[kind](scan_backend='torch').train()
     found, expected = compare(net, monkeypatch)
     assert found[TOGETHER] == 2
     # each weight that has a gradient once forward and once backward
