@@ -85,6 +85,8 @@ class SS2D(nn.Module):
         self.Ds._no_weight_decay = True
         self.reset_scan_parameters()
 
+    reads_itself = ('conv2d',)  # in float32, see weight_casts.py
+
     @property
     def reads_cast(self) -> tuple[str, ...]:
         """What autocast casts besides layers, see weight_casts.py."""
