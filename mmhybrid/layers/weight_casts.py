@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from .linear import TokenLinear
 from .linear2d import Linear2d
 
 __all__ = ['casts_weights']
@@ -40,8 +41,8 @@ VARIABLE = 'MMHYBRID_CAST_WEIGHTS'
 #: Kinds of devices whose autocast this serves.  On a CPU a call costs little.
 KINDS = {'cuda'}
 
-_LAYERS = (nn.Linear, Linear2d, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
-           nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, TokenLinear, Linear2d, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+           nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FORWARDS = frozenset(layer.forward for layer in _LAYERS)
 # Elements: copies start at multiples, so that products of matrices may read them in wide words.
 _ALIGNMENT = 64
@@ -140,13 +141,18 @@ def _weights_of(module: nn.Module) -> _Weights:
 
 def _castable(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules and names of parameters that autocast alone casts, in the order of the network."""
-    kept = {(child, name) for parent in module.modules()
-            for child, name in _named(parent, getattr(parent, 'reads_itself', ()))}
+    kept = set(_kept(module))
     for child in module.modules():
         names = ('weight', 'bias') if type(child).forward in _FORWARDS else ()
         for name in (*names, *getattr(child, 'reads_cast', ())):
             if child._parameters.get(name) is not None and (child, name) not in kept:
                 yield child, name
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Modules and names of parameters that somebody reads as they are."""
+    for parent in module.modules():
+        yield from _named(parent, getattr(parent, 'reads_itself', ()))
 
 
 def _named(parent: nn.Module, names: Sequence[str]) -> Iterator[tuple[nn.Module, str]]:

@@ -149,7 +149,11 @@ def test_backbones_have_the_bits_of_autocast(kind, monkeypatch):
     assert found[TOGETHER] == 2
     # each weight that has a gradient once forward and once backward
     trained = [m for m, n in weight_casts._castable(net) if m._parameters[n].grad is not None]
-    assert len(trained) > 20
+    # no layer has fallen out because it is another class now
+    known = {*weight_casts._castable(net), *weight_casts._kept(net)}
+    for m in net.modules():
+        if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
+            assert (m, 'weight') in known, m
     assert expected[CAST] - found[CAST] >= 2 * len(trained)
 
 
