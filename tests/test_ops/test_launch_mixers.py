@@ -1,4 +1,4 @@
-"""Prepared launches of the fused mixer and of the convolution along walks, without a GPU.
+"""Prepared launches of the fused mixer, the convolution along walks and the norm, without a GPU.
 
 As in test_launch.py a driver that takes notes stands in for a GPU. Every time a program runs, an
 ordinary launch on the same tensors follows; both must hand the launchers the same.
@@ -16,6 +16,7 @@ from stub_machine import Machine, host
 
 from mmhybrid.layers import MambaVisionMixer
 from mmhybrid.ops import triton_support
+from mmhybrid.ops.layer_norm import fused as norm
 from mmhybrid.ops.mambavision_mixer import fused as mixer
 from mmhybrid.ops.selective_scan import launch
 from mmhybrid.ops.walk_conv import conv, walk_conv
@@ -26,6 +27,7 @@ if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_support.MIN
 if triton_support.interpreting():
     pytest.skip('TRITON_INTERPRET=1 replaces the compiler', allow_module_level=True)
 
+from mmhybrid.ops.layer_norm import triton_kernels as norm_kernels  # noqa: E402
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402
 from mmhybrid.ops.selective_scan import kernels as scan_kernels  # noqa: E402
 from mmhybrid.ops.walk_conv import triton_kernels as walk_kernels  # noqa: E402
@@ -70,13 +72,14 @@ def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(triton.compiler, 'compile', machine.compile)
     kernels = [
-        x for module in (scan_kernels, mixer_kernels, walk_kernels)
+        x for module in (scan_kernels, mixer_kernels, walk_kernels, norm_kernels)
         for x in vars(module).values() if isinstance(x, triton.JITFunction)
     ]  # fmt: skip
 
     def forget():
         mixer.forget()
         conv.forget()
+        norm.forget()
         for kernel in kernels:
             kernel.device_caches.clear()
 
@@ -473,3 +476,91 @@ def test_walks_of_known_kind_are_still_refused_where_they_do_not_fit(machine):
         for _ in range(2):
             with pytest.raises(ValueError, match='walk_conv expects'):
                 walk_conv(*given)
+
+
+# --- sum and norm ---------------------------------------------------------------------------------
+
+
+def tokens(size=(2, 50, 40), x=torch.bfloat16, branch=torch.bfloat16, scale=False, factor=False,
+           turned=False, shift=0):  # fmt: skip
+    """Residual, branch, scale, factor, weight and bias."""
+    def of_tokens(dtype):
+        memory = torch.randn(torch.Size(size).numel() + shift).to(dtype)[shift:]
+        if turned:
+            return memory.view(size[0], size[-1], *size[1:-1]).movedim(1, -1)
+        return memory.view(size)
+
+    of_channels = [torch.randn(size[-1]) for _ in range(3)]
+    return [
+        of_tokens(x), None if branch is None else of_tokens(branch),
+        of_channels[0] if scale else None, torch.rand(size[0]) if factor else None,
+        *of_channels[1:],
+    ]  # fmt: skip
+
+
+NORMS = {
+    'the same': lambda: tokens(),
+    'other length': lambda: tokens((2, 64, 40)),
+    'other batch': lambda: tokens((3, 50, 40)),
+    'map': lambda: tokens((2, 5, 10, 40)),
+    'other channels': lambda: tokens((2, 50, 48)),
+    'float32': lambda: tokens(x=torch.float32),
+    'float16 branch': lambda: tokens(branch=torch.float16),
+    'scaled': lambda: tokens(scale=True),
+    'dropped': lambda: tokens(factor=True),
+    'alone': lambda: tokens(branch=None),
+    'channel-major': lambda: tokens(turned=True),
+    'odd address': lambda: tokens(shift=1),
+    'strided weights': lambda: _turned(tokens(), 4, 5),
+    'no common step': lambda: [
+        x.transpose(1, 2).contiguous().transpose(1, 2) if i < 2 else x
+        for i, x in enumerate(tokens((2, 5, 10, 40)))],
+}  # fmt: skip
+
+
+def add_norm(x, branch, scale, factor, weight, bias, **options):
+    """Results that there are."""
+    if branch is None:
+        return [norm.norm(x, weight, bias, 1e-5, torch.bfloat16, **options)]
+    rest = dict(scale=scale, factor=factor) | options
+    return norm.add_norm(x, branch, weight, bias, 1e-5, torch.bfloat16, **rest)
+
+
+def norm_step(given, *, read=slice(None), **options):
+    """A training step; all that may have a gradient wants it."""
+    leaves = [x for i, x in enumerate(given) if x is not None and i != 3]
+
+    def run():
+        found = add_norm(*given, **options)[read]
+        torch.autograd.grad(found, leaves, [torch.ones_like(y) for y in found])
+
+    for x in leaves:
+        x.requires_grad_()
+    return run
+
+
+@pytest.mark.parametrize('variation', NORMS)
+def test_no_record_of_a_norm_is_stale(variation, machine):
+    check(machine, norm_step(tokens()), 2)
+    given = NORMS[variation]()
+    with torch.no_grad():
+        check(machine, lambda: add_norm(*given), 1)
+    check(machine, norm_step(given), 2)
+    check(machine, norm_step(given, channels_first=True), 2)
+    if given[1] is not None:
+        check(machine, norm_step(given, read=slice(1)), 2)
+        check(machine, norm_step(given, read=slice(1, 2)), 2)
+    given[4].requires_grad_(False)
+    check(machine, lambda: add_norm(*given), 1)
+    check(machine, norm_step(tokens()), 2)
+
+
+def test_dtype_and_epsilon_of_a_norm_are_part_of_a_record(machine):
+    given = tokens(branch=None)
+    for dtype in (torch.bfloat16, torch.float32):
+        for eps in (1e-5, 1e-6):
+            check(machine, lambda: norm.norm(given[0], *given[4:], eps, dtype), 1)  # noqa: B023
+            assert norm.norm(given[0], *given[4:], eps, dtype).dtype == dtype
+    assert len(norm._CALLS) == 4
+    with pytest.raises(ValueError, match='expects branch like x'):
+        norm.norm(given[0], given[4][:3], None, 1e-5)
