@@ -90,13 +90,14 @@ def _count(source: ModelSource, shape: Sequence[int], convention: str, device: s
             '(--traceback shows where).') from error
 
 
-def _scan_longest(mixer: LocalSS2D, x: Tensor, merge: bool, backend: str) -> list[Tensor]:
+def _scan_longest(mixer: LocalSS2D, x: Tensor, rates: Tensor, merge: bool, backend: str
+                  ) -> list[Tensor]:
     """Stand for ``scan_directions``: the cost of padded sequences, and results of no meaning."""
     plan = scan_plan(mixer.directions, *x.shape[-2:], x.device)
     length, directions = max(order.length for order in plan.orders), len(plan.directions)
     y = cross_selective_scan(
         x.new_zeros(*x.shape[:2], length), mixer.x_proj_weight, mixer.dt_projs_weight,
-        mixer.A_logs, mixer.Ds, mixer.dt_projs_bias.flatten(),
+        rates, mixer.Ds, mixer.dt_projs_bias.flatten(),
         scan_plan(['h'] * directions, 1, length, x.device), backend=backend)
     return [y[:, None, :, :plan.num_tokens].expand(-1, directions, -1, -1)]
 

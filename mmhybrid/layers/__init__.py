@@ -13,7 +13,7 @@ from .pool import MapPool
 from .precision import at_least_float32
 from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate
-from .ss2d import SS2D, LocalSS2D
+from .ss2d import SS2D, LocalSS2D, decay_rates
 from .weight_casts import casts_weights
 from .window import near_equal, window_partition, window_unpartition
 
@@ -21,7 +21,8 @@ __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
     'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
     'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d', 'VimMixer',
-    'add_norm', 'at_least_float32', 'casts_weights', 'draw_together', 'drop_path_or_identity',
-    'dropped', 'map_linear', 'merge_directions', 'near_equal', 'prepare_mixers', 'recomputed',
-    'resize_grid', 'rotate', 'token_linear', 'window_partition', 'window_unpartition',
+    'add_norm', 'at_least_float32', 'casts_weights', 'decay_rates', 'draw_together',
+    'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
+    'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'token_linear', 'window_partition',
+    'window_unpartition',
 ]

@@ -25,13 +25,48 @@ from .norm import LayerNorm, LayerNorm2d
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['LocalSS2D', 'SS2D']
+__all__ = ['LocalSS2D', 'SS2D', 'decay_rates']
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody listens to a module, which then has to be called."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks)
+
+
+def decay_rates(logs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A = -exp(A_log) of many scans, in few calls for all of them; at least float32."""
+    found: list[Tensor | None] = [None] * len(logs)
+    for learned in (False, True):  # apart: results of one call all want gradients or none does
+        group = [i for i, log in enumerate(logs) if log.requires_grad == learned]
+        if group:
+            rates = _Rates.apply(*(at_least_float32(logs[i]) for i in group))
+            for i, rate in zip(group, rates, strict=True):
+                found[i] = rate
+    return found
+
+
+class _Rates(torch.autograd.Function):
+    """The rates; their own slopes are themselves."""
+
+    @staticmethod
+    def forward(ctx, *logs: Tensor) -> tuple[Tensor, ...]:
+        rates = torch._foreach_exp(logs)
+        torch._foreach_neg_(rates)
+        ctx.save_for_backward(*rates)
+        ctx.set_materialize_grads(False)
+        return tuple(rates)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [i for i, grad in enumerate(grads) if grad is not None]
+        found: list[Tensor | None] = [None] * len(grads)
+        rates = ctx.saved_tensors
+        if given:
+            products = torch._foreach_mul([grads[i] for i in given], [rates[i] for i in given])
+            for i, product in zip(given, products, strict=True):
+                found[i] = product
+        return tuple(found)
 
 
 class SS2D(nn.Module):
@@ -54,6 +89,9 @@ class SS2D(nn.Module):
             wrong for maps that are not square.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
     """
+
+    # In float32, see weight_casts.py.
+    reads_itself = ('conv2d',)
 
     def __init__(self, dim: int, *, state_dim: int = 1, ratio: float = 2.0,
                  dt_rank: int | None = None,
@@ -103,11 +141,15 @@ class SS2D(nn.Module):
         init_decay_(self.A_logs)
         nn.init.ones_(self.Ds)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out, or (B, H, W, C) if not ``channel_first``.
+    def forward(self, x: Tensor, rates: Tensor | None = None) -> Tensor:
+        """Map to map of the same shape.
 
-        Whatever its axes are called, channels lie side by side in memory from here on.
+        Args:
+            x: (B, C, H, W), or (B, H, W, C) if not ``channel_first``.
+            rates: :func:`decay_rates` of ``A_logs``, if a network has them of all its mixers.
         """
+        if rates is None:
+            (rates,) = decay_rates([self.A_logs])
         x, gate = self.in_proj(x), None
         if self.channel_first:
             x = x.permute(0, 2, 3, 1)
@@ -117,13 +159,13 @@ class SS2D(nn.Module):
                               self.A_logs.shape[1])
         convolution = map_conv if name == 'triton' else map_conv_reference
         x = convolution(x, self.conv2d.weight, self.conv2d.bias)
-        y = self.scan(x, gate, name)
+        y = self.scan(x, gate, rates, name)
         return self.out_proj(y.permute(0, 3, 1, 2) if self.channel_first else y)
 
-    def scan(self, x: Tensor, gate: Tensor | None, backend: str) -> Tensor:
+    def scan(self, x: Tensor, gate: Tensor | None, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the sum of its scans, normalised and under the gate."""
         fused = backend == 'triton' and not hooked(self.out_norm)
-        y = self.scan_directions(x.permute(0, 3, 1, 2), not fused, backend)
+        y = self.scan_directions(x.permute(0, 3, 1, 2), rates, not fused, backend)
         if fused and len(y) == 1:
             norm = self.out_norm
             gate = gate if gate is None else gate.flatten(1, 2)
@@ -141,13 +183,13 @@ class SS2D(nn.Module):
             y = self.out_norm(y).to(dtype)
         return y if gate is None else y * F.silu(gate)
 
-    def scan_directions(self, x: Tensor, merge: bool, backend: str) -> Tensor | list[Tensor]:
+    def scan_directions(self, x: Tensor, rates: Tensor, merge: bool, backend: str
+                        ) -> Tensor | list[Tensor]:
         """Map (B, D, H, W) to (B, D, L), or to stacks (B, k, D, L) of them if not ``merge``."""
         plan = scan_plan(self.directions, *x.shape[-2:], x.device, restore=self.v_restore)
         return scan_directions(
-            x.flatten(2), self.x_proj_weight, self.dt_projs_weight,
-            -torch.exp(at_least_float32(self.A_logs)), self.Ds, self.dt_projs_bias.flatten(), plan,
-            merge, self.float32_scan, backend)
+            x.flatten(2), self.x_proj_weight, self.dt_projs_weight, rates, self.Ds,
+            self.dt_projs_bias.flatten(), plan, merge, self.float32_scan, backend)
 
 
 class LocalSS2D(SS2D):
@@ -169,10 +211,11 @@ class LocalSS2D(SS2D):
         self.multi_scan = DirectionMixture(len(self.directions)) if not directions else nn.Module()
         self.multi_scan.attn = ChannelAttention(self.out_norm.normalized_shape[0])
 
-    def scan(self, x: Tensor, gate: Tensor, backend: str) -> Tensor:
+    def scan(self, x: Tensor, gate: Tensor, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the merged scans, normalised and under the gate."""
         searching = isinstance(self.multi_scan, DirectionMixture)
         dtype = self.out_norm.weight.dtype
-        ys = [y.to(dtype) for y in self.scan_directions(x.permute(0, 3, 1, 2), False, backend)]
+        ys = self.scan_directions(x.permute(0, 3, 1, 2), rates, False, backend)
+        ys = [y.to(dtype) for y in ys]
         y = merge_directions(ys, self.multi_scan.attn, self.multi_scan() if searching else None)
         return self.normalized(y.unflatten(1, x.shape[1:3]), gate, x.dtype)

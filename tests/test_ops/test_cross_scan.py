@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmhybrid.layers import directional
+from mmhybrid.layers import directional, ss2d
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.cross_scan import (
@@ -313,7 +313,7 @@ def test_the_backend_is_chosen_once_per_call(make, backend, monkeypatch):
         chosen.append(args[0])
         return choose_backend(*args)
 
-    for module in (scan, directional):
+    for module in (scan, directional, ss2d):
         monkeypatch.setattr(module, 'choose_backend', choose)
     again = mock.Mock(side_effect=AssertionError('chosen for a second time'))
     monkeypatch.setattr(ordered, 'choose_backend', again)

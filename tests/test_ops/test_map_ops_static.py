@@ -66,7 +66,6 @@ def test_machine_code(capability, gate, recorded, monkeypatch, tmp_path):
         name = kernel.fn.__name__
         assert program.stack == 0 and count(program.opcodes, 'LDL', 'STL') == 0, f'{name} spills'
         assert count(program.opcodes, 'ATOM', 'ATOMG', 'RED', 'REDG') == 0, name
-        print(name, program.registers, {k:v for k,v in program.opcodes.items() if k.startswith(('LDG','STG'))})
         assert program.registers <= 168, f'{name}: {program.registers} registers'
 
 

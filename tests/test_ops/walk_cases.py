@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmhybrid.layers import directional
+from mmhybrid.layers import directional, ss2d
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.models import LocalVim, Vim
@@ -194,7 +194,7 @@ def test_plain_backbones(build, options):
 def test_a_known_call_chooses_its_backend_once():
     torch.manual_seed(0)
     for module, mixer, x in (
-            (scan, SS2D(4, channel_first=True, backend='triton'), torch.randn(1, 4, 2, 3)),
+            (ss2d, SS2D(4, channel_first=True, backend='triton'), torch.randn(1, 4, 2, 3)),
             (directional, VimMixer(4, state_dim=1, backend='triton'), torch.randn(1, 5, 4))):
         expected = mixer(x)
         with mock.patch.object(module, 'choose_backend', wraps=module.choose_backend) as choose, \

@@ -10,8 +10,10 @@ Whatever the axes are called, the channels of a pixel lie side by side in memory
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,10 @@ from mmhybrid.layers import (
     LayerNorm2d,
     Mlp,
     add_norm,
+    decay_rates,
+    draw_together,
     drop_path_or_identity,
+    dropped,
     map_linear,
     recomputed,
 )
@@ -89,7 +94,9 @@ def _norm(dim: int, channel_first: bool, feeds_linear: bool = False) -> nn.Modul
 
 def _conv(*arguments, **options) -> nn.Conv2d:
     """A convolution with its weight as it is read where channels lie side by side."""
-    return nn.Conv2d(*arguments, **options).to(memory_format=torch.channels_last)
+    conv = nn.Conv2d(*arguments, **options)
+    conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
+    return conv
 
 
 def _to_trunk(channel_first: bool) -> nn.Module:
@@ -157,6 +164,37 @@ def make_downsample(kind: str, dim: int, channel_first: bool) -> nn.Module:
         _to_trunk(channel_first), _norm(2 * dim, channel_first))
 
 
+class Prepared(NamedTuple):
+    """What is computed once for many blocks.
+
+    Attributes:
+        rates: decay rates of the scan.
+        drop: factors of the mixer's branch, (B,); None where nothing is dropped.
+        last_drop: those of the block's last branch.
+    """
+
+    rates: Tensor | None = None
+    drop: Tensor | None = None
+    last_drop: Tensor | None = None
+
+
+UNPREPARED = Prepared()
+
+
+def prepare(blocks: Iterable[nn.Module], x: Tensor) -> list[Prepared]:
+    """Compute what blocks need in a few calls for all of them; x is any (B, ...) of theirs."""
+    blocks = list(blocks)
+    rates = decay_rates([block.op.A_logs for block in blocks])
+    # A branch each for the mixer and the MLP.
+    drops = iter(draw_together(
+        [block.drop_path for block in blocks for _ in range(block.branches)], x))
+    found = []
+    for block, rate in zip(blocks, rates, strict=True):
+        own = list(islice(drops, block.branches))
+        found.append(Prepared(rate, own[0], own[-1]))
+    return found
+
+
 class VSSBlock(nn.Module):
     """Pre-norm residual block: mixer, then an MLP if there is one.
 
@@ -174,33 +212,35 @@ class VSSBlock(nn.Module):
         self.norm = _norm(dim, channel_first, feeds_linear=True)
         self.op = mixer
         self.drop_path = drop_path_or_identity(drop_path)
-        self.mlp = None
+        self.mlp, self.branches = None, 1
         if mlp_ratio:
+            self.branches = 2
             self.norm2 = _norm(dim, channel_first, feeds_linear=True)
             self.mlp = Mlp(dim, int(dim * mlp_ratio),
                            linear=partial(map_linear, channel_first=channel_first))
 
-    def forward(self, x: Tensor, branch: Tensor | None = None, drop: nn.Module | None = None
-                ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, ready: Prepared = UNPREPARED, branch: Tensor | None = None,
+                drop: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Maps of the trunk's layout in and out.
 
         The last sum of a block is left to the norm of the next one, with which it is one kernel.
 
         Args:
             x: the residual stream.
-            branch: what the block before this has to add to it.
-            drop: that block's stochastic depth.
+            ready: what the network has prepared for this block.
+            branch: what the block before this has to add to the stream.
+            drop: factors of that branch, (B,).
 
         Returns:
-            Stream and branch for the next block, with ``self.drop_path``.
+            Stream and branch for the next block.
         """
         if branch is None:
             y = self.norm(x)
         else:
             x, y = add_norm(x, branch, self.norm, drop=drop)
-        branch = self.op(y)
+        branch = self.op(y) if ready.rates is None else self.op(y, ready.rates)
         if self.mlp is not None:
-            x, y = add_norm(x, branch, self.norm2, drop=self.drop_path)
+            x, y = add_norm(x, branch, self.norm2, drop=ready.drop)
             branch = self.mlp(y)
         return x, branch
 
@@ -221,15 +261,14 @@ class VSSStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ready: Sequence[Prepared] = ()) -> Tensor:
         """Map of the trunk's layout in and out."""
         pending = ()
-        for block in self.blocks:
+        for block, own in zip(self.blocks, ready or prepare(self.blocks, x), strict=True):
             again = self.with_cp and x.requires_grad
-            x, branch = recomputed(block, x, *pending) if again else block(x, *pending)
-            pending = branch, block.drop_path
-        branch, drop = pending
-        return x + drop(branch)
+            x, branch = recomputed(block, x, own, *pending) if again else block(x, own, *pending)
+            pending = branch, own.last_drop
+        return x + dropped(*pending)
 
 
 class VSSBackbone(StagedBackbone):
@@ -282,16 +321,17 @@ class VSSBackbone(StagedBackbone):
             Contiguous maps (B, C_i, H_i, W_i).
         """
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        stages = self.layers[:self.out_indices[-1] + 1]
+        ready = iter(prepare((block for stage in stages for block in stage.blocks), x))
         maps = []
-        for i, stage in enumerate(self.layers):
-            x = stage(x)
+        for i, stage in enumerate(stages):
+            x = stage(x, list(islice(ready, len(stage.blocks))))
             if i in self.out_indices:
                 # the norm is not on the way to the next stage
                 maps.append(self.output_norm(i)(
                     x if self.channel_first else x.permute(0, 3, 1, 2)))
-            if i == self.out_indices[-1]:
-                break
-            x = stage.downsample(x)
+            if i < len(stages) - 1:
+                x = stage.downsample(x)
         return tuple(maps)
 
     def output_norm(self, stage: int) -> nn.Module:

@@ -102,68 +102,75 @@ def scan_directions(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: 
             f'weights for {K} directions and a map of {u.shape[-1]} tokens came with a plan for '
             f'{len(plan.directions)} directions and {plan.num_tokens} tokens; build the plan with '
             'scan_plan(directions, height, width) of this map')
-    weight = x_proj.flatten(0, 1)
     if backend == 'triton':
-        # Channels side by side are what the kernels read; one copy serves all directions.
-        proj, u = _Projection.apply(u.mT.contiguous(), weight.to(u.dtype), K, float32)
+        ys = _scan_through_tables(u, x_proj, dt_weight, A, D, dt_bias, plan, float32)
     else:
+        # Channels side by side are what the compiled kernel reads, too.
         u = u.mT.contiguous().mT if backend == 'cpp' else u
-        proj = F.linear(u.mT, weight)
-    proj = proj.mT.unflatten(1, (K, -1))
+        proj = F.linear(u.mT, x_proj.flatten(0, 1)).mT.unflatten(1, (K, -1))
 
-    def scan(u, proj):
-        inputs = u, proj, dt_weight, A, D, dt_bias, plan, backend
-        if backend == 'triton':
-            return _scan_through_tables(*inputs)
-        if backend == 'cpp':
-            return _scan_compiled(*inputs[:-1], merge)
-        return _scan_copies(*inputs, scan_dtype(u, A), merge)
+        def scan(u, proj):
+            inputs = u, proj, dt_weight, A, D, dt_bias, plan
+            if backend == 'cpp':
+                return _scan_compiled(*inputs, merge)
+            return _scan_copies(*inputs, backend, scan_dtype(u, A), merge)
 
-    if not float32:
-        ys = scan(u, proj)
-    else:
-        with autocast_off(u.device):
-            ys = scan(_wide(u), _wide(proj))
+        if not float32:
+            ys = scan(u, proj)
+        else:
+            with autocast_off(u.device):
+                ys = scan(_wide(u), _wide(proj))
     return _total([y.squeeze(1) if y.shape[1] == 1 else y.sum(1) for y in ys]) if merge else ys
 
 
-class _Projection(torch.autograd.Function):
-    """What all directions read of a map, and the map for each of them.
+def _scan_through_tables(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
+                         dt_bias: Tensor, plan: ScanPlan, float32: bool) -> list[Tensor]:
+    """One call for all directions: the kernels read and write tokens where they are."""
+    # Channels side by side are what the kernels read; one copy serves all directions.
+    u_BLD, dtype = u.mT.contiguous(), u.dtype
+    wide = torch.promote_types(dtype, torch.float32) if float32 else dtype
+    with autocast_off(u.device):
+        u, delta, b, c = _Inputs.apply(u_BLD, x_proj.to(dtype), dt_weight.to(wide), wide)
+        y = selective_scan_ordered(
+            u, delta, A, b, c, D, delta_bias=dt_bias, delta_softplus=True,
+            order=plan.scan_order(), backend='triton')
+    return plan.displace(y)
 
-    In one function, because the gradients of the map then meet in one sum.
+
+class _Inputs(torch.autograd.Function):
+    """What the scan reads of a map in K directions.
+
+    In one function, because the gradients of the map then meet in one sum, and those of all parts
+    of a projection are put together where they lie.  Each product is one call for the tokens of all
+    images, for which nothing is laid out anew.
     """
 
     @staticmethod
-    def forward(ctx, u_BLD: Tensor, weight: Tensor, directions: int, float32: bool
-                ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(u_BLD, weight)
-        u = _wide(u_BLD) if float32 else u_BLD.view_as(u_BLD)
-        return F.linear(u_BLD, weight), u.mT.unsqueeze(1).expand(-1, directions, -1, -1)
+    def forward(ctx, u_BLD: Tensor, x_proj: Tensor, dt_weight: Tensor, wide: torch.dtype
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, tokens, channels = u_BLD.shape
+        K, _, rank = dt_weight.shape
+        proj = F.linear(u_BLD.flatten(0, 1), x_proj.flatten(0, 1)).to(wide).unflatten(1, (K, -1))
+        step_TKR, b, c = proj.tensor_split((rank, (rank + proj.shape[2]) // 2), 2)
+        delta = torch.bmm(step_TKR.transpose(0, 1), dt_weight.mT)
+        ctx.save_for_backward(u_BLD, x_proj, dt_weight, step_TKR)
+        u = (u_BLD.view_as(u_BLD) if u_BLD.dtype == wide else u_BLD.to(wide)).mT
+        b, c = (x.unflatten(0, (batch, tokens)).permute(0, 2, 3, 1) for x in (b, c))
+        return (u.unsqueeze(1).expand(-1, K, -1, -1),
+                delta.view(K, batch, tokens, channels).permute(1, 0, 3, 2), b, c)
 
     @staticmethod
-    def backward(ctx, dproj: Tensor, du_BKDL: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        u, weight = ctx.saved_tensors
-        du = du_BKDL.mT.sum(1).to(u.dtype)
-        dproj = dproj.flatten(0, 1)
-        du.flatten(0, 1).addmm_(dproj, weight)
-        return du, dproj.mT @ u.flatten(0, 1), None, None
-
-
-def _scan_through_tables(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
-                         dt_bias: Tensor, plan: ScanPlan, backend: str) -> list[Tensor]:
-    """One call for all directions: the kernels read and write tokens where they are."""
-    batch, K, _, tokens = proj.shape
-    _, channels, rank = dt_weight.shape
-    # Split token by token, so that the gradients are put together that way.
-    step, b, c = proj.permute(0, 3, 1, 2).split_with_sizes([rank, A.shape[-1], A.shape[-1]], 3)
-    # One product per direction over the tokens of all images: nothing is laid out anew for it.
-    step = step.permute(2, 0, 1, 3).reshape(K, batch * tokens, rank)
-    delta = torch.bmm(step, dt_weight.to(step.dtype).mT)
-    delta = delta.view(K, batch, tokens, channels).permute(1, 0, 3, 2)
-    y = selective_scan_ordered(
-        u, delta, A, b.permute(0, 2, 3, 1), c.permute(0, 2, 3, 1), D, delta_bias=dt_bias,
-        delta_softplus=True, order=plan.scan_order(), backend=backend)
-    return plan.displace(y)
+    def backward(ctx, du: Tensor, ddelta: Tensor, db: Tensor, dc: Tensor):
+        u_BLD, x_proj, dt_weight, step_TKR = ctx.saved_tensors
+        ddelta = ddelta.permute(1, 0, 3, 2).flatten(1, 2)
+        dstep = torch.bmm(ddelta, dt_weight).transpose(0, 1).unflatten(0, u_BLD.shape[:2])
+        ddt_weight = torch.bmm(ddelta.mT, step_TKR.transpose(0, 1))
+        dproj = torch.cat([dstep, *(x.permute(0, 3, 1, 2) for x in (db, dc))], 3)
+        dproj = dproj.to(u_BLD.dtype).flatten(0, 1).flatten(1)
+        du = du.mT.sum(1).to(u_BLD.dtype)
+        du.flatten(0, 1).addmm_(dproj, x_proj.flatten(0, 1))
+        dx_proj = (dproj.mT @ u_BLD.flatten(0, 1)).view(x_proj.shape)
+        return du, dx_proj, ddt_weight, None
 
 
 def _scan_compiled(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,
