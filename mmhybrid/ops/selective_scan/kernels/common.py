@@ -118,18 +118,9 @@ def step_size(b_delta, b_bias, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def through_rows(decay, b_h, o_r, LOG: tl.constexpr):
-    """The state that leaves each row when all rows before it (2^LOG at most) are gone through too.
-
-    A state h leaves a row alone as decay h + b_h. Each turn puts a stretch of rows after the one of
-    the same length before it.
-    """
-    for i in tl.static_range(LOG):
-        o_before = tl.maximum(o_r - (1 << i), 0) + tl.zeros_like(b_h).to(tl.int32)
-        more = o_r >= (1 << i)
-        b_h = tl.where(more, decay * tl.gather(b_h, o_before, 0) + b_h, b_h)
-        decay = tl.where(more, decay * tl.gather(decay, o_before, 0), decay)
-    return b_h
+def one_after_the_other(decay_a, b_a, decay_b, b_b):
+    """Two stretches of tokens as one: a state h leaves the first as decay_a h + b_a."""
+    return decay_a * decay_b, decay_b * b_a + b_b
 
 
 @triton.jit(do_not_specialize=['n_chunks'])
@@ -181,7 +172,7 @@ def scan_carry_kernel(
         for k in tl.static_range(UNROLL):
             b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
             b_sum += sum_k[k]
-    b_h = through_rows(tl.exp2(b_A * b_sum), b_h, o_r, LOG_ROWS)
+    _, b_h = tl.associative_scan((tl.exp2(b_A * b_sum), b_h), 0, one_after_the_other)
     # The states are overwritten by other threads of this program than those that read them.
     tl.debug_barrier()
     for c0 in range(0, run, UNROLL):
