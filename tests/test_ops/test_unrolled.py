@@ -210,7 +210,6 @@ def test_new_tritons_keep_their_kernels(monkeypatch):
     assert list(found) == ['a_kernel'] and found['a_kernel'].kernel is kernels['a_kernel']
 
 
-@pytest.mark.skipif(not hasattr(triton.language, 'gather'), reason='the carry needs tl.gather')
 def test_constants_choose_the_kernel():
     """True is 1 to a dictionary and another source to a kernel; absent pointers count, too."""
     from mmhybrid.ops.selective_scan import kernels

@@ -178,6 +178,18 @@ def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str
     return dict(maxnreg=128 if block == 32 and (state <= 8 or packed) else 168)
 
 
+def most_registers_backward(state: int, packed: bool, gate: bool) -> dict[str, int]:
+    """Most registers of a thread of the main backward kernel, an option of its launch.
+
+    With 128 a multiprocessor holds 16 warps, with up to 168 it holds 12. Left alone the compiler
+    takes 168 for 8 states, which it does not need. A few states stay below 128 by themselves; a
+    gate, more states, and states that are no words need more than 128.
+    """
+    if torch.version.hip or not packed or gate or not 2 < state <= 8:
+        return {}
+    return dict(maxnreg=128)
+
+
 class _Pass:
     """What the passes have in common: inputs that are copied first, and the program."""
 
@@ -341,9 +353,11 @@ class Backward(_Pass):
                 constants
                 | shape.strides(u=u, B=B, **self._token_strides(inputs, given))
                 | dict(
-                    AT_ONCE=4 if constants['PACK'] else 2, CHUNKED=plan.n_chunks > 1,
+                    SOME=4 if constants['PACK'] else 1 + (shape.state % 2 == 0),
+                    CHUNKED=plan.n_chunks > 1,
                     HAS_DLAST=dlast is not None, HAS_D=D is not None,
-                ),
+                )
+                | most_registers_backward(shape.state, constants['PACK'], z is not None),
             ),
             Launch(
                 'sum_gradients_kernel',

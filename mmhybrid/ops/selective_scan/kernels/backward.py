@@ -54,6 +54,23 @@ def load_run(
 
 
 @triton.jit
+def load_inputs(
+    p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, entry_k, s0, length, m_d,
+    K: tl.constexpr, HAS_Z: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """u, delta, the gradient of the output and the gate of a run, as they lie in memory."""
+    u_raw = load_run(p_u, u_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    delta_raw = load_run(p_delta, delta_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    dout_raw = load_run(p_dout, dout_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+    if HAS_Z:
+        z_raw = load_run(p_z, z_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
+        return u_raw, delta_raw, dout_raw, z_raw
+    else:
+        return u_raw, delta_raw, dout_raw, dout_raw
+
+
+@triton.jit
 def load_run_states(
     p, step, stride, entry_k, s0, length,
     K: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
@@ -130,7 +147,7 @@ def scan_backward_aggregate_kernel(
     """
     i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_d = o_h < group_dim
+    m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one
     o_d = i_g * group_dim + o_h
     channels = groups.to(tl.int64) * group_dim
     p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
@@ -200,10 +217,7 @@ def note_states(
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Go forwards through a chunk from the states b_h and note those before every run in p_scratch.
-
-    Returns those before the last run, which are in no memory.
-    """
+    """Go forwards through a chunk from the states b_h, note those before every run in p_scratch."""
     entry_k = entries_at(p_order, first, length, K, ORDER, REVERSE)
     u_raw = load_run(p_u, u_sl, entry_k, first, length, m_d, K, ORDER, REVERSE, EVEN)
     delta_raw = load_run(p_delta, delta_sl, entry_k, first, length, m_d, K, ORDER, REVERSE, EVEN)
@@ -234,7 +248,8 @@ def note_states(
         u_raw = u_next
         delta_raw = delta_next
         B_raw = B_next
-    return b_h
+    for n in tl.static_range(N):
+        tl.store(p_scratch + ((first // K + n_runs - 1) * N + n) * BLOCK, b_h[n])
 
 
 @triton.jit
@@ -261,6 +276,17 @@ def sums_over_channels(x, BLOCK: tl.constexpr):
     b_0123 = fold(fold(x[0], x[1], 1), fold(x[2], x[3], 1), 2)
     b_4567 = fold(fold(x[4], x[5], 1), fold(x[6], x[7], 1), 2)
     return tl.sum(tl.reshape(fold(b_0123, b_4567, 4), [4, 8]), axis=0)
+
+
+@triton.jit
+def behind(line, done, N: tl.constexpr, SOME: tl.constexpr):
+    """A line of N of which the first SOME are done, with those behind the others."""
+    found = ()
+    for n in tl.static_range(SOME, N):
+        found = found + (line[n],)
+    for n in tl.static_range(SOME):
+        found = found + (done[n],)
+    return found
 
 
 @triton.jit
@@ -326,7 +352,7 @@ def scan_backward_kernel(
     dz_sb, dz_sg, dz_sd, dz_sl, order_sg,
     group_dim, groups, length, chunk, n_chunks, n_blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
-    PACK: tl.constexpr, AT_ONCE: tl.constexpr,
+    PACK: tl.constexpr, SOME: tl.constexpr,
     CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
@@ -342,7 +368,7 @@ def scan_backward_kernel(
     """
     i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_d = o_h < group_dim
+    m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one
     o_d = i_g * group_dim + o_h
     channels = groups.to(tl.int64) * group_dim
     p_u += i_b * u_sb + i_g * u_sg + o_h * u_sd
@@ -388,7 +414,7 @@ def scan_backward_kernel(
 
     first = i_c.to(tl.int32) * chunk
     n_runs = tl.cdiv(tl.minimum(chunk, length - first), K)
-    b_h = note_states(
+    note_states(
         b_h, p_u, p_delta, p_B, p_order, p_scratch, u_sl, delta_sl, B_sn, B_sl,
         b_A, b_bias, m_d, first, n_runs, length,
         N, BLOCK, K, PACK, HAS_BIAS, SOFTPLUS, ORDER, REVERSE, EVEN,
@@ -398,27 +424,27 @@ def scan_backward_kernel(
 
     s0 = first + (n_runs - 1) * K
     entry_k = entries_at(p_order, s0, length, K, ORDER, REVERSE)
-    u_raw = load_run(p_u, u_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
-    delta_raw = load_run(p_delta, delta_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
-    dout_raw = load_run(p_dout, dout_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
-    z_raw = dout_raw
-    if HAS_Z:
-        z_raw = load_run(p_z, z_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
-    SOME: tl.constexpr = min(AT_ONCE, N)
+    u_raw, delta_raw, dout_raw, z_raw = load_inputs(
+        p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, entry_k, s0, length, m_d,
+        K, HAS_Z, ORDER, REVERSE, EVEN,
+    )  # fmt: skip
     B_raw = load_run_states(p_B, B_sn, B_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
     C_raw = load_run_states(p_C, C_sn, C_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
+    b_h = ()
+    for n in tl.static_range(SOME):
+        b_h = b_h + (tl.load(p_scratch + (s0 // K * N + n) * BLOCK),)
     ahead_k = entries_at(p_order, s0 - K, length, K, ORDER, REVERSE)
     for i in range(0, n_runs):
         s0 = first + (n_runs - 1 - i) * K
         s1 = s0 - K
-        further_k = entries_at(p_order, s1 - K, length, K, ORDER, REVERSE)
-        u_next = load_run(p_u, u_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
-        delta_next = load_run(p_delta, delta_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
-        dout_next = load_run(p_dout, dout_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
-        z_next = dout_next
-        if HAS_Z:
-            z_next = load_run(p_z, z_sl, ahead_k, s1, length, m_d, K, ORDER, REVERSE, EVEN)
-
+        # The next run's inputs would take registers that many states need; so then they are loaded
+        # behind the loop over the states. A few states leave too little time behind it.
+        if N <= 2:
+            further_k = entries_at(p_order, s1 - K, length, K, ORDER, REVERSE)
+            u_next, delta_next, dout_next, z_next = load_inputs(
+                p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, ahead_k, s1, length, m_d,
+                K, HAS_Z, ORDER, REVERSE, EVEN,
+            )  # fmt: skip
         delta_k = steps_of_run(
             delta_raw, entry_k, b_bias, s0, length, K, HAS_BIAS, SOFTPLUS, ORDER
         )
@@ -434,49 +460,56 @@ def scan_backward_kernel(
             dd_k = dd_k + (tl.zeros([BLOCK], tl.float32),)
             y_k = y_k + (b_skip * u_k[k],)
 
-        b_before = ()
-        b_gnew = ()
-        b_dAnew = ()
-        p_before = p_scratch + tl.maximum(s1, first) // K * N * BLOCK
-        for n0 in tl.static_range(0, N, AT_ONCE):
+        # A turn of the loop is for a few states, and the others wait in line. All of them at once
+        # take longer to compile, and more registers.
+        for n0 in range(0, N, SOME):
             # What follows are the next states of this run, or the first ones of the next run.
-            if n0 + AT_ONCE < N:
-                o_B = (n0 + AT_ONCE) * B_sn
-                o_C = (n0 + AT_ONCE) * C_sn
-                B_next = load_run_states(
-                    p_B + o_B, B_sn, B_sl, entry_k, s0, length,
-                    K, min(AT_ONCE, N - n0 - AT_ONCE), PACK, ORDER, REVERSE
-                )
-                C_next = load_run_states(
-                    p_C + o_C, C_sn, C_sl, entry_k, s0, length,
-                    K, min(AT_ONCE, N - n0 - AT_ONCE), PACK, ORDER, REVERSE
-                )
-            else:
-                B_next = load_run_states(
-                    p_B, B_sn, B_sl, ahead_k, s1, length, K, SOME, PACK, ORDER, REVERSE
-                )
-                C_next = load_run_states(
-                    p_C, C_sn, C_sl, ahead_k, s1, length, K, SOME, PACK, ORDER, REVERSE
-                )
-            for n in tl.static_range(n0, min(n0 + AT_ONCE, N)):
+            same = n0 + SOME < N
+            n1 = tl.where(same, n0 + SOME, 0)
+            s2 = tl.where(same, s0, s1)
+            follow_k = entry_k
+            if ORDER:
+                follow_k = ()
+                for k in tl.static_range(K):
+                    follow_k = follow_k + (tl.where(same, entry_k[k], ahead_k[k]),)
+            B_next = load_run_states(
+                p_B + n1 * B_sn, B_sn, B_sl, follow_k, s2, length, K, SOME, PACK, ORDER, REVERSE
+            )
+            C_next = load_run_states(
+                p_C + n1 * C_sn, C_sn, C_sl, follow_k, s2, length, K, SOME, PACK, ORDER, REVERSE
+            )
+            p_noted = p_scratch + (tl.maximum(s2, first) // K * N + n1) * BLOCK
+            p_sums = p_dbc + (s0 // K * N + n0) * 2 * K
+            h_next = ()
+            g_done = ()
+            dA_done = ()
+            for n in tl.static_range(SOME):
                 B_k = ()
                 C_k = ()
                 for k in tl.static_range(K):
-                    B_k = B_k + (state_of_late(B_raw[k], n - n0, p_B.dtype.element_ty, PACK),)
-                    C_k = C_k + (state_of_late(C_raw[k], n - n0, p_C.dtype.element_ty, PACK),)
+                    B_k = B_k + (state_of_late(B_raw[k], n, p_B.dtype.element_ty, PACK),)
+                    C_k = C_k + (state_of_late(C_raw[k], n, p_C.dtype.element_ty, PACK),)
                 b_gn, b_dAn, dx_k, dd_k, y_k, sums_k = gradients_of_state(
                     b_A[n], b_h[n], b_g[n], b_dA[n], B_k, C_k, delta_k, x_k, dy_k,
                     dx_k, dd_k, y_k, K, HAS_Z,
                 )  # fmt: skip
-                b_before = b_before + (tl.load(p_before + n * BLOCK),)
-                b_gnew = b_gnew + (b_gn,)
-                b_dAnew = b_dAnew + (b_dAn,)
-                tl.store(p_dbc + (s0 // K * N + n) * 2 * K, sums_over_channels(sums_k, BLOCK))
+                h_next = h_next + (tl.load(p_noted + n * BLOCK),)
+                g_done = g_done + (b_gn,)
+                dA_done = dA_done + (b_dAn,)
+                tl.store(p_sums + n * 2 * K, sums_over_channels(sums_k, BLOCK))
+            b_g = behind(b_g, g_done, N, SOME)
+            b_dA = behind(b_dA, dA_done, N, SOME)
+            b_A = behind(b_A, b_A, N, SOME)
+            b_h = h_next
             B_raw = B_next
             C_raw = C_next
-        b_h = b_before
-        b_g = b_gnew
-        b_dA = b_dAnew
+
+        if N > 2:
+            further_k = entries_at(p_order, s1 - K, length, K, ORDER, REVERSE)
+            u_next, delta_next, dout_next, z_next = load_inputs(
+                p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, ahead_k, s1, length, m_d,
+                K, HAS_Z, ORDER, REVERSE, EVEN,
+            )  # fmt: skip
 
         for k in tl.static_range(K):
             token, live = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
