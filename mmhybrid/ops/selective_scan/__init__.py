@@ -198,9 +198,9 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> torch.dtype:
     if u.dim() != 3:
         raise _shape_error('u', u, '(B, D, L)')
     batch, channels, length = u.shape
-    sizes = f'(B, D, L) = ({batch}, {channels}, {length})'
+    # Texts of sizes are made where a check fails: a compiler would take the sizes for constants.
     if delta.shape != u.shape:
-        raise _shape_error('delta', delta, f'{sizes} like u')
+        raise _shape_error('delta', delta, f'{_sizes(u)} like u')
     if A.dim() != 2 or A.shape[0] != channels or A.shape[1] == 0:
         raise _shape_error('A', A, f'(D, N) with D = {channels} and N >= 1')
     state = A.shape[1]
@@ -222,8 +222,12 @@ def _check(u, delta, A, B, C, D, z, delta_bias) -> torch.dtype:
         if x is not None and x.shape != (channels,):
             raise _shape_error(name, x, f'(D,) = ({channels},)')
     if z is not None and z.shape != u.shape:
-        raise _shape_error('z', z, f'{sizes} like u')
+        raise _shape_error('z', z, f'{_sizes(u)} like u')
     return dtype
+
+
+def _sizes(u: Tensor) -> str:
+    return '(B, D, L) = ({}, {}, {})'.format(*u.shape)
 
 
 def _groups(x: Tensor) -> int:

@@ -542,28 +542,31 @@ selective_scan_cpp = make_operator(
 
 _INPUTS = (
     'Tensor u, Tensor delta, Tensor? weight, Tensor A, Tensor B, Tensor C, Tensor? D, '
-    'Tensor? delta_bias, Tensor order'
+    'Tensor? delta_bias, Tensor? order, bool softplus, bool reverse'
 )
 
 
-def _forward_ordered(u, delta, weight, A, B, C, D, delta_bias, order, softplus, merge, gradients):
+def _forward_ordered(
+    u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse, merge, gradients
+):  # fmt: skip
     fits = _library().mmhybrid_scan_order_fits
-    if not fits(order.data_ptr(), order.numel(), B.shape[3]):
+    if order is not None and not fits(order.data_ptr(), order.numel(), B.shape[3]):
         raise ValueError(
             f'selective_scan_ordered expects order with values from -1 to L - 1 = '
             f'{B.shape[3] - 1}, got {order.min().item()} to {order.max().item()}.'
         )
-    p = _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus)
+    p = _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse)
     shape = _y_shape(u, B, merge)
     y = _empty(shape, _token_major(shape))
     return y, *p.forward(y, gradients)
 
 
-def _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus) -> _Problem:
+def _ordered_problem(
+    u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse
+) -> _Problem:
     delta = delta if weight is not None else _side_by_side(delta)
-    return _Problem(
-        _side_by_side(u), delta, weight, A, B, C, D, delta_bias, softplus, order=order
-    )
+    return _Problem(_side_by_side(u), delta, weight, A, B, C, D, delta_bias, softplus,
+                    order=order, reverse=reverse)  # fmt: skip
 
 
 def _y_shape(u: Tensor, B: Tensor, merge: bool) -> tuple[int, ...]:
@@ -571,10 +574,10 @@ def _y_shape(u: Tensor, B: Tensor, merge: bool) -> tuple[int, ...]:
 
 
 def _backward_ordered(
-    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus
+    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse
 ):
     inputs = (u, delta, weight, A, B, C, D, delta_bias)
-    p = _ordered_problem(u, delta, weight, A, B, C, D, delta_bias, order, softplus)
+    p = _ordered_problem(*inputs, order, softplus, reverse)
     full = p.batch, p.groups, p.group_dim, p.tokens
     grad_y = torch.zeros(1).expand(full) if grad_y is None else _side_by_side(grad_y)
     grad_u, grad_delta = (_empty(shape, _token_major(shape)) for shape in (u.shape, full))
@@ -615,10 +618,13 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _fake_ordered(u, delta, weight, A, B, C, D, delta_bias, order, softplus, merge, gradients):
+def _fake_ordered(
+    u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse, merge, gradients
+):  # fmt: skip
     batch, groups = B.shape[:2]
     shape = _y_shape(u, B, merge)
-    tiles = -(-order.shape[1] // _TILE) if gradients else 0
+    length = u.shape[3] if order is None else order.shape[1]
+    tiles = -(-length // _TILE) if gradients else 0
     return (
         A.new_empty_strided(shape, _token_major(shape)),
         A.new_empty(batch, *A.shape),
@@ -627,7 +633,7 @@ def _fake_ordered(u, delta, weight, A, B, C, D, delta_bias, order, softplus, mer
 
 
 def _fake_backward_ordered(
-    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus
+    grad_y, grad_last, starts, u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse
 ):
     inputs = (u, delta, weight, A, B, C, D, delta_bias)
     return tuple(
@@ -640,29 +646,29 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], *inputs[:9])
     ctx.mark_non_differentiable(output[2])
-    ctx.softplus = inputs[9]
+    ctx.flags = inputs[9:11]
 
 
 def _differentiate(ctx, grad_y, grad_last, _):
     if grad_y is None and grad_last is None:
-        return (None,) * 12
+        return (None,) * 13
     starts, *inputs = ctx.saved_tensors
     grads = torch.ops.mmhybrid.selective_scan_cpp_ordered_backward(
-        grad_y, grad_last, starts, *inputs, ctx.softplus
+        grad_y, grad_last, starts, *inputs, *ctx.flags
     )
     kept = (None if x is None else grad for x, grad in zip(inputs[:8], grads, strict=True))
-    return (*kept, *(None,) * 4)
+    return (*kept, *(None,) * 5)
 
 
 operators.register(
     'selective_scan_cpp_ordered',
-    schema=f'({_INPUTS}, bool softplus, bool merge, bool gradients) -> (Tensor, Tensor, Tensor)',
+    schema=f'({_INPUTS}, bool merge, bool gradients) -> (Tensor, Tensor, Tensor)',
     forward=torch.compiler.disable(_forward_ordered),
     fake=_fake_ordered,
     setup_context=_setup_context,
     differentiate=_differentiate,
     backward_schema=(
-        f'(Tensor? grad_y, Tensor? grad_last_state, Tensor starts, {_INPUTS}, bool softplus) -> '
+        f'(Tensor? grad_y, Tensor? grad_last_state, Tensor starts, {_INPUTS}) -> '
         f'({", ".join(["Tensor"] * 8)})'
     ),
     backward=torch.compiler.disable(_backward_ordered),
@@ -681,17 +687,21 @@ def scan_ordered(
     C: Tensor,
     D: Tensor | None,
     delta_bias: Tensor | None,
-    order: Tensor,
+    order: Tensor | None,
     softplus: bool,
+    reverse: bool,
     merge: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The compiled scan through a table: y in float32, and the last state (B, D, N).
+    """The compiled scan of tensors whose channels lie side by side, in an order or as they lie.
+
+    Gives y in float32 and the last state (B, D, N).
 
     Args:
         u: (B, G, H, L), or (B, 1, H, L) for one that all groups share.
         delta: (B, G, H, L), or with ``weight`` (B, G, R, L).
         weight: (G, H, R), expands delta, or None.
-        order: int32 (G, L') or (1, L'), contiguous.
+        order: int32 (G, L') or (1, L'), contiguous; None for the tokens as they lie.
+        reverse: without an order: visit the tokens from right to left.
         merge: whether y is the sum over groups, (B, 1, H, L).
 
     The rest is as in :func:`mmhybrid.ops.selective_scan.ordered.selective_scan_ordered`, whose
@@ -700,4 +710,5 @@ def scan_ordered(
     A, D, delta_bias = (x if x is None else x.float() for x in (A, D, delta_bias))
     tensors = (u, delta, weight, A, B, C, D, delta_bias, order)
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return torch.ops.mmhybrid.selective_scan_cpp_ordered(*tensors, softplus, merge, gradients)[:2]
+    return torch.ops.mmhybrid.selective_scan_cpp_ordered(
+        *tensors, softplus, reverse, merge, gradients)[:2]

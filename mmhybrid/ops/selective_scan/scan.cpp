@@ -51,11 +51,15 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 inline vec load_some(const float* p, int lanes) {
+  if (lanes == W) return load(p);
   vec x = {};
-  std::memcpy(&x, p, 4 * lanes);
+  for (int i = 0; i < lanes; ++i) x[i] = p[i];
   return x;
 }
-inline void store_some(float* p, vec x, int lanes) { std::memcpy(p, &x, 4 * lanes); }
+inline void store_some(float* p, vec x, int lanes) {
+  if (lanes == W) return store(p, x);
+  for (int i = 0; i < lanes; ++i) p[i] = x[i];
+}
 inline vec splat(float x) { return x - vec{}; }
 inline vec select(ivec condition, vec yes, vec no) { return condition ? yes : no; }
 
@@ -276,35 +280,32 @@ void write_tile(const View& x, int64_t b, int64_t g, int64_t c, const Tile& tile
 // lines lie far from each other, in too many streams for the processor to foresee, and all requests
 // at once would fill its queue and stop it.
 template <int READS, int WRITES> struct Ahead {
-  const float* first[READS + WRITES];
-  int64_t channel[READS + WRITES], token[READS + WRITES];  // one of them is 0
-  const Tile* tile;
+  const float* line[READS + WRITES][TILE];
   int lines = 0;  // per view
   // Views in the order of READS, then WRITES, absent ones null; channels from c.
   void aim(const View* const* views, int64_t b, int64_t g, int64_t c, const Tile& next,
            int lanes) {
-    tile = &next;
     lines = next.count;
     for (int k = 0; k < READS + WRITES; ++k) {
       const View& x = *views[k];
-      const bool along = x.token == 1 && next.along;
-      first[k] = x.data ? x.at(b, g, c, along ? next.token[next.along > 0 ? 0 : next.count - 1] : 0)
-                        : nullptr;
-      channel[k] = along && lanes * LINES >= next.count ? x.channel : 0;
-      token[k] = along ? 0 : x.token;
+      if (x.token == 1 && next.along) {  // a channel after the other
+        const float* p = x.at(b, g, c, next.token[next.along > 0 ? 0 : lines - 1]);
+        for (int i = 0; i < lines; ++i)
+          line[k][i] = i < lanes * LINES ? p + i / LINES * x.channel + i % LINES * LINE : p;
+      } else {
+        const float* p = x.data ? x.at(b, g, c, 0) : nullptr;
+        for (int i = 0; i < lines; ++i) line[k][i] = p + next.token[i] * x.token;
+      }
     }
   }
   // (Always inline: else g++ takes it for a function without effect.)
   __attribute__((always_inline)) void fetch(int i) const {
     if (i >= lines) return;
-    for (int k = 0; k < READS + WRITES; ++k) {
-      const float* p = first[k] + i / LINES * channel[k] + i % LINES * LINE * (token[k] == 0) +
-                       tile->token[i] * token[k];
+    for (int k = 0; k < READS + WRITES; ++k)
       if (k < READS)
-        __builtin_prefetch(p, 0);
+        __builtin_prefetch(line[k][i], 0);
       else
-        __builtin_prefetch(p, 1);
-    }
+        __builtin_prefetch(line[k][i], 1);
   }
 };
 
@@ -483,8 +484,9 @@ void make_steps(const Arguments& a, int64_t b, int64_t g, int64_t c, const Tile&
 // Forward ----------------------------------------------------------------------------------------
 
 // One part of NB states over one tile: h[n] in and out, y added to. B and C are rows, from n0.
+// (A function of its own keeps the states in registers.)
 template <int NB, bool OUT>
-void forward_part(int count, const vec* step, const vec* input, const float* A, int64_t lda,
+__attribute__((noinline)) void forward_part(int count, const vec* step, const vec* input, const float* A, int64_t lda,
                   const float* const* B, const float* const* C, int64_t n0, int lanes,
                   const Ahead<2, OUT>& ahead, vec* h_io, vec* y) {
   vec h[NB], rate[NB];
@@ -514,52 +516,60 @@ template <int NB, bool OUT>
 void forward_task(const Arguments& a, const Grid& g, int64_t item, const Range& range,
                   const float* start, float* end, float* sum_step) {
   const int64_t b = item / a.groups, group = item % a.groups, NP = a.padded_state;
-  const int64_t row = g.items * state_size(a), zeros_size = zero_vecs(a);
+  const int64_t row = g.items * state_size(a), zeros_size = zero_vecs(a), H = a.group_dim;
+  const int64_t blocks = range.to - range.from, count = range.last - range.first;
   const bool add = a.merged && group > 0;
-  Room room(NP + zeros_size);
-  vec* state = room.take(NP);
+  // Where the channels of a token are neighbours, all of a tile's come before the next tile, so
+  // that rows are read once; else all tiles of a block before the next block.
+  const bool by_tile = a.u.channel == 1 && a.y.channel == 1;
+  Room room(blocks * (NP + 1) + zeros_size);
+  vec *states = room.take(blocks * NP), *totals = room.take(blocks);
   auto zeros = (const float*)room.take(zeros_size);
   vec step[TILE], u[TILE], input[TILE], y[TILE];
   const float *B[TILE], *C[TILE];
   Tile tiles[2];
-  for (int64_t block = range.from; block < range.to; ++block) {
-    const int lanes = block_lanes(a, block);
-    const int64_t c = block * W, at = item * state_size(a) + c, H = a.group_dim;
-    for (int64_t n = 0; n < NP; ++n)
-      state[n] = start ? load_some(start + at + n * H, lanes) : vec{};
-    vec skip = OUT && a.D ? load_some(a.D + group * H + c, lanes) : vec{};
-    vec all = {};
-    find_tokens(a, group, range.first, tiles[range.first % 2]);
-    for (int64_t t = range.first; t < range.last; ++t) {
-      const Tile& tile = tiles[t % 2];
-      Ahead<2, OUT> ahead;
-      if (t + 1 < range.last) {
-        find_tokens(a, group, t + 1, tiles[(t + 1) % 2]);
-        const View* views[] = {&a.delta, &a.u, &a.y};
-        ahead.aim(views, b, group, c, tiles[(t + 1) % 2], lanes);
-      }
+  for (int64_t i = 0; i < blocks * count; ++i) {
+    const int64_t block = by_tile ? i % blocks : i / count;
+    const int64_t t = range.first + (by_tile ? i / blocks : i % count);
+    const int64_t c = (range.from + block) * W, at = item * state_size(a) + c;
+    const int lanes = block_lanes(a, range.from + block);
+    vec* state = states + block * NP;
+    const Tile& tile = tiles[t % 2];
+    if (t == range.first) {
+      find_tokens(a, group, t, tiles[t % 2]);
+      for (int64_t n = 0; start && n < NP; ++n) state[n] = load_some(start + at + n * H, lanes);
+    }
+    if (block == 0 || !by_tile) {
+      if (t + 1 < range.last) find_tokens(a, group, t + 1, tiles[(t + 1) % 2]);
       find_rows(a.B, b, group, tile, zeros, B);
       find_rows(a.C, b, group, tile, zeros, C);
-      make_steps<false>(a, b, group, c, tile, lanes, zeros, step, nullptr);
-      read_tile(a.u, b, group, c, tile, lanes, u);
-      vec total = {};
-      for (int i = 0; i < tile.count; ++i) {
-        input[i] = step[i] * u[i];
-        y[i] = skip * u[i];
-        total += step[i];
-      }
-      all += total;
-      for (int64_t n0 = 0; n0 < NP; n0 += NB) {
-        if (OUT && a.starts)
-          for (int n = 0; n < NB; ++n)
-            store_some(a.starts + t * row + at + (n0 + n) * H, state[n0 + n], lanes);
-        forward_part<NB, OUT>(tile.count, step, input, a.A + (group * NP + n0) * H + c, H, B, C, n0,
-                              lanes, ahead, state + n0, y);
-      }
-      if (OUT) write_tile(a.y, b, group, c, tile, lanes, add, y);
     }
+    Ahead<2, OUT> ahead;
+    if (t + 1 < range.last) {
+      const View* views[] = {&a.delta, &a.u, &a.y};
+      ahead.aim(views, b, group, c, tiles[(t + 1) % 2], lanes);
+    }
+    make_steps<false>(a, b, group, c, tile, lanes, zeros, step, nullptr);
+    read_tile(a.u, b, group, c, tile, lanes, u);
+    vec skip = OUT && a.D ? load_some(a.D + group * H + c, lanes) : vec{};
+    vec total = {};
+    for (int j = 0; j < tile.count; ++j) {
+      input[j] = step[j] * u[j];
+      y[j] = skip * u[j];
+      total += step[j];
+    }
+    totals[block] += total;
+    for (int64_t n0 = 0; n0 < NP; n0 += NB) {
+      if (OUT && a.starts)
+        for (int n = 0; n < NB; ++n)
+          store_some(a.starts + t * row + at + (n0 + n) * H, state[n0 + n], lanes);
+      forward_part<NB, OUT>(tile.count, step, input, a.A + (group * NP + n0) * H + c, H, B, C, n0,
+                            lanes, ahead, state + n0, y);
+    }
+    if (OUT) write_tile(a.y, b, group, c, tile, lanes, add, y);
+    if (t + 1 < range.last) continue;
     for (int64_t n = 0; end && n < NP; ++n) store_some(end + at + n * H, state[n], lanes);
-    if (!OUT) store_some(sum_step + item * H + c, all, lanes);
+    if (!OUT) store_some(sum_step + item * H + c, totals[block], lanes);
   }
 }
 
@@ -620,7 +630,7 @@ struct Scratch {
 // One part of NB states over one tile, from its last token to its first. g[n] is the adjoint that
 // comes in from the right, already times the decay of the token there.
 template <int NB>
-void backward_part(int count, int NP, const vec* step, const vec* input, const vec* grad_y,
+__attribute__((noinline)) void backward_part(int count, int NP, const vec* step, const vec* input, const vec* grad_y,
                    const float* A, int64_t lda, const float* const* B, const float* const* C,
                    int lanes, Scratch& s, int n0, const Ahead<3, 2>& ahead, vec* g_io, vec* grad_A,
                    vec* grad_input, vec* grad_step) {
