@@ -238,6 +238,14 @@ def _scan(out, u, delta, A, B, C, D=None, z=None, *_, **__) -> Record:
     return Record('', 'scan', scan_macs(scan), scan)
 
 
+def _scan_in_order(out, u, delta, weight, A, B, C, D=None, *_, **__) -> Record:
+    tokens = u.shape[0] * u.shape[-1]
+    scan = Scan(tokens * A.shape[0], A.shape[-1], D is not None, False)
+    # The compiled kernel makes the steps itself where it has a weight for that.
+    steps = 0 if weight is None else tokens * weight.numel()
+    return Record('', 'scan', scan_macs(scan) + steps, scan)
+
+
 def _attention(out, query, key, value, *_, **__) -> Record:
     macs = query.numel() * key.shape[-2] + out.numel() * key.shape[-2]
     return Record('', 'attention', macs)
@@ -284,6 +292,7 @@ _RULES = {
     'aten::grid_sampler_2d': _resize(per_output=4),
     'mmhybrid::selective_scan_torch': _scan,
     'mmhybrid::selective_scan_cpp': _scan,
+    'mmhybrid::selective_scan_cpp_ordered': _scan_in_order,
     'mmhybrid::selective_scan_triton': _scan,
     'mmhybrid::selective_scan_mamba_ssm': _scan,
 }
