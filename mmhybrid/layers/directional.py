@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mmhybrid.ops.cross_scan import DIRECTIONS, ScanPlan, scan_plan
 from mmhybrid.ops.precision import autocast_off
 from mmhybrid.ops.selective_scan import choose_backend, run_backend
-from mmhybrid.ops.selective_scan.cpp import scan_ordered
 from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
 from mmhybrid.ops.walk_conv import walk_conv
 from mmhybrid.ops.walk_scan import takes, walk_scan
@@ -137,8 +136,6 @@ def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
 def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str, dtype: torch.dtype
                    ) -> Tensor:
     """One direction of a sequence (B, E, L'); if ``reverse`` nothing is flipped but the kernel."""
-    if backend == 'cpp':
-        return _scan_compiled(x, branch, reverse)
     conv, x_proj, dt_proj, A_log, D = branch
     L, size = x.shape[-1], conv.kernel_size[0]
     weight = conv.weight.flip(-1) if reverse else conv.weight
@@ -150,24 +147,6 @@ def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str, dtype
         backend, dtype, x, torch.matmul(dt_proj.weight, step),
         -torch.exp(at_least_float32(A_log)), B, C, D, None, dt_proj.bias, True, reverse)
     return y
-
-
-def _scan_compiled(x: Tensor, branch: Branch, reverse: bool) -> Tensor:
-    """The same on a CPU, where the channels of a token lie side by side throughout."""
-    conv, x_proj, dt_proj, A_log, D = branch
-    L, size = x.shape[-1], conv.kernel_size[0]
-    weight = conv.weight.flip(-1) if reverse else conv.weight
-    # As a map of one row, for which a library has kernels in this layout.
-    row = x.mT.contiguous().mT.unsqueeze(2)
-    x = F.conv2d(row, weight.unsqueeze(2), conv.bias, padding=(0, size - 1), groups=conv.groups)
-    x = F.silu(x[..., size - 1:] if reverse else x[..., :L]).squeeze(2)
-    N, R = A_log.shape[1], dt_proj.in_features
-    step, B, C = (t.mT.unsqueeze(1) for t in x_proj(x.mT).split([R, N, N], dim=2))
-    with autocast_off(x.device):
-        y, _ = scan_ordered(
-            x.unsqueeze(1), step, dt_proj.weight.unsqueeze(0),
-            -torch.exp(at_least_float32(A_log)), B, C, D, dt_proj.bias, None, True, reverse, False)
-    return y.squeeze(1).to(x.dtype)
 
 
 def _scan_through_tables(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, z: Tensor | None,

@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 
-from mmhybrid.layers import directional
 from mmhybrid.layers.directional import LocalVimMixer, VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops import selective_scan
@@ -113,7 +112,7 @@ def test_steps_expanded_and_directions_summed_in_the_kernel(count, merge, thread
     def compiled(weight, **tensors):
         names = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
         u, delta, *rest = (tensors[name] for name in names)
-        return cpp.scan_ordered(u, delta, weight, *rest, plan.scan_order(), True, False, merge)
+        return cpp.scan_ordered(u, delta, weight, *rest, plan.scan_order(), True, merge)
 
     def plain(weight, u, delta, **tensors):
         y, last = ordered('reference', plan.scan_order())(
@@ -136,7 +135,7 @@ def test_without_a_table(reverse):
     def compiled(**tensors):
         names = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
         u, delta, *rest = (tensors[name] for name in names)
-        return cpp.scan_ordered(u, delta, None, *rest, None, True, reverse, False)
+        return cpp.scan_ordered(u, delta, None, *rest, None, True, False, reverse)
 
     expected = run(ordered('reference', torch.arange(70), reverse=reverse), inputs, torch.float64)
     assert_same(run(compiled, inputs, torch.float32), expected)
@@ -206,7 +205,6 @@ def test_mixers_take_the_kernel_and_train_as_with_the_reference(make, monkeypatc
     mixer, shape, *rest = make()
     calls = mock.Mock(side_effect=cpp.scan_ordered)
     monkeypatch.setattr(cpp, 'scan_ordered', calls)
-    monkeypatch.setattr(directional, 'scan_ordered', calls)
 
     def scanned(backend):
         def call(x, **weights):

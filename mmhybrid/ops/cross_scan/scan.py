@@ -179,7 +179,7 @@ def _scan_compiled(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Ten
     rank = dt_weight.shape[2]
     step, b, c = proj.split_with_sizes([rank, A.shape[-1], A.shape[-1]], 2)
     y, _ = cpp.scan_ordered(u.unsqueeze(1), step, dt_weight, A, b, c, D, dt_bias,
-                            plan.scan_order(), True, False, merge and plan.exact)
+                            plan.scan_order(), True, merge and plan.exact)
     return plan.displace(y.to(u.dtype))
 
 

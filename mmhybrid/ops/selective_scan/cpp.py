@@ -689,8 +689,8 @@ def scan_ordered(
     delta_bias: Tensor | None,
     order: Tensor | None,
     softplus: bool,
-    reverse: bool,
     merge: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The compiled scan of tensors whose channels lie side by side, in an order or as they lie.
 
@@ -701,8 +701,8 @@ def scan_ordered(
         delta: (B, G, H, L), or with ``weight`` (B, G, R, L).
         weight: (G, H, R), expands delta, or None.
         order: int32 (G, L') or (1, L'), contiguous; None for the tokens as they lie.
-        reverse: without an order: visit the tokens from right to left.
         merge: whether y is the sum over groups, (B, 1, H, L).
+        reverse: without an order: visit the tokens from right to left.
 
     The rest is as in :func:`mmhybrid.ops.selective_scan.ordered.selective_scan_ordered`, whose
     tensors these are once they are checked.

@@ -98,7 +98,7 @@ def selective_scan_ordered(
 def _scan_compiled(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse):
     order = (order.flip(-1) if reverse else order).int().contiguous()
     y, last_state = cpp.scan_ordered(
-        u, delta, None, A, B, C, D, delta_bias, order, delta_softplus, False, False
+        u, delta, None, A, B, C, D, delta_bias, order, delta_softplus, False
     )
     y = y if z is None else apply_gate(y, z)
     return y.to(u.dtype), last_state
