@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmhybrid.ops.cross_scan import DIRECTIONS, ScanPlan, scan_plan
 from mmhybrid.ops.precision import autocast_off
-from mmhybrid.ops.selective_scan import choose_backend, run_backend
+from mmhybrid.ops.selective_scan import choose_backend, cpp, run_backend
 from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
 from mmhybrid.ops.walk_conv import walk_conv
 from mmhybrid.ops.walk_scan import takes, walk_scan
@@ -123,6 +123,12 @@ def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
     name = choose_backend(backend, u.device, dtype, A_log.shape[1])
     if reads_tables(name):
         return plan.displace(_scan_through_tables(u, branches, plan, z, name))
+    if name == 'cpp' and z is None and u.numel() and u.dtype == torch.float32 and all(
+            order.identity for order in plan.orders):
+        order = plan.scan_order()
+        return [
+            _scan_tokens(u.mT, branch, reverse, order[k:k + 1])
+            for k, (branch, reverse) in enumerate(zip(branches, plan.reverse, strict=True))]
     ys = plan.restore([
         _scan_sequence(x, branch, reverse, name, dtype)
         for x, branch, reverse in zip(plan.take(u), branches, plan.reverse, strict=True)])
@@ -146,6 +152,29 @@ def _scan_sequence(x: Tensor, branch: Branch, reverse: bool, backend: str, dtype
     y, _ = run_backend(
         backend, dtype, x, torch.matmul(dt_proj.weight, step),
         -torch.exp(at_least_float32(A_log)), B, C, D, None, dt_proj.bias, True, reverse)
+    return y
+
+
+def _scan_tokens(u: Tensor, branch: Branch, reverse: bool, order: Tensor) -> Tensor:
+    """One direction of tokens (B, L, E) on a CPU, as (B, 1, E, L) whose channels are neighbours.
+
+    The compiled scan reads a token's channels together.  Kept so from the input projection on,
+    they need no copy; a tap of the convolution is a sum of shifted rows.
+    """
+    conv, x_proj, dt_proj, A_log, D = branch
+    L, size = u.shape[1], conv.kernel_size[0]
+    *taps, last = conv.weight.squeeze(1).t().contiguous()
+    x = torch.addcmul(conv.bias, u, last)
+    for back, tap in zip(range(min(size, L) - 1, 0, -1), taps[max(size - L, 0):], strict=True):
+        early, late = slice(L - back), slice(back, L)
+        here, there = (early, late) if reverse else (late, early)
+        x[:, here].addcmul_(u[:, there], tap)
+    x = F.silu(x)
+    N, R = A_log.shape[1], dt_proj.in_features
+    step, B, C = (t.mT.unsqueeze(1) for t in F.linear(x, x_proj.weight).split([R, N, N], dim=2))
+    y, _ = cpp.scan_ordered(
+        x.mT.unsqueeze(1), step, dt_proj.weight.unsqueeze(0), -torch.exp(A_log), B, C, D,
+        dt_proj.bias, order, True, False)
     return y
 
 

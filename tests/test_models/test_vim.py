@@ -12,6 +12,7 @@ from torch import nn
 
 from mmhybrid.layers.directional import VimMixer, scan_branches
 from mmhybrid.models import SimpleFPN, Vim, VimClassifier, VisionMambaSeg
+from mmhybrid.ops import available_backends
 from mmhybrid.ops.cross_scan import scan_plan
 
 DATA = Path(__file__).parents[1] / 'data' / 'vim'
@@ -71,7 +72,11 @@ def test_published_logits_of_the_first_release():
         assert_near(model.head(feature)[:, :50], name, 'logits50')
 
 
-@pytest.mark.parametrize('backend', ['torch', 'reference'])
+COMPILED = pytest.param('cpp', marks=pytest.mark.skipif(
+    not available_backends()['cpp'].usable, reason='the compiled scan needs a compiler'))
+
+
+@pytest.mark.parametrize('backend', ['torch', 'reference', COMPILED])
 def test_published_mixer(backend):
     name = 'mixer_vim_t_layer0'
     mixer = VimMixer(192, backend=backend)
@@ -87,8 +92,27 @@ def test_published_mixer(backend):
         assert_near(mixer(image(name)), name, 'y_no_divide')
 
 
+@pytest.mark.parametrize('backend', [COMPILED])
+@pytest.mark.parametrize(('length', 'taps'), [(1, 4), (2, 4), (3, 4), (4, 4), (9, 4), (5, 1)])
+def test_tokens_of_the_compiled_scan(backend, length, taps):
+    torch.manual_seed(0)
+    mixer, results = VimMixer(8, conv_size=taps, backend=backend), []
+    x = torch.randn(2, length, 8)
+    for dtype, name in ((torch.float32, backend), (torch.float64, 'reference')):
+        mixer.to(dtype).backend = name
+        leaves = [x.to(dtype).requires_grad_(), *mixer.parameters()]
+        y = mixer(leaves[0])
+        results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+    names = 'y', 'x', *dict(mixer.named_parameters())
+    for name, got, expected in zip(names, *results, strict=True):
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-4, msg=name)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert float((mixer.float()(x) - results[1][0]).abs().max()) < 0.02
+    assert mixer(torch.zeros(0, length, 8)).shape == (0, length, 8)
+
+
 def test_no_flip_and_no_copy_of_the_sequence(monkeypatch):
-    mixer, calls = VimMixer(16), []
+    mixer, calls = VimMixer(16, backend='torch'), []
     monkeypatch.setattr('mmhybrid.layers.directional.run_backend', lambda _, dtype, u, *rest: (
         calls.append((u.shape, rest[-1])) or u, None))
     mixer(torch.randn(2, 9, 16))

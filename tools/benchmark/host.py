@@ -37,7 +37,7 @@ from unittest import mock
 
 import torch
 
-from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer
+from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer, prepare_mixers
 from mmhybrid.ops import (
     mambavision_mixer,
     selective_scan,
@@ -239,6 +239,20 @@ def mixer(make: Callable[[], torch.nn.Module], shape: tuple[int, ...], *rest):
     return work
 
 
+def prepared_mixer(make: Callable[[], torch.nn.Module], shape: tuple[int, ...], grid):
+    """A mixer of a plain network, which prepares the weights of all its mixers together."""
+
+    def work(device) -> Work:
+        module = make().to(device)
+        x = torch.randn(shape, device=device).requires_grad_()
+        ((weights, *tables),) = prepare_mixers([module], x, grid)
+        weights = [w.detach().requires_grad_() for w in weights]
+        leaves = [x, module.in_proj.weight, module.out_proj.weight, *weights]
+        return Work(lambda: module(x, grid, (weights, *tables)), leaves)
+
+    return work
+
+
 WORKS = {
     'scan': scan,
     'ordered scan': ordered_scan,
@@ -250,8 +264,10 @@ WORKS = {
         lambda: MambaVisionMixer(640, fused=True, backend='triton', lean=True), (2, 64, 640)
     ),
     'SS2D': mixer(lambda: SS2D(96, state_dim=1, backend='triton'), (2, 16, 16, 96)),
-    'VimMixer': mixer(lambda: VimMixer(192, backend='triton'), (1, 65, 192)),
-    'LocalVimMixer': mixer(
+    'VimMixer': prepared_mixer(
+        lambda: VimMixer(192, backend='triton'), (1, 65, 192), (5, 13)
+    ),
+    'LocalVimMixer': prepared_mixer(
         lambda: LocalVimMixer(192, ('h', 'v', 'w2'), backend='triton'), (1, 64, 192), (8, 8)
     ),
 }
