@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmhybrid.ops.layer_norm import fused as norm
+from mmhybrid.ops.layer_norm import triton_kernels as norm_kernels
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels
 from mmhybrid.ops.selective_scan import kernels as scan_kernels
 from mmhybrid.ops.unrolled import Unrolled
@@ -93,6 +95,29 @@ def test_walk_convolution(monkeypatch):
 
     expected = run()
     names, launched = write_out(monkeypatch, walk_kernels)
+    found = run()
+    assert launched == names
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize('rms', [False, True])
+@pytest.mark.parametrize('first', [False, True])
+def test_norm(first, rms, monkeypatch):
+    x, branch = torch.randn(2, 2, 3, 4, 5)
+    scale, weight, bias = torch.randn(3, 5)
+    factor = torch.tensor([0.0, 2.0])
+
+    def run():
+        norm.forget()
+        inputs = [t.clone().requires_grad_() for t in (x, branch, weight, scale, bias)]
+        given = *inputs[:3], None if rms else inputs[4]
+        total, out = norm.add_norm(*given, 1e-5, None, inputs[3], factor, rms, first)
+        wanted = inputs[:4] if rms else inputs
+        grads = torch.autograd.grad(total.square().sum() + out.sin().sum(), wanted)
+        return dict(zip('tyxbwsc', (total.detach(), out.detach(), *grads), strict=False))
+
+    expected = run()
+    names, launched = write_out(monkeypatch, norm_kernels)
     found = run()
     assert launched == names
     assert_same_bits(found, expected)
