@@ -1,8 +1,8 @@
 """Norms of tokens and maps, alone and together with the residual sum before them.
 
-    LayerNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed                    (B, ..., C)
-    RMSNorm(dim, eps=1e-5, feeds_linear=False)(x) -> normed                      (B, ..., C)
-    LayerNorm2d(dim, eps=1e-5, feeds_linear=False, channels_last=False)(x) -> normed  (B, C, H, W)
+    LayerNorm(C, eps=1e-5, feeds_linear=False)(x) -> normed                          (B, ..., C)
+    RMSNorm(C, eps=1e-5, feeds_linear=False)(x) -> normed                            (B, ..., C)
+    LayerNorm2d(C, eps=1e-5, feeds_linear=False, channels_last=False)(x) -> normed   (B, C, H, W)
     add_norm(residual, branch, norm, scale=None, drop=None) -> (sum, normed)
 
 On a GPU where Triton runs, each is one kernel (:mod:`mmhybrid.ops.layer_norm`).  Elsewhere, and
@@ -26,15 +26,15 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis.
 
     Args:
-        dim: C.
+        normalized_shape: C.
         eps: added to the variance.
         feeds_linear: whether linear layers or convolutions alone read the result.  Under autocast
             on a GPU the norm then rounds to their dtype itself; they see the same numbers, and
             nothing has to cast.  Otherwise it is float32 there, as PyTorch's is.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, feeds_linear: bool = False):
-        super().__init__(dim, eps=eps)
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, feeds_linear: bool = False):
+        super().__init__(normalized_shape, eps=eps)
         self.feeds_linear = feeds_linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ class RMSNorm(nn.RMSNorm):
     """Norm by the root of the mean square over the last axis.
 
     Args:
-        dim: C.
+        normalized_shape: C.
         eps: added to the mean square.
         feeds_linear: see :class:`LayerNorm`.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, feeds_linear: bool = False):
-        super().__init__(dim, eps=eps)
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, *, feeds_linear: bool = False):
+        super().__init__(normalized_shape, eps=eps)
         self.feeds_linear = feeds_linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,15 +72,17 @@ class LayerNorm2d(nn.LayerNorm):
     necks and RoI operators want.
 
     Args:
-        dim: C.
+        normalized_shape: C.
         eps: added to the variance.
+        elementwise_affine: whether there is a weight.
+        bias: whether there is a bias beside it.
         feeds_linear: see :class:`LayerNorm`.
         channels_last: whether the output lies in this memory format instead.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5, *, feeds_linear: bool = False,
-                 channels_last: bool = False):
-        super().__init__(dim, eps=eps)
+    def __init__(self, normalized_shape: int, eps: float = 1e-5, elementwise_affine: bool = True,
+                 bias: bool = True, *, feeds_linear: bool = False, channels_last: bool = False):
+        super().__init__(normalized_shape, eps, elementwise_affine, bias)
         self.feeds_linear, self.channels_last = feeds_linear, channels_last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def _fits(norm: nn.Module, x: Tensor, *more: Tensor | None) -> bool:
     """Whether the kernels take a call; a compiler fuses the operations of PyTorch by itself."""
     if not isinstance(norm, (LayerNorm, RMSNorm, LayerNorm2d)) or torch.compiler.is_compiling():
         return False
-    if triton_support.not_default_reason() is not None:
+    if norm.weight is None or triton_support.not_default_reason() is not None:
         return False
     return fused.unsupported_reason(x, norm.weight, *more) is None
 

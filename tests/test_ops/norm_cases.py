@@ -434,6 +434,18 @@ def test_modules_alone(kind, feeds_linear, monkeypatch):
         assert y.is_contiguous()
 
 
+def test_map_without_weight_or_bias():
+    x = torch.randn(2, 12, 3, 5)
+    with launched(0):
+        y = LayerNorm2d(12, elementwise_affine=False)(x)
+        total, z = add_norm(x, x, LayerNorm2d(12, elementwise_affine=False))
+    module = LayerNorm2d(12, bias=False)
+    with launched(1):
+        torch.testing.assert_close(module(x), y)
+    with launched(1):
+        torch.testing.assert_close(add_norm(x, x, module), (total, z))
+
+
 def test_map_in_channels_last():
     module, size = module_of('LayerNorm2d', channels_last=True)
     for form in (torch.contiguous_format, torch.channels_last):
