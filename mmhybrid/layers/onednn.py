@@ -25,10 +25,11 @@ def takes(x: Tensor, *modules: nn.Module) -> bool:
     They may where nobody looks: no gradients, no hooks of the modules, no compiler, tracer, counter
     of operators or autocast; in float32 on a CPU.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # first, so that neither sees anything of the rest
     return (_KNOWN and not torch.is_grad_enabled() and type(x) is Tensor
             and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
             and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
-            and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled('cpu')
             and all(_is_plain(m) for m in modules))
 

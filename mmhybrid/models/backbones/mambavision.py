@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -253,7 +254,10 @@ def _cut(x: Tensor, heights: list[int], widths: list[int], axis: int) -> list[li
 
 def _corner(tokens: Tensor, window: int, real: tuple[int, int]) -> Tensor:
     """The upper left tokens of square windows: (B, window^2, ...) to (B, height * width, ...)."""
-    return tokens.unflatten(1, (window, window))[:, :real[0], :real[1]].flatten(1, 2)
+    down, across = (side - window for side in real)
+    # negative padding: one copy, and one again of its gradient
+    padding = (0, 0) * (tokens.dim() - 2) + (0, across, 0, down)
+    return F.pad(tokens.unflatten(1, (window, window)), padding).flatten(1, 2)
 
 
 def _patchwork(parts: list[list], rows: list[tuple[int, int]],
