@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmhybrid.ops.attention import attention, unsupported_reason
+
 from .linear import token_linear
 
 __all__ = ['Attention']
@@ -47,5 +49,9 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(2)  # each: B L heads head_width
         if kept is not None:
             q = kept(q)
-        x = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if unsupported_reason(q, k, v) is None:
+            x = attention(q, k, v)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))

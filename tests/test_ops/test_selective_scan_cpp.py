@@ -315,7 +315,7 @@ def test_several_processes_build_once(fresh_library, fake_compiler, monkeypatch)
     fake_compiler('exit 0')
     builds = []
 
-    def slow_compile(compiler, folder, stem):
+    def slow_compile(compiler, source, folder, stem):
         target = folder / f'{stem}-{hashlib.sha256(b"a library").hexdigest()}.so'
         builds.append(target)
         time.sleep(0.3)

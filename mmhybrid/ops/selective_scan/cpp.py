@@ -139,7 +139,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     return process.returncode, ''.join(x for x in line if x.isprintable())[:300]
 
 
-def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
+def _compile(compiler: list[str], source: Path, folder: Path, stem: str) -> Path:
     """Build in a private folder, then rename: readers never see half a file.
 
     The new name has the checksum of the content, by which a damaged file is known.
@@ -151,7 +151,7 @@ def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
         for flags in _attempts():
             options = [x for x in flags if x.startswith('-')]
             libraries = [x for x in flags if not x.startswith('-')]
-            status, said = _run([*compiler, *_FLAGS, *options, str(_SOURCE), *libraries,
+            status, said = _run([*compiler, *_FLAGS, *options, str(source), *libraries,
                                  '-o', str(output)])  # fmt: skip
             if status == 0:
                 break
@@ -160,7 +160,7 @@ def _compile(compiler: list[str], folder: Path, stem: str) -> Path:
                 raise BuildError(f'a disk is full ({said}); make room, or name another folder '
                                  f'than {folder} with the environment variable {CACHE_VARIABLE}')
             raise BuildError(
-                f'{shlex.join(compiler)} could not compile {_SOURCE.name} ({said}); try another '
+                f'{shlex.join(compiler)} could not compile {source.name} ({said}); try another '
                 'compiler with the environment variable CXX'
             )
         content = output.read_bytes() if output.is_file() else b''
@@ -205,8 +205,8 @@ def _find(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def build() -> Path:
-    """Path of the compiled library for this source, compiler and processor; built if need be.
+def build(source: Path = _SOURCE) -> Path:
+    """Path of the compiled library for a source, compiler and processor; built if need be.
 
     Raises:
         BuildError: with the reason and the remedy.
@@ -214,11 +214,11 @@ def build() -> Path:
     if os.name != 'posix':
         raise BuildError('it is only built on Linux and macOS')
     compiler = _compiler()
-    identity = hashlib.sha256(_SOURCE.read_bytes())
+    identity = hashlib.sha256(source.read_bytes())
     parts = (*compiler, os.path.getmtime(compiler[0]), _processor(), *_attempts())
     for part in parts:
         identity.update(str(part).encode())
-    stem = f'scan-{identity.hexdigest()[:20]}'
+    stem = f'{source.stem}-{identity.hexdigest()[:20]}'
     folder = _cache_folder()
     try:
         for missing in (x for x in (*reversed(folder.parents), folder) if not x.exists()):
@@ -231,7 +231,7 @@ def build() -> Path:
         found = _find(folder, stem)
         if found is None:
             with alone(folder / 'scan.lock'):
-                found = _find(folder, stem) or _compile(compiler, folder, stem)
+                found = _find(folder, stem) or _compile(compiler, source, folder, stem)
     except TimeoutError as error:
         raise BuildError(error.strerror) from error
     except OSError as error:
@@ -279,7 +279,7 @@ class _Unsafe(str):
 def _library() -> ctypes.CDLL | str:
     """The loaded kernel, or why there is none."""
     try:
-        library = _load(build())
+        library = load(build())
         for function in ('forward', 'backward'):
             function = getattr(library, f'mmhybrid_scan_{function}')
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
@@ -293,7 +293,8 @@ def _library() -> ctypes.CDLL | str:
     return library
 
 
-def _load(path: Path) -> ctypes.CDLL:
+def load(path: Path) -> ctypes.CDLL:
+    """Open what :func:`build` gave."""
     handle = _open_checked(path)
     if handle is None:
         raise BuildError(f'{path} changed while it was loaded; try again')
