@@ -67,7 +67,7 @@ def near_equal(side: int, window: int) -> list[tuple[int, int]]:
         their pixels differ by one.
     """
     number = -(-side // window)
-    pixels, wider = divmod(side, number)
+    pixels, wider = side // number, side % number  # compilers know no divmod of variables
     pairs = (wider, pixels + 1), (number - wider, pixels)
     return [pair for pair in pairs if pair[0]]
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from backbone_cases import CASES, loss_of
 from fill import fill_state_dict, make_input
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmhybrid.models.backbones import MambaVision
 from mmhybrid.ops.cross_scan import scan_plan
 
 pytestmark = pytest.mark.plain_empty
@@ -91,6 +92,24 @@ def test_one_graph_for_many_sizes(cls, arguments):
             for y, want in zip(compiled(x), model(x), strict=True):
                 torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize('windows', ['published', 'tight'])
+def test_one_compilation_for_the_sizes_of_a_recipe(windows):
+    """As --compile has it: sizes are variables from the start, and no branch asks for them."""
+    arch = dict(dim=16, stem_width=8, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 2),
+                window_size=(8, 8, 28, 14))
+    model = MambaVision(arch, windows=windows, drop_path_rate=0.).eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model.forward, backend=counter)
+    for size in ((192, 256), (128, 320), (224, 352)):
+        x = make_input(0, (2, 3, *size))
+        for axis in (2, 3):
+            torch._dynamo.maybe_mark_dynamic(x, axis)
+        with torch.no_grad():
+            for y, want in zip(compiled(x), model(x), strict=True):
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @each_backbone

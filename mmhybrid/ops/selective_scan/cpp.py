@@ -205,15 +205,17 @@ def _find(folder: Path, stem: str) -> Path | None:
     return None
 
 
-def build(source: Path = _SOURCE) -> Path:
-    """Path of the compiled library for a source, compiler and processor; built if need be.
+def build(source: Path | None = None) -> Path:
+    """Path of the compiled library for a source (None for the scan's), compiler and processor.
+
+    It is built if need be.
 
     Raises:
         BuildError: with the reason and the remedy.
     """
     if os.name != 'posix':
         raise BuildError('it is only built on Linux and macOS')
-    compiler = _compiler()
+    compiler, source = _compiler(), source or _SOURCE
     identity = hashlib.sha256(source.read_bytes())
     parts = (*compiler, os.path.getmtime(compiler[0]), _processor(), *_attempts())
     for part in parts:
