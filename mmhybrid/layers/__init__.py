@@ -12,7 +12,7 @@ from .norm import LayerNorm, LayerNorm2d, PortableSyncBatchNorm, RMSNorm, add_no
 from .pool import MapPool
 from .precision import at_least_float32
 from .recompute import recomputed
-from .rope import Rope2d, resize_grid, rotate
+from .rope import Rope2d, resize_grid, rotate, rotated_sum
 from .ss2d import SS2D, LocalSS2D, decay_rates
 from .weight_casts import casts_weights
 from .window import near_equal, window_partition, window_unpartition
@@ -23,6 +23,6 @@ __all__ = [
     'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d', 'VimMixer',
     'add_norm', 'at_least_float32', 'casts_weights', 'decay_rates', 'draw_together',
     'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
-    'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'token_linear', 'window_partition',
-    'window_unpartition',
+    'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'rotated_sum', 'token_linear',
+    'window_partition', 'window_unpartition',
 ]

@@ -5,7 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['Rope2d', 'resize_grid', 'rotate']
+from mmhybrid.ops import rotation, triton_support
+
+from .drop_path import DropPath, dropped
+
+__all__ = ['Rope2d', 'resize_grid', 'rotate', 'rotated_sum']
 
 
 def rope_tables(dim: int, height: int, width: int, side: int = 14,
@@ -38,6 +42,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate adjacent channel pairs of tokens (B, L, C) by tables (L, C)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+
+def rotated_sum(stream: Tensor | None, hidden: Tensor, drop: nn.Module | Tensor | None,
+                cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`rotate` of stream + hidden, in one kernel where Triton runs.
+
+    Args:
+        stream: (B, L, C), None for none.
+        hidden: (B, L, C).
+        drop: stochastic depth of ``hidden``, see :func:`mmhybrid.layers.dropped`.
+        cos: (L, C).
+        sin: (L, C).
+    """
+    if not _fits(stream, hidden, cos):
+        total = dropped(hidden, drop)
+        return rotate(total if stream is None else stream + total, cos, sin)
+    if isinstance(drop, DropPath):
+        drop = drop.factor(hidden) if drop.training else None
+    factor = drop if isinstance(drop, Tensor) else None
+    return rotation.rotated_sum(stream, hidden, factor, cos, sin)
+
+
+def _fits(stream: Tensor | None, hidden: Tensor, cos: Tensor) -> bool:
+    """Whether the kernel takes a call; a compiler fuses the operations of PyTorch by itself."""
+    return not (torch.compiler.is_compiling() or triton_support.not_default_reason()
+                or rotation.unsupported_reason(stream, hidden, cos))
 
 
 def resize_grid(rows: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:

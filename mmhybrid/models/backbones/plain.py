@@ -20,7 +20,7 @@ from mmhybrid.layers import (
     prepare_mixers,
     recomputed,
     resize_grid,
-    rotate,
+    rotated_sum,
 )
 
 from .base import DenseBackbone, check_flags, check_integers, check_rate
@@ -247,8 +247,9 @@ class PlainBackbone(DenseBackbone):
             rotation: both are turned by, so their sum is.
             drop: stochastic depth of the output.
         """
-        total = hidden if stream is None else stream + dropped(hidden, drop)
-        return total if rotation is None else rotate(total, *rotation)
+        if rotation is not None:
+            return rotated_sum(stream, hidden, drop, *rotation)
+        return hidden if stream is None else stream + dropped(hidden, drop)
 
     def to_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, L, C) to a contiguous map (B, C, h, w) without the class token."""
