@@ -32,7 +32,7 @@ MAY_IMPORT = {
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
     'doctor_probes': {'__init__', 'ops', 'mmcv_ops', 'config_scheme'},
-    'cli': {'doctor'},
+    'cli': {'doctor', 'engine'},  # the latter for `mmhybrid memory` alone
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
     '__init__': {'models', 'engine', 'mmcv_ops', 'config_scheme'},

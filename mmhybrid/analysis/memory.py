@@ -23,8 +23,6 @@ from .pretended_gpu import Watcher
 __all__ = ['Memory', 'Peak', 'bytes_of']
 
 _BLOCK = 512
-#: Bytes that cuBLAS takes for its workspace, once, on GPUs from Hopper on.
-CUBLAS_WORKSPACE = 32 << 20
 
 
 def bytes_of(x: Tensor) -> int:
@@ -54,10 +52,18 @@ class Peak:
 
 
 class Memory(Watcher):
-    """Follows memory in use; tensors that exist before have to be named by :meth:`hold`."""
+    """Follows memory in use; tensors that exist before have to be named by :meth:`hold`.
 
-    def __init__(self):
+    Args:
+        benchmark: whether ``torch.backends.cudnn.benchmark`` is on. In the first step it tries ways
+            to convolve of which the hungriest is taken to write all patches out in float32, which
+            fits the one measured training (UperNet with VMamba-T); ``tried`` has that peak.
+    """
+
+    def __init__(self, benchmark: bool = False):
         super().__init__()
+        self.benchmark = benchmark
+        self.tried = Peak()
         self.alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self.in_use = 0  # no less than what is: the dead are looked for when it matters
         self.peak = Peak()
@@ -83,11 +89,19 @@ class Memory(Watcher):
         self.hold(out, self.kind)
         rule = _WORKSPACES.get(func._schema.name)
         temporary = rule(out, *args, **kwargs) if rule else 0
-        if self.in_use + temporary > self.peak.bytes:
+        self.peak = self.higher(self.peak, func, temporary)
+        if self.benchmark and func._schema.name in _PATCHES:
+            temporary += _PATCHES[func._schema.name](out, *args, **kwargs)
+            self.tried = self.higher(self.tried, func, temporary)
+
+    def higher(self, peak: Peak, func, temporary: int) -> Peak:
+        """The peak until now, or this operator's."""
+        if self.in_use + temporary > peak.bytes:
             self.bury()
-            if self.in_use + temporary > self.peak.bytes:
-                self.peak = Peak(self.in_use + temporary, func._schema.name, temporary,
-                                 self.parts())
+            if self.in_use + temporary > peak.bytes:
+                name = func._schema.name
+                return Peak(self.in_use + temporary, name, temporary, self.parts())
+        return peak
 
     def add(self, x: Tensor, kind: str) -> None:
         """Count a tensor's memory, unless it is counted."""
@@ -137,6 +151,13 @@ def _convolution_backward(out, dout, x, weight, sizes, stride, padding, dilation
     return _size(x) + _size(weight) + _size(dout)
 
 
+def _patches(out, x, weight, *_, **__) -> int:
+    """What every output of a dense convolution sees, in float32."""
+    if weight.shape[1] == 1 or math.prod(weight.shape[2:]) == 1:
+        return 0
+    return 4 * out.shape[0] * math.prod(out.shape[2:]) * math.prod(weight.shape[1:])
+
+
 def _flash_backward(out, dout, q, k, v, *_, **__) -> int:
     """Gradients of the queries in float32, and a sum of each row."""
     return 4 * q.numel() + 4 * math.prod(q.shape[:3])
@@ -147,4 +168,8 @@ _WORKSPACES: dict[str, Callable[..., int]] = {
     'aten::convolution_backward': _convolution_backward,
     'aten::_scaled_dot_product_flash_attention_backward': _flash_backward,
     'aten::_scaled_dot_product_efficient_attention_backward': _flash_backward,
+}
+_PATCHES: dict[str, Callable[..., int]] = {
+    'aten::convolution': _patches,
+    'aten::convolution_backward': lambda out, dout, x, weight, *_, **__: _patches(dout, x, weight),
 }
