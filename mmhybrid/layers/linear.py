@@ -11,10 +11,11 @@ __all__ = ['TokenLinear', 'token_linear']
 class TokenLinear(nn.Linear):
     """``nn.Linear`` on tokens (..., C); inference in float32 on a CPU computes it with oneDNN."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (..., C) to (..., C')."""
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """Shape (..., C) to (..., C'); an activation is for those who know that oneDNN takes x."""
         if onednn.takes(x, self):
-            return onednn.linear(x, self.weight, self.bias)
+            return onednn.linear(x, self.weight, self.bias, activation)
+        assert activation is None
         return super().forward(x)
 
 

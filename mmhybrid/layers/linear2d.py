@@ -1,13 +1,14 @@
 """Linear layers over the channels of a map."""
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .linear import TokenLinear
 
 __all__ = ['Linear2d', 'map_linear']
 
 
-class Linear2d(nn.Linear):
+class Linear2d(TokenLinear):
     """A linear layer over the channel axis of a (B, C, H, W) map.
 
     A 1x1 convolution that keeps the two-dimensional weight of ``nn.Linear``, so that files serve
@@ -15,9 +16,9 @@ class Linear2d(nn.Linear):
     are read without a copy.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Shape (B, in_features, H, W) to (B, out_features, H, W)."""
-        return F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
+        return super().forward(x.permute(0, 2, 3, 1), activation).permute(0, 3, 1, 2)
 
 
 def map_linear(in_features: int, out_features: int, bias: bool = True, *,
@@ -26,7 +27,7 @@ def map_linear(in_features: int, out_features: int, bias: bool = True, *,
 
     Weights are truncated normal (std 0.02), biases zero.
     """
-    layer = (Linear2d if channel_first else nn.Linear)(in_features, out_features, bias=bias)
+    layer = (Linear2d if channel_first else TokenLinear)(in_features, out_features, bias=bias)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     if bias:
         nn.init.zeros_(layer.bias)

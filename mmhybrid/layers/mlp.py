@@ -30,6 +30,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
         fc1 = self.fc1
-        if type(fc1) is TokenLinear and onednn.takes(x, fc1):
-            return self.fc2(onednn.linear(x, fc1.weight, fc1.bias, 'gelu'))
+        if isinstance(fc1, TokenLinear) and onednn.takes(x, fc1):
+            return self.fc2(fc1.forward(x, 'gelu'))
         return self.fc2(F.gelu(fc1(x)))
