@@ -67,7 +67,7 @@ class Memory(Watcher):
         self.alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
         self.in_use = 0  # no less than what is: the dead are looked for when it matters
         self.peak = Peak()
-        self.kind = 'other'
+        self.kind = 'forward pass'
 
     def hold(self, tensors, kind: str) -> None:
         """Count tensors that exist."""

@@ -126,6 +126,8 @@ def _sizes(transforms) -> Iterator[tuple[int, int]]:
             found += _sizes(transform)
         elif 'transforms' in transform:
             found += _sizes(transform['transforms'])
+        elif transform['type'].endswith('TimmTransform'):
+            found = [_pair(transform.get('input_size', 224))]
         elif transform['type'].endswith('ResizedCrop'):
             found = [_pair(transform['scale'])]
         elif transform['type'].endswith('Resize'):
@@ -187,8 +189,7 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
     weights = sum(p.numel() * p.itemsize for p in trained)
     peaks = [
         memory.peak,
-        # Nothing is kept by the optimizer yet when cuDNN tries its ways.
-        _less(memory.tried, 'optimizer'),
+        _without_states(memory.tried),
         # Steps over many tensors at once keep one more value of each parameter for a moment.
         Peak(persistent + 2 * weights, 'optimizer step', weights, {'gradients': weights}),
     ]
@@ -212,9 +213,12 @@ def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Confi
     return states + averages
 
 
-def _less(peak: Peak, part: str) -> Peak:
+def _without_states(peak: Peak) -> Peak:
+    """In the first step, where cuDNN tries its ways, the optimizer keeps nothing yet."""
     parts = dict(peak.parts)
-    return replace(peak, bytes=peak.bytes - parts.pop(part, 0), parts=parts)
+    size = peak.bytes - parts.pop('optimizer', 0)
+    return replace(peak, bytes=size, operator='the first step (env_cfg.cudnn_benchmark)',
+                   parts=parts)
 
 
 def _states(config: Config) -> int:
@@ -381,11 +385,10 @@ def format_proposals(name: str, found: Sequence[Proposal], gib: float) -> str:
         lines.append(f"  {settings or 'as configured':28} "
                      f'{_gib(one.prediction.peak.bytes):>14}   {most}')
     lines += ['', *textwrap.wrap(
-        'A prediction from shapes; nothing has run. "other" holds what the forward pass keeps. '
-        'Left out: the CUDA context and what '
-        f'the allocator cannot use ({_gib(CONTEXT)} GiB and {FRAGMENTS:.0%} are set aside), '
-        'targets and proposals of detectors, buffers of DDP (once the gradients), and cuDNN where '
-        'it picks hungrier ways. Settings go under model.backbone.', 100)]
+        'A prediction from shapes; nothing has run. Left out: the CUDA context and what the '
+        f'allocator cannot use ({_gib(CONTEXT)} GiB and {FRAGMENTS:.0%} are set aside), targets '
+        'and proposals of detectors, buffers of DDP (once the gradients), and cuDNN where it picks '
+        'hungrier ways. Settings go under model.backbone.', 100)]
     return '\n'.join(lines)
 
 
