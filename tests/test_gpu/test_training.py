@@ -23,6 +23,8 @@ from torch import nn
 
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.engine.amp import AmpOptimWrapper
+from mmhybrid.layers import weight_casts
+from mmhybrid.ops.layer_norm import fused as fused_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = DEVICE == 'cuda'
@@ -84,6 +86,28 @@ def test_mixed_precision(cls, arguments, dtype):
 
 
 @on_gpu_or_slow
+@pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
+def test_fused_norms_and_casts_of_all_weights(cls, arguments, monkeypatch):
+    """A step under autocast is that of PyTorch's own norms and casts, to rounding."""
+    monkeypatch.setattr(weight_casts, 'KINDS', {DEVICE})
+    model, x, target = network(cls, arguments)
+    found = []
+    for norms, casts in ((0, 0), (0, 1), (1, 1)):
+        monkeypatch.setenv(fused_norm.VARIABLE, str(norms))
+        monkeypatch.setenv(weight_casts.VARIABLE, str(casts))
+        torch.manual_seed(2)
+        model.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            loss = model(x, target)
+        loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        assert all(g.dtype == torch.float32 for g in grads)
+        found.append((loss.item(), torch.cat(grads)))
+    for loss, grads in found[1:]:
+        assert abs(loss - found[0][0]) <= 0.02 * abs(found[0][0])
+        assert (grads - found[0][1]).norm() <= 0.05 * found[0][1].norm()
+
+
 @pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
 def test_torch_compile(cls, arguments):
     """A compiled training step gives the maps and gradients of the eager one."""
