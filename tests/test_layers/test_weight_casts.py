@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmhybrid.engine.graphs import use_cuda_graphs
 from mmhybrid.layers import casts_weights, recomputed, weight_casts
-from mmhybrid.models import LocalVim, LocalVMamba, MambaVision, Vim, VMamba
+from mmhybrid.models import LocalVim, LocalVMamba, MambaVision, TimmFeatures, Vim, VMamba
 
 CAST = 'aten._to_copy.default'
 TOGETHER = 'aten._foreach_copy_.default'
@@ -155,6 +155,14 @@ def test_backbones_have_the_bits_of_autocast(kind, monkeypatch):
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
             assert (m, 'weight') in known, m
     assert expected[CAST] - found[CAST] >= 2 * len(trained)
+
+
+def test_networks_of_others_are_left_to_autocast():
+    pytest.importorskip('timm')
+    net = TimmFeatures('convnext_atto', out_indices=(0,))
+    seen = []
+    net.register_forward_hook(lambda *_: seen.append(True))
+    assert step(net)[2][TOGETHER] == 0 and seen == [True]
 
 
 @pytest.mark.parametrize('options', [dict(with_cp=True), dict(frozen_stages=2), dict(

@@ -20,16 +20,21 @@ class DenseBackbone(BaseModule):
     """Base of the backbones: freezing, checkpoints and the depth of each parameter.
 
     A subclass implements :meth:`frozen_parts`, :meth:`unused_parts` and :meth:`depth_of`, and
-    calls :meth:`freeze` at the end of its constructor.  Under autocast on a GPU all weights are
-    cast in one call when ``forward`` begins (:mod:`mmhybrid.layers.weight_casts`).
+    calls :meth:`freeze` at the end of its constructor.
+
+    Under autocast on a GPU all weights are cast in one call when ``forward`` begins
+    (:mod:`mmhybrid.layers.weight_casts`).  Layers that turn autocast off for themselves, or read
+    weights otherwise, must say so there, or the class sets ``casts_together = False``.
     """
+
+    casts_together = True
 
     # Names that only one of the classification and dense forms has.
     may_differ = r'(outnorm\d|norm|head|classifier)\.'
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
-        if 'forward' in vars(cls):
+        if cls.casts_together and 'forward' in vars(cls):
             cls.forward = casts_weights(cls.forward)
 
     def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:

@@ -50,6 +50,7 @@ class TimmFeatures(DenseBackbone):
             forward pass for an image smaller than the largest stride.
     """
 
+    casts_together = False  # how timm's layers read their weights is theirs to say
     may_differ = r'outnorm\d\.|(head|norm|norm_pre|fc)\.'
 
     def __init__(self,
