@@ -126,6 +126,17 @@ def test_windows_come_back(size):
     assert torch.equal(window_unpartition(tokens, 3, size), x)
 
 
+def test_one_window_with_channels_last_is_a_view():
+    x = torch.randn(2, 5, 6, 4).contiguous(memory_format=torch.channels_last)
+    for window in ((6, 4), (6, 2), (3, 4), (7, 4)):
+        tokens = window_partition(x, window)
+        assert torch.equal(tokens, window_partition(x.contiguous(), window))
+        # rows of windows follow each other in memory as well
+        assert (tokens.data_ptr() == x.data_ptr()) == (window in ((6, 4), (3, 4)))
+    tokens = window_partition(x, (6, 4))
+    assert window_unpartition(tokens, (6, 4), (6, 4)).data_ptr() == x.data_ptr()
+
+
 def test_window_order_and_padding():
     x = torch.arange(1., 7).view(1, 1, 2, 3)  # 1 2 3 / 4 5 6
     assert window_partition(x, 2).squeeze(-1).tolist() == [[1, 2, 4, 5], [3, 0, 6, 0]]

@@ -15,6 +15,7 @@ from torch import nn
 from mmhybrid.layers import (
     Attention,
     DropPath,
+    LayerNorm,
     LayerNorm2d,
     MambaVisionMixer,
     near_equal,
@@ -120,6 +121,39 @@ def test_block_golden(name, mixer, layer_scale):
     assert [[k, list(v.shape)] for k, v in block.state_dict().items()] == case['keys']
     with torch.no_grad():
         assert_close(block(torch.from_numpy(stored['in0'])), stored['out0'], case['noise'][0])
+
+
+@pytest.mark.parametrize('layer_scale', [None, 0.5])
+@pytest.mark.parametrize('drop_path', [0., 0.5])
+def test_block_together_with_the_norm_behind_it(layer_scale, drop_path):
+    """The same bits and gradients as one after the other, also for kept tokens."""
+    block = HybridBlock(16, Attention(16, 2), layer_scale=layer_scale, drop_path=drop_path)
+    norm, x = LayerNorm(16), torch.randn(6, 9, 16, requires_grad=True)
+    leaves = [x, *block.parameters(), *norm.parameters()]
+    for kept in (None, lambda t: t[:, 2:5]):
+        results = []
+        for together in (False, True):
+            torch.manual_seed(0)
+            if together:
+                y, normed = block(x, kept, block.norm1(x), norm)
+            else:
+                y = block(x, kept)
+                normed = norm(y)
+            grads = torch.autograd.grad((y * normed).sum(), leaves)
+            results.append([y, normed, *grads])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize('size', [(64, 64), (48, 80)])  # windows that fit, and padded ones
+def test_hooks_see_every_block(size):
+    net, seen = toy(), set()
+    blocks = [block for stage in net.stages for block in stage.blocks]
+    for block in blocks:
+        block.register_forward_hook(lambda module, *_: seen.add(module))
+    net(torch.randn(1, 3, *size))
+    assert seen == set(blocks)
 
 
 @pytest.mark.parametrize('variant', ARCH_OF)
