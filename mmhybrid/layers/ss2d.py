@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
 from mmhybrid.ops.cross_scan.scan import scan_directions, scan_dtype
 from mmhybrid.ops.map_conv import map_conv, map_conv_reference
-from mmhybrid.ops.merge_norm import merge_norm
+from mmhybrid.ops.merge_norm import Attention, attend_norm, merge_norm
 from mmhybrid.ops.selective_scan import choose_backend
 
 from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
@@ -90,8 +90,9 @@ class SS2D(nn.Module):
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
     """
 
-    # In float32, see weight_casts.py.
+    # What is read in float32, and what autocast casts besides layers; see weight_casts.py.
     reads_itself = ('conv2d',)
+    reads_cast = ('x_proj_weight', 'dt_projs_weight')
 
     def __init__(self, dim: int, *, state_dim: int = 1, ratio: float = 2.0,
                  dt_rank: int | None = None,
@@ -122,13 +123,6 @@ class SS2D(nn.Module):
         self.A_logs._no_weight_decay = True
         self.Ds._no_weight_decay = True
         self.reset_scan_parameters()
-
-    reads_itself = ('conv2d',)  # in float32, see weight_casts.py
-
-    @property
-    def reads_cast(self) -> tuple[str, ...]:
-        """What autocast casts besides layers, see weight_casts.py."""
-        return ('x_proj_weight',) if self.float32_scan else ('x_proj_weight', 'dt_projs_weight')
 
     @torch.no_grad()
     def reset_scan_parameters(self) -> None:
@@ -205,6 +199,9 @@ class LocalSS2D(SS2D):
         **options: of :class:`SS2D`.
     """
 
+    reads_itself = (
+        'conv2d', 'multi_scan.attn.global_reduce', 'multi_scan.attn.channel_select')
+
     def __init__(self, dim: int, directions: Sequence[str] | None, **options):
         super().__init__(dim, directions=directions or DIRECTIONS, gate=True, channel_first=False,
                          **options)
@@ -213,9 +210,15 @@ class LocalSS2D(SS2D):
 
     def scan(self, x: Tensor, gate: Tensor, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the merged scans, normalised and under the gate."""
-        searching = isinstance(self.multi_scan, DirectionMixture)
-        dtype = self.out_norm.weight.dtype
+        mixture, attention, norm = self.multi_scan, self.multi_scan.attn, self.out_norm
+        searching = isinstance(mixture, DirectionMixture)
         ys = self.scan_directions(x.permute(0, 3, 1, 2), rates, False, backend)
-        ys = [y.to(dtype) for y in ys]
-        y = merge_directions(ys, self.multi_scan.attn, self.multi_scan() if searching else None)
+        if (backend == 'triton' and len(ys) == 1 and not searching and x.numel()
+                and not torch.compiler.is_compiling()
+                and not any(map(hooked, (norm, *attention.modules())))):
+            given = Attention(*map(at_least_float32, attention.parameters()))
+            return attend_norm(ys[0], given, attention.norm.eps, norm.weight, norm.bias, norm.eps,
+                               gate.flatten(1, 2), x.dtype).view(x.shape)
+        ys = [y.to(norm.weight.dtype) for y in ys]
+        y = merge_directions(ys, attention, mixture() if searching else None)
         return self.normalized(y.unflatten(1, x.shape[1:3]), gate, x.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-__all__ = ['register']
+__all__ = ['define', 'register']
 
 _NAMESPACE = 'mmhybrid'
 _library = torch.library.Library(_NAMESPACE, 'FRAGMENT')
@@ -47,15 +47,19 @@ def register(
     def refuse(*_):
         raise RuntimeError(refusal)
 
-    _define(name, schema, forward, fake, keys)
-    _define(f'{name}_backward', backward_schema, backward, backward_fake, keys)
+    define(name, schema, forward, fake, keys)
+    define(f'{name}_backward', backward_schema, backward, backward_fake, keys)
     torch.library.register_autograd(
         f'{_NAMESPACE}::{name}', differentiate, setup_context=setup_context, lib=_library
     )
     torch.library.register_autograd(f'{_NAMESPACE}::{name}_backward', refuse, lib=_library)
 
 
-def _define(name, schema, function, fake, keys) -> None:
+def define(
+    name: str, schema: str, function: Callable, fake: Callable,
+    keys: Iterable[str] = ('CPU', 'CUDA', 'XPU'),
+) -> None:  # fmt: skip
+    """Make ``torch.ops.mmhybrid.<name>`` without a derivative; see :func:`register`."""
     _library.define(f'{name}{schema}', tags=(torch.Tag.pt2_compliant_tag,))
     for key in keys:
         _library.impl(name, function, key)

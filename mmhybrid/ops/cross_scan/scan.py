@@ -73,8 +73,8 @@ def cross_selective_scan(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
         dt_bias: (K * D,), added before the softplus.
         plan: from :func:`scan_plan`.
         merge: sum over the directions, or their results in stacks.
-        float32: what follows ``x_proj`` is in float32 under autocast and for half precision, the
-            results too.
+        float32: the scan and its results are in float32 under autocast and for half precision, the
+            projections in the precision of ``u`` with the Triton kernels, else in float32.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 
     Returns:
@@ -130,7 +130,7 @@ def _scan_through_tables(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
     u_BLD, dtype = u.mT.contiguous(), u.dtype
     wide = torch.promote_types(dtype, torch.float32) if float32 else dtype
     with autocast_off(u.device):
-        u, delta, b, c = _Inputs.apply(u_BLD, x_proj.to(dtype), dt_weight.to(wide), wide)
+        u, delta, b, c = _Inputs.apply(u_BLD, x_proj.to(dtype), dt_weight.to(dtype), wide)
         y = selective_scan_ordered(
             u, delta, A, b, c, D, delta_bias=dt_bias, delta_softplus=True,
             order=plan.scan_order(), backend='triton')
@@ -150,7 +150,7 @@ class _Inputs(torch.autograd.Function):
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, tokens, channels = u_BLD.shape
         K, _, rank = dt_weight.shape
-        proj = F.linear(u_BLD.flatten(0, 1), x_proj.flatten(0, 1)).to(wide).unflatten(1, (K, -1))
+        proj = F.linear(u_BLD.flatten(0, 1), x_proj.flatten(0, 1)).unflatten(1, (K, -1))
         step_TKR, b, c = proj.tensor_split((rank, (rank + proj.shape[2]) // 2), 2)
         delta = torch.bmm(step_TKR.transpose(0, 1), dt_weight.mT)
         ctx.save_for_backward(u_BLD, x_proj, dt_weight, step_TKR)
@@ -166,7 +166,7 @@ class _Inputs(torch.autograd.Function):
         dstep = torch.bmm(ddelta, dt_weight).transpose(0, 1).unflatten(0, u_BLD.shape[:2])
         ddt_weight = torch.bmm(ddelta.mT, step_TKR.transpose(0, 1))
         dproj = torch.cat([dstep, *(x.permute(0, 3, 1, 2) for x in (db, dc))], 3)
-        dproj = dproj.to(u_BLD.dtype).flatten(0, 1).flatten(1)
+        dproj = dproj.flatten(0, 1).flatten(1)
         du = du.mT.sum(1).to(u_BLD.dtype)
         du.flatten(0, 1).addmm_(dproj, x_proj.flatten(0, 1))
         dx_proj = (dproj.mT @ u_BLD.flatten(0, 1)).view(x_proj.shape)

@@ -94,7 +94,8 @@ def _check(y, weight, bias, gate) -> None:
         )
 
 
-def _sizes(length: int, total: int, channels: int) -> dict[str, int]:
+def sizes_of(length: int, total: int, channels: int) -> dict[str, int]:
+    """Arguments of kernels whose tiles are some tokens by all channels."""
     columns = 1 << max(channels - 1, 15).bit_length()
     rows = max(_TILE // columns, 1)
     return dict(length=length, total=total, channels=channels, ROWS=rows, COLS=columns,
@@ -108,20 +109,21 @@ def _strides(name: str, x: Tensor | None) -> dict[str, int]:
 
 
 class Forward:
-    """One kind of forward pass; its tensors are y, weight, bias and gate."""
+    """One kind of forward pass; its tensors are y, weight, bias, gate and logit."""
 
     def __init__(self, tensors, eps: float, dtype: torch.dtype, gradients: bool):
         from . import triton_kernels as kernels
 
-        y, _, _, gate = tensors
+        y, _, _, gate, logit = tensors
         batch, directions, channels, length = y.shape
         self.size, self.dtype, self.gradients = (batch, length, channels), dtype, gradients
         self.stats = 2, batch * length
-        sizes = _sizes(length, batch * length, channels)
+        sizes = sizes_of(length, batch * length, channels)
         places = dict(
             p_y=Place(0), p_weight=Place(1), p_bias=Place(2),
-            p_gate=None if gate is None else Place(3), p_out=Place(4),
-            p_sum=Place(5) if gradients else None, p_stats=Place(6) if gradients else None,
+            p_gate=None if gate is None else Place(3),
+            p_logit=None if logit is None else Place(4), p_out=Place(5),
+            p_sum=Place(6) if gradients else None, p_stats=Place(7) if gradients else None,
         )  # fmt: skip
         steps = zip('bkdl', y.stride(), strict=True)
         constants = {f'y_s{axis}': step for axis, step in steps} | _strides('gate', gate)
@@ -153,7 +155,7 @@ class Backward:
 
         dout, total, _, _, _, gate = tensors
         batch, length, channels = total.shape
-        sizes = _sizes(length, batch * length, channels)
+        sizes = sizes_of(length, batch * length, channels)
         tiles = -(-batch * length // sizes['ROWS'])
         # two programs for every multiprocessor, where there is that much to do
         repeat = min(max(tiles // (2 * processors(total.device)), 1), _MOST_REPEAT)
@@ -199,7 +201,7 @@ class _Call:
         self.gradients = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in tensors
         )
-        self.forward = Forward(tensors, eps, dtype, self.gradients)
+        self.forward = Forward((*tensors, None), eps, dtype, self.gradients)
         self.directions = tensors[0].shape[1]
         self.dtypes = [x.dtype for x in tensors[1:3]]
         self.backward: dict[tuple, Backward] = {}
@@ -208,7 +210,7 @@ class _Call:
         """The output."""
         if self.gradients:
             return _apply(self, pointers, *tensors)
-        return self.forward.run(tensors, pointers)[0]
+        return self.forward.run((*tensors, None), (*pointers, None))[0]
 
 
 class _MergeNorm(torch.autograd.Function):
@@ -216,7 +218,7 @@ class _MergeNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: _Call, pointers, *tensors):
-        out, total, stats = call.forward.run(tensors, pointers)
+        out, total, stats = call.forward.run((*tensors, None), (*pointers, None))
         ctx.save_for_backward(total, stats, *tensors[1:])
         ctx.call = call
         return out
@@ -257,6 +259,14 @@ def _forward(*arguments):
     *tensors, eps, dtype = arguments
     if tensors[0].numel() == 0:
         return _forward_fake(*arguments)
+    return merged((*tensors, None), eps, dtype)
+
+
+def merged(tensors, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, the sum, and mean and inverse deviation of every token.
+
+    The tensors are y, weight, bias, gate and the logits (B, K, D) of factors of y, or None.
+    """
     one, pointers = find(
         _FORWARD, tensors, (eps, dtype), lambda: Forward(tensors, eps, dtype, True)
     )
@@ -266,9 +276,14 @@ def _forward(*arguments):
 def _backward(*tensors):
     if tensors[1].numel() == 0:
         return tuple(x.zero_() for x in _backward_fake(*tensors))
-    one, pointers = find(_BACKWARD, tensors, (), lambda: Backward(tensors))
-    dsum, sums, dgate = one.run(tensors, pointers)
+    dsum, sums, dgate = unmerged(tensors)
     return dsum, sums, dsum.new_empty(0) if dgate is None else dgate
+
+
+def unmerged(tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`Backward`."""
+    one, pointers = find(_BACKWARD, tensors, (), lambda: Backward(tensors))
+    return one.run(tensors, pointers)
 
 
 def _forward_fake(y, weight, bias, gate, eps, dtype):

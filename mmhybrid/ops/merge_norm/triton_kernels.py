@@ -11,7 +11,7 @@ import triton.language as tl
 from ..selective_scan.kernels.common import sigmoid
 from ..unrolled import for_this_triton
 
-_SIZES = ['length', 'total', 'repeat', 'programs']
+_SIZES = ['length', 'total', 'repeat', 'programs', 'parts', 'tiles', 'share']
 
 
 @triton.jit
@@ -23,12 +23,13 @@ def _at(o_l, o_d, length, sb, sl, sd):
 
 @triton.jit(do_not_specialize=_SIZES)
 def merge_norm_kernel(
-    p_y, p_weight, p_bias, p_gate, p_out, p_sum, p_stats,
+    p_y, p_logit, p_weight, p_bias, p_gate, p_out, p_sum, p_stats,
     y_sb, y_sk, y_sl, y_sd, gate_sb, gate_sl, gate_sd, length, total, channels, eps,
     K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """out = norm(sum_k y_k) silu(gate); out and the sum are (B, L, D).
+    """out = norm(sum_k sigmoid(logit_k) y_k) silu(gate); out and the sum are (B, L, D).
 
+    p_logit is (B, K, D); without it the sum is that of the y_k as they are.
     p_stats is (2, B * L), float32: mean and inverse deviation of every token.
     """
     o_l = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -38,7 +39,11 @@ def merge_norm_kernel(
     p_y += _at(o_l, o_d, length, y_sb, y_sl, y_sd)
     b_s = tl.zeros([ROWS, COLS], tl.float32)
     for k in tl.static_range(K):
-        b_s += tl.load(p_y + k * y_sk, mask=m, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y + k * y_sk, mask=m, other=0.0).to(tl.float32)
+        if p_logit is not None:
+            o_k = ((o_l // length) * K + k)[:, None] * channels + o_d[None, :]
+            b_y *= sigmoid(tl.load(p_logit + o_k, mask=m, other=0.0))
+        b_s += b_y
     b_mean = tl.sum(b_s, axis=1) / channels
     b_x = tl.where(m_d[None, :], b_s - b_mean[:, None], 0.0)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / channels + eps)
@@ -102,6 +107,85 @@ def merge_norm_backward_kernel(
     p_dparameters += pid * channels + o_d
     tl.store(p_dparameters, tl.sum(b_dw, axis=0), mask=m_d)
     tl.store(p_dparameters + programs.to(tl.int64) * channels, tl.sum(b_db, axis=0), mask=m_d)
+
+
+@triton.jit
+def _normed(b_y, m_d, channels, eps):
+    """Tokens without their mean and deviation, and one over the deviation."""
+    b_x = tl.where(m_d[None, :], b_y - (tl.sum(b_y, axis=1) / channels)[:, None], 0.0)
+    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / channels + eps)[:, None]
+    return b_x * b_rstd, b_rstd
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def token_sums_kernel(
+    p_y, p_dsum, p_logit, p_sums, y_sb, y_sk, y_sl, y_sd,
+    length, repeat, parts, channels, eps, share,
+    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Sums over ``repeat`` tiles of tokens, (B, parts, K, D): what attention sees, or its gradient.
+
+    Without p_dsum (B, L, D) it is the normed y_k times ``share``. With it, y_k times the gradient
+    of the merged map and the slope of sigmoid(logit_k).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_k = pid % K
+    i_part = (pid // K) % parts
+    i_b = pid // (K * parts)
+    o_d = tl.arange(0, COLS)
+    m_d = o_d < channels
+    p_y += i_b * y_sb + i_k * y_sk + o_d[None, :] * y_sd
+    b_sum = tl.zeros([ROWS, COLS], tl.float32)
+    for r in range(0, repeat):
+        o_l = (i_part * repeat + r) * ROWS + tl.arange(0, ROWS)
+        m = (o_l < length)[:, None] & m_d[None, :]
+        b_y = tl.load(p_y + o_l[:, None] * y_sl, mask=m, other=0.0).to(tl.float32)
+        if p_dsum is not None:
+            p = p_dsum + (i_b * length + o_l)[:, None] * channels + o_d[None, :]
+            b_sum += b_y * tl.load(p, mask=m, other=0.0).to(tl.float32)
+        else:
+            b_x, _ = _normed(b_y, m_d, channels, eps)
+            b_sum += b_x
+    b_total = tl.sum(b_sum, axis=0)
+    if p_dsum is not None:
+        o_k = (i_b * K + i_k) * channels + o_d
+        b_sig = sigmoid(tl.load(p_logit + o_k, mask=m_d, other=0.0))
+        b_total *= b_sig * (1.0 - b_sig)
+    else:
+        b_total *= share
+    tl.store(p_sums + ((i_b * parts + i_part) * K + i_k) * channels + o_d, b_total, mask=m_d)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def direction_gradients_kernel(
+    p_y, p_dsum, p_logit, p_dmean, p_dy, y_sb, y_sk, y_sl, y_sd,
+    length, tiles, channels, eps, share,
+    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dy (B, L, K, D): through the merged map, and through what attention saw of y.
+
+    p_dmean (B, K, D) is the gradient of the mean over the tokens of the normed y_k.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    i_k = pid % K
+    i_tile = (pid // K) % tiles
+    i_b = pid // (K * tiles)
+    o_d = tl.arange(0, COLS)
+    o_l = i_tile * ROWS + tl.arange(0, ROWS)
+    m_d = o_d < channels
+    m = (o_l < length)[:, None] & m_d[None, :]
+    o_k = (i_b * K + i_k) * channels + o_d
+    p_y += i_b * y_sb + i_k * y_sk + o_d[None, :] * y_sd
+    b_y = tl.load(p_y + o_l[:, None] * y_sl, mask=m, other=0.0).to(tl.float32)
+    b_x, b_rstd = _normed(b_y, m_d, channels, eps)
+    b_g = (tl.load(p_dmean + o_k, mask=m_d, other=0.0) * share)[None, :]
+    b_dy = b_g - (tl.sum(b_g, axis=1) / channels)[:, None]
+    b_dy = (b_dy - b_x * (tl.sum(b_g * b_x, axis=1) / channels)[:, None]) * b_rstd
+    p = p_dsum + (i_b * length + o_l)[:, None] * channels + o_d[None, :]
+    b_a = sigmoid(tl.load(p_logit + o_k, mask=m_d, other=0.0))[None, :]
+    b_dy += b_a * tl.load(p, mask=m, other=0.0).to(tl.float32)
+    p_dy += ((i_b * length + o_l) * K + i_k)[:, None] * channels + o_d[None, :]
+    tl.store(p_dy, b_dy.to(p_dy.dtype.element_ty), mask=m)
 
 
 globals().update(for_this_triton(globals()))

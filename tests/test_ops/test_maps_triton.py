@@ -1,0 +1,13 @@
+"""The kernels around SS2D without a GPU: map_cases.py under the interpreter."""
+
+from pathlib import Path
+
+import pytest
+from interpreter import run_cases
+
+CASES = Path(__file__).with_name('map_cases.py')
+
+
+@pytest.mark.gpu
+def test_convolution_merge_and_mixers():
+    assert run_cases(CASES, '-m', 'not slow') >= 50
