@@ -10,4 +10,9 @@ CASES = Path(__file__).with_name('map_cases.py')
 
 @pytest.mark.gpu
 def test_convolution_merge_and_mixers():
-    assert run_cases(CASES, '-m', 'not slow') >= 50
+    assert run_cases(CASES, '-m', 'not slow') >= 28
+
+
+@pytest.mark.slow
+def test_larger_maps():
+    assert run_cases(CASES, '-m', 'slow') == 3

@@ -37,7 +37,14 @@ from unittest import mock
 
 import torch
 
-from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer, VimMixer, prepare_mixers
+from mmhybrid.layers import (
+    SS2D,
+    LocalSS2D,
+    LocalVimMixer,
+    MambaVisionMixer,
+    VimMixer,
+    prepare_mixers,
+)
 from mmhybrid.ops import (
     mambavision_mixer,
     selective_scan,
@@ -64,6 +71,7 @@ TARGETS = {
     'MambaVisionMixer': Target(130, 335, 36),
     'MambaVisionMixer lean': Target(130, 340, 41),
     'SS2D': Target(165, 315, 50),
+    'LocalSS2D': Target(400, 900, 99),
     'VimMixer': Target(215, 425, 44),
     'LocalVimMixer': Target(290, 545, 66),
 }
@@ -264,6 +272,10 @@ WORKS = {
         lambda: MambaVisionMixer(640, fused=True, backend='triton', lean=True), (2, 64, 640)
     ),
     'SS2D': mixer(lambda: SS2D(96, state_dim=1, backend='triton'), (2, 16, 16, 96)),
+    'LocalSS2D': mixer(
+        lambda: LocalSS2D(96, ('h', 'v_flip', 'w7'), state_dim=1, float32_scan=True,
+                          backend='triton'), (2, 14, 14, 96)
+    ),
     'VimMixer': prepared_mixer(
         lambda: VimMixer(192, backend='triton'), (1, 65, 192), (5, 13)
     ),
