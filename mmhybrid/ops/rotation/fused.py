@@ -15,8 +15,8 @@ from ..selective_scan.passes import find, remember
 
 __all__ = ['rotated_sum', 'unsupported_reason']
 
-# Tokens and pairs of channels of a tile.
-_ROWS, _COLS = 16, 32
+# Tokens and channels of a tile.
+_ROWS, _COLS = 16, 64
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -72,7 +72,7 @@ def _dtype_of(stream, hidden, cos) -> torch.dtype:
 def _constants(stream, hidden, factor) -> tuple[tuple[int], dict]:
     """Grid and arguments of a kernel."""
     batch, length, channels = hidden.shape
-    blocks = -(-channels // (2 * _COLS))
+    blocks = -(-channels // _COLS)
     return (-(-batch * length // _ROWS) * blocks,), dict(
         tokens=batch * length, length=length, channels=channels, blocks=blocks,
         HAS_STREAM=stream is not None, HAS_FACTOR=factor is not None, ROWS=_ROWS, COLS=_COLS,
