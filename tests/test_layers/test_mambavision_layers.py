@@ -15,7 +15,9 @@ from mmhybrid.layers import (
     DropPath,
     LayerNorm2d,
     MambaVisionMixer,
+    draw_together,
     drop_path_or_identity,
+    dropped,
     recomputed,
     window_partition,
     window_unpartition,
@@ -154,6 +156,25 @@ def test_drop_path_drops_samples_and_keeps_the_mean():
     assert abs(out.mean() - 1) < 0.03
     assert DropPath(0.25).eval()(x) is x
     assert isinstance(drop_path_or_identity(0.), nn.Identity)
+
+
+def test_factors_drawn_together():
+    torch.manual_seed(0)
+    paths = [nn.Identity(), DropPath(0.25), DropPath(0.5).eval(), DropPath(0.1), DropPath(1e-6)]
+    x = torch.ones(4000, 2, 3, dtype=torch.bfloat16)
+    nothing, quarter, still, tenth, hardly = draw_together(paths, x)
+    assert nothing is still is None
+    for factors, rate in ((quarter, 0.25), (tenth, 0.1)):
+        assert factors.shape == (4000,) and factors.dtype == torch.float32
+        values = factors.unique()
+        torch.testing.assert_close(values, torch.tensor([0., 1 / (1 - rate)]))
+        assert abs(factors.mean() - 1) < 0.03
+    assert hardly.min() > 0.99
+    assert abs(torch.corrcoef(torch.stack([quarter, tenth]))[0, 1]) < 0.06
+    y = dropped(x, quarter)
+    assert y.dtype == x.dtype and torch.equal(y[:, 1, 2], quarter.to(x.dtype))
+    assert dropped(x, None) is x and dropped(x, paths[0]) is x and dropped(x, paths[2]) is x
+    assert draw_together([nn.Identity()], x) == [None] and draw_together([], x) == []
 
 
 def test_layer_norm_2d_is_contiguous_and_per_pixel():

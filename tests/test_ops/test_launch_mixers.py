@@ -18,8 +18,10 @@ from mmhybrid.layers import MambaVisionMixer
 from mmhybrid.ops import triton_support
 from mmhybrid.ops.layer_norm import fused as norm
 from mmhybrid.ops.mambavision_mixer import fused as mixer
+from mmhybrid.ops.rotation import fused as rotation
 from mmhybrid.ops.selective_scan import launch
 from mmhybrid.ops.walk_conv import conv, walk_conv
+from mmhybrid.ops.walk_scan import fused as walk_scan
 
 triton = pytest.importorskip('triton', reason='the kernels need Triton')
 if tuple(int(x) for x in triton.__version__.split('.')[:2]) < triton_support.MINIMUM_TRITON:
@@ -29,8 +31,10 @@ if triton_support.interpreting():
 
 from mmhybrid.ops.layer_norm import triton_kernels as norm_kernels  # noqa: E402
 from mmhybrid.ops.mambavision_mixer import triton_kernels as mixer_kernels  # noqa: E402
+from mmhybrid.ops.rotation import triton_kernels as rotation_kernels  # noqa: E402
 from mmhybrid.ops.selective_scan import kernels as scan_kernels  # noqa: E402
 from mmhybrid.ops.walk_conv import triton_kernels as walk_kernels  # noqa: E402
+from mmhybrid.ops.walk_scan import triton_kernels as gate_kernels  # noqa: E402
 
 pytestmark = pytest.mark.plain_empty
 
@@ -72,7 +76,8 @@ def machine(monkeypatch):
     machine = Machine()
     monkeypatch.setattr(triton.compiler, 'compile', machine.compile)
     kernels = [
-        x for module in (scan_kernels, mixer_kernels, walk_kernels, norm_kernels)
+        x for module in (
+            scan_kernels, mixer_kernels, walk_kernels, norm_kernels, rotation_kernels, gate_kernels)
         for x in vars(module).values() if isinstance(x, triton.JITFunction)
     ]  # fmt: skip
 
@@ -80,6 +85,8 @@ def machine(monkeypatch):
         mixer.forget()
         conv.forget()
         norm.forget()
+        rotation.forget()
+        walk_scan.forget()
         for kernel in kernels:
             kernel.device_caches.clear()
 
@@ -476,6 +483,125 @@ def test_walks_of_known_kind_are_still_refused_where_they_do_not_fit(machine):
         for _ in range(2):
             with pytest.raises(ValueError, match='walk_conv expects'):
                 walk_conv(*given)
+
+
+# --- the scan along walks -------------------------------------------------------------------------
+
+
+def mixers(channels=40, batch=2, length=50, extra=0, dtype=torch.bfloat16, state=4, rank=4, K=2,
+           shift=0):  # fmt: skip
+    """uz, conv_weight, conv_bias, w_x, w_dt, dt_bias, A, D, slots and steps."""
+    memory = torch.randn(batch * length * 2 * channels + shift).to(dtype)[shift:]
+    of_conv = [torch.randn(s) for s in ((K, channels, 4), (K, channels))]
+    factors = [torch.randn(s).to(dtype) for s in (
+        (K, rank + 2 * state, channels), (K, channels, rank))]  # fmt: skip
+    rest = [torch.randn(s) for s in ((K * channels,), (K * channels, state), (K * channels,))]
+    slots = torch.stack([torch.randperm(length + extra) for _ in range(K)]).int()
+    return [memory.view(batch, length, 2 * channels), *of_conv, *factors, *rest, slots,
+            slots.argsort(1).int()]
+
+
+SCANS = {
+    'the same': lambda: mixers(),
+    'other length': lambda: mixers(length=64),
+    'other batch': lambda: mixers(batch=3),
+    'other channels': lambda: mixers(channels=65),
+    'other states': lambda: mixers(state=3),
+    'other rank': lambda: mixers(rank=3),
+    'one walk': lambda: mixers(K=1),
+    'float32': lambda: mixers(dtype=torch.float32),
+    'odd address': lambda: mixers(shift=1),
+    'strided weights and tables': lambda: _turned(mixers(), 1, 2, 3, 4, 8, 9),
+}
+
+
+def scan_along(tensors, factor, *leaves):
+    tensors = [x.detach().requires_grad_(i in leaves) for i, x in enumerate(tensors)]
+    wanted = [tensors[i] for i in leaves]
+
+    def run():
+        y = walk_scan.walk_scan(*tensors, factor)
+        for leaf, grad in zip(wanted, torch.autograd.grad(y, wanted, torch.ones_like(y)),
+                              strict=True):  # fmt: skip
+            assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+
+    return run
+
+
+@pytest.mark.parametrize('variation', SCANS)
+def test_no_record_of_a_scan_along_walks_is_stale(variation, machine):
+    every = range(8)
+    check(machine, scan_along(mixers(), 0.5, *every), 6)
+    tensors = SCANS[variation]()
+    check(machine, scan_along(tensors, 0.5, *every), 6)
+    check(machine, scan_along(tensors, 1., 0), 6)
+    check(machine, scan_along(tensors, None, *every), 4)
+    with torch.no_grad():
+        check(machine, lambda: walk_scan.walk_scan(*tensors, 0.5), 3)
+        check(machine, lambda: walk_scan.walk_scan(*tensors, None), 2)
+    check(machine, scan_along(mixers(extra=7), None, *every), 4)
+    check(machine, scan_along(mixers(), 0.5, *every), 6)
+
+
+def test_gradients_of_a_scan_along_walks_with_other_strides(machine):
+    for factor, programs in ((0.5, 6), (None, 4)):
+        tensors = mixers()
+        uz = tensors[0].requires_grad_()
+        y = walk_scan.walk_scan(*tensors, factor)
+        dense = torch.ones(y.shape, dtype=y.dtype)
+        odd = torch.ones(y.numel() + 1, dtype=y.dtype)[1:].view(y.shape)
+        for dy in (torch.ones_like(y), dense, dense.flatten()[:1].expand(y.shape), odd):
+            def run(tensors=tensors, factor=factor, uz=uz, dy=dy):
+                torch.autograd.grad(walk_scan.walk_scan(*tensors, factor), uz, dy)
+
+            check(machine, run, programs)
+
+
+# --- the turned sum -------------------------------------------------------------------------------
+
+
+def turned(batch=2, length=9, channels=12, stream=torch.float32, hidden=torch.bfloat16,
+           factor=True, shift=0):  # fmt: skip
+    """stream, hidden, factor, cos and sin."""
+    size = batch, length, channels
+    memory = torch.randn(torch.Size(size).numel() + shift).to(hidden)[shift:]
+    return [
+        None if stream is None else torch.randn(size).to(stream), memory.view(size),
+        torch.rand(batch) if factor else None, *torch.randn(2, length, channels),
+    ]  # fmt: skip
+
+
+TURNED = {
+    'the same': lambda: turned(),
+    'other length': lambda: turned(length=16),
+    'other batch': lambda: turned(batch=3),
+    'other channels': lambda: turned(channels=16),
+    'no stream': lambda: turned(stream=None),
+    'nothing dropped': lambda: turned(factor=False),
+    'half stream': lambda: turned(stream=torch.bfloat16),
+    'float32': lambda: turned(hidden=torch.float32),
+    'odd address': lambda: turned(shift=1),
+}
+
+
+@pytest.mark.parametrize('variation', TURNED)
+def test_no_record_of_a_turned_sum_is_stale(variation, machine):
+    def step(given):
+        leaves = [x.requires_grad_() for x in given[:2] if x is not None]
+
+        def run():
+            y = rotation.rotated_sum(*given)
+            for dy in (torch.ones_like(y), y.detach().mT.contiguous().mT):
+                torch.autograd.grad(y, leaves, dy, retain_graph=True)
+
+        return run
+
+    check(machine, step(turned()), 3)
+    given = TURNED[variation]()
+    with torch.no_grad():
+        check(machine, lambda: rotation.rotated_sum(*given), 1)
+    check(machine, step(given), 3)
+    check(machine, step(turned()), 3)
 
 
 # --- sum and norm ---------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ TARGETS = {
     'MambaVisionMixer lean': Target(130, 340, 41),
     'SS2D': Target(165, 315, 50),
     'LocalSS2D': Target(400, 900, 99),
-    'VimMixer': Target(215, 425, 44),
-    'LocalVimMixer': Target(290, 545, 66),
+    'VimMixer': Target(115, 335, 31),
+    'LocalVimMixer': Target(150, 365, 44),
 }
 
 

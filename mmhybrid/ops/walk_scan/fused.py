@@ -151,6 +151,7 @@ def _backward_operator(factor, *tensors):
 
 def _forward(*arguments):
     *tensors, factor, gradients = arguments
+    tensors = [x.contiguous() for x in tensors]
     with autocast_off(tensors[0].device):
         one, pointers = find(
             _FORWARD, tensors, (factor, gradients), lambda: Forward(tensors, factor, gradients)

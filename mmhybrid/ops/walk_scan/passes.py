@@ -112,6 +112,8 @@ class Forward(_Pass):
 
     def __init__(self, tensors, factor: float | None, gradients: bool):
         super().__init__(tensors, factor)
+        read = (0, 5, 6, 7)
+        assert all(tensors[i].is_contiguous() for i in read), 'kernels read uz, dt_bias, A and D'
         self.gradients = gradients
 
     def run(self, tensors, pointers) -> tuple[Tensor | None, ...]:
