@@ -63,12 +63,17 @@ def prepare_mixers(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor, grid: 
         by copies, which needs nothing.
     """
     made: list[tuple | None] = [None] * len(mixers)
-    for trained in (True, False):  # no gradient should wander through frozen mixers
-        ids = [i for i, m in enumerate(mixers) if m.trained() == trained]
-        if ids and _goes_together(mixers[ids[0]], x):
-            for i, weights in zip(ids, _weights_of([mixers[i] for i in ids], x), strict=True):
-                plan = mixers[i].plan(x, grid)
-                made[i] = (weights, plan.permutation(), plan.inverse_permutation(), plan)
+    if not mixers or not _goes_together(mixers[0], x):
+        return made
+    together: dict[bool, list[int]] = {True: [], False: []}
+    for i, mixer in enumerate(mixers):
+        if mixer.backend == mixers[0].backend:
+            # no gradient should wander through frozen mixers
+            together[mixer.trained()].append(i)
+    for ids in filter(None, together.values()):
+        for i, weights in zip(ids, _weights_of([mixers[i] for i in ids], x), strict=True):
+            plan = mixers[i].plan(x, grid)
+            made[i] = (weights, plan.permutation(), plan.inverse_permutation(), plan)
     return made
 
 
