@@ -39,12 +39,15 @@ OF_TORCH = {
 }  # fmt: skip
 MODULES = (
     'mmhybrid.ops.selective_scan.kernels', 'mmhybrid.ops.mambavision_mixer.triton_kernels',
-    'mmhybrid.ops.walk_conv.triton_kernels',
+    'mmhybrid.ops.walk_conv.triton_kernels', 'mmhybrid.ops.walk_scan.triton_kernels',
+    'mmhybrid.ops.layer_norm.triton_kernels', 'mmhybrid.ops.map_conv.triton_kernels',
+    'mmhybrid.ops.merge_norm.triton_kernels',
 )  # fmt: skip
 CASES = {
     'triton_cases.py': 'L2-N5-G2 or same_bits',
     'mixer_cases.py': 'test_every_gradient and 37-12-True',
     'walk_cases.py': 'test_cross_scan and 1-h-2 or test_walk_conv and size1',
+    'norm_cases.py': 'test_the_same_bits_every_time or test_mixed_dtypes',
 }
 CAPABILITIES = (80, 90)
 FORMS = ('written', 'written out')
@@ -115,9 +118,10 @@ def last_line(text: str) -> str:
 
 
 def take_form(form: str) -> None:
-    """Have the kernels as they are written, or all of them written out."""
+    """Have the kernels as they are written, or all of them written out, whatever the version."""
     unrolled = importlib.import_module('mmhybrid.ops.unrolled')
     unrolled.WITH_TUPLES = (0,) if form == 'written' else (1 << 30,)
+    importlib.import_module('mmhybrid.ops.triton_support').MINIMUM_TRITON = (0, 0)
 
 
 def cases(file: str, selection: str) -> int:
@@ -155,6 +159,7 @@ def record(path: str) -> None:
 
     from mmhybrid.layers import SS2D, LocalVimMixer, MambaVisionMixer
     from mmhybrid.ops import selective_scan
+    from mmhybrid.ops.layer_norm import add_norm
 
     notes = []
     for name in MODULES:
@@ -178,6 +183,9 @@ def record(path: str) -> None:
         backend='triton',
     )  # fmt: skip
     (y.sum() + last.sum()).backward()
+    weight = torch.ones(64, requires_grad=True)
+    total, normed = add_norm(tokens, tokens.bfloat16(), weight, weight, 1e-5, torch.bfloat16)
+    (total.sum() + normed.sum()).backward()
     Path(path).write_bytes(pickle.dumps(notes))
 
 

@@ -147,7 +147,7 @@ def scan_backward_aggregate_kernel(
     """
     i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one
+    m_d = o_h < group_dim
     o_d = i_g * group_dim + o_h
     channels = groups.to(tl.int64) * group_dim
     p_delta += i_b * delta_sb + i_g * delta_sg + o_h * delta_sd
