@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmhybrid.ops.selective_scan import cpp
+
+from . import onednn
 from .linear import token_linear
 
 __all__ = ['ChannelAttention', 'DirectionMixture', 'merge_directions']
@@ -31,8 +34,22 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, L, ..., D) in and out; they are scaled as they are, not normalised."""
-        mean = self.norm(x).mean(dim=1, keepdim=True)
-        return x * self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+        return x * self.scale(self.norm(x).mean(dim=1, keepdim=True))
+
+    def scale(self, mean: Tensor) -> Tensor:
+        """Factors of channels (B, 1, ..., D) from the mean of the normalised tokens."""
+        return self.channel_select(F.gelu(self.global_reduce(mean))).sigmoid()
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether :meth:`merged` may stand for a call: in float32 on a CPU, where nobody looks."""
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        return not hooked and onednn.takes(x, self.norm)
+
+    def merged(self, x: Tensor) -> Tensor:
+        """The sum over K of what ``forward`` makes of (B, L, K, D), by the compiled kernels."""
+        means = cpp.normed_means(x, self.norm.eps)
+        means = torch.addcmul(self.norm.bias, means, self.norm.weight)
+        return cpp.scaled_sum(x, self.scale(means.unsqueeze(1)).squeeze(1))
 
 
 class DirectionMixture(nn.Module):
@@ -53,13 +70,14 @@ class DirectionMixture(nn.Module):
 
 
 def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
-                     weights: Tensor | None = None) -> Tensor:
+                     weights: Tensor | None = None, compiled: bool = False) -> Tensor:
     """Sum of the directions, each under channel attention.
 
     Args:
         ys: stacks (B, k, D, L) of results in row-major order, together K.
         attention: one for all directions.
         weights: (K,); while searching, results are normalised and summed with these weights.
+        compiled: whether the results are the compiled scan's, so that there are kernels for this.
 
     Returns:
         (B, L, D).
@@ -67,11 +85,15 @@ def merge_directions(ys: Iterable[Tensor], attention: ChannelAttention,
     total, first = None, 0
     for stack in ys:
         count = stack.shape[1]
-        y = attention(stack.permute(0, 3, 1, 2))  # B L k D
-        if weights is not None:
-            own = weights[first:first + count, None]
-            y = own * F.layer_norm(y, y.shape[-1:])
+        y = stack.permute(0, 3, 1, 2)  # B L k D
+        if compiled and weights is None and attention.takes(y):
+            y = attention.merged(y)
+        else:
+            y = attention(y)
+            if weights is not None:
+                own = weights[first:first + count, None]
+                y = own * F.layer_norm(y, y.shape[-1:])
+            y = y.sum(2) if count > 1 else y.squeeze(2)
         first += count
-        y = y.sum(2) if count > 1 else y.squeeze(2)
         total = y if total is None else total + y
     return total

@@ -220,5 +220,6 @@ class LocalSS2D(SS2D):
             return attend_norm(ys[0], given, attention.norm.eps, norm.weight, norm.bias, norm.eps,
                                gate.flatten(1, 2), x.dtype).view(x.shape)
         ys = [y.to(norm.weight.dtype) for y in ys]
-        y = merge_directions(ys, attention, mixture() if searching else None)
+        y = merge_directions(ys, attention, mixture() if searching else None,
+                             compiled=backend == 'cpp')
         return self.normalized(y.unflatten(1, x.shape[1:3]), gate, x.dtype)

@@ -1,11 +1,13 @@
 """The compiled CPU scan through tables: every order, sum over directions, expanded steps."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
 
-from mmhybrid.layers.directional import LocalVimMixer, VimMixer
+from mmhybrid.layers.direction_merge import ChannelAttention, merge_directions
+from mmhybrid.layers.directional import VimMixer
 from mmhybrid.layers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
@@ -198,9 +200,7 @@ def test_scans_of_a_map(directions, size, restore, merge):
 @pytest.mark.parametrize('make', [
     lambda: (SS2D(16, channel_first=True), (2, 16, 3, 5)),
     lambda: (LocalSS2D(16, ('h', 'v', 'w2_flip')), (2, 3, 5, 16)),
-    lambda: (VimMixer(12), (2, 15, 12), (3, 5)),
-    lambda: (LocalVimMixer(16, ('h', 'v', 'w2_flip')), (2, 15, 16), (3, 5))],
-    ids=['SS2D', 'LocalSS2D', 'VimMixer', 'LocalVimMixer'])
+    lambda: (VimMixer(12), (2, 15, 12), (3, 5))], ids=['SS2D', 'LocalSS2D', 'VimMixer'])
 def test_mixers_take_the_kernel_and_train_as_with_the_reference(make, monkeypatch):
     mixer, shape, *rest = make()
     calls = mock.Mock(side_effect=cpp.scan_ordered)
@@ -273,6 +273,28 @@ def test_operator_registration(expanded):
         torch.ops.mmhybrid.selective_scan_cpp_ordered.default,
         (*tensors, order, True, False, expanded, True))
     assert len(found) >= 4 and set(found.values()) == {'SUCCESS'}
+
+
+@pytest.mark.parametrize(('K', 'D'), [(1, 1), (2, 15), (3, 16), (4, 40)])
+@pytest.mark.parametrize('tokens', [1, 63, 200, 300])
+def test_channel_attention_of_inference(tokens, K, D, monkeypatch):
+    """Of results with a mean, with weights of the norm that are not as at the start."""
+    attention = ChannelAttention(D, reduction=1)
+    for p in attention.parameters():
+        torch.nn.init.normal_(p)
+    ys = [10 + torch.randn(2, tokens, K, D).permute(0, 2, 3, 1)]
+    expected = merge_directions([y.double() for y in ys], copy.deepcopy(attention).double())
+    called = mock.Mock(side_effect=cpp.scaled_sum)
+    monkeypatch.setattr(cpp, 'scaled_sum', called)
+    with torch.no_grad():
+        found = merge_directions(ys, attention, compiled=True)
+    assert called.call_count == 1
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-4, atol=1e-3)
+    merge_directions(ys, attention, compiled=True)[0, 0, 0].backward()  # there with gradients
+    with torch.no_grad():
+        attention.register_forward_hook(lambda *_: None)
+        merge_directions(ys, attention, compiled=True)
+    assert called.call_count == 1
 
 
 @pytest.mark.plain_empty

@@ -27,8 +27,8 @@ from ...private_files import alone, exposure, exposure_of, open_regular
 from .. import library as operators
 from .operator import REFUSAL, apply_gate, gate_gradients, make_operator
 
-__all__ = ['distrusts_cache', 'scan_ordered', 'selective_scan_cpp', 'unavailable_reason',
-           'unsupported_reason']
+__all__ = ['distrusts_cache', 'normed_means', 'scaled_sum', 'scan_ordered', 'selective_scan_cpp',
+           'unavailable_reason', 'unsupported_reason']
 
 #: Environment variable: the folder for compiled files, in place of the user's cache folder.
 CACHE_VARIABLE = 'MMHYBRID_CACHE'
@@ -286,6 +286,12 @@ def _library() -> ctypes.CDLL | str:
             function = getattr(library, f'mmhybrid_scan_{function}')
             function.argtypes, function.restype = [ctypes.POINTER(_Arguments)], None
         library.mmhybrid_scan_arguments.restype = ctypes.c_int64
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        library.mmhybrid_normed_means.argtypes = [
+            pointer, *[number] * 4, ctypes.c_float, pointer, number]
+        library.mmhybrid_scaled_sum.argtypes = [*[pointer] * 2, *[number] * 4, pointer, number]
+        for function in (library.mmhybrid_normed_means, library.mmhybrid_scaled_sum):
+            function.restype = None
         fits = library.mmhybrid_scan_order_fits
         fits.argtypes, fits.restype = [ctypes.c_void_p, *[ctypes.c_int64] * 2], ctypes.c_int64
     except (BuildError, OSError, AttributeError) as error:
@@ -715,3 +721,30 @@ def scan_ordered(
     gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return torch.ops.mmhybrid.selective_scan_cpp_ordered(
         *tensors, softplus, reverse, merge, gradients)[:2]
+
+
+# Channel attention over directions, in inference --------------------------------------------------
+
+
+def normed_means(x: Tensor, eps: float) -> Tensor:
+    """Mean over the tokens of what layer norm without weights makes of float32 (B, L, K, D).
+
+    Returns:
+        (B, K, D), without a gradient.
+    """
+    x = x.contiguous()
+    batch, tokens, directions, channels = x.shape
+    out = torch.empty(batch, directions, channels)
+    _library().mmhybrid_normed_means(
+        x.data_ptr(), *x.shape, eps, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def scaled_sum(x: Tensor, scale: Tensor) -> Tensor:
+    """Sum over K of float32 (B, L, K, D) times (B, K, D): (B, L, D), without a gradient."""
+    x, scale = x.contiguous(), scale.contiguous()
+    batch, tokens, _, channels = x.shape
+    out = torch.empty(batch, tokens, channels)
+    _library().mmhybrid_scaled_sum(
+        x.data_ptr(), scale.data_ptr(), *x.shape, out.data_ptr(), torch.get_num_threads())
+    return out

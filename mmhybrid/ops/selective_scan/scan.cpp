@@ -17,6 +17,7 @@
 // Never compile this with -ffast-math: it removes the rounding by adding and subtracting SHIFT.
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -881,9 +882,77 @@ template <int NB> void backward(const Arguments& a) {
   }
 }
 
+// What attention over directions needs of their results: rows x of (B, L, K, D). A task takes some
+// tokens, the same ones for any number of threads.
+
+inline float sum_of_lanes(vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = 0.f;
+  for (int i = 0; i < W; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+// out[k][d]: the sum over tokens of what layer norm over the channels makes of x.
+void normed_sum(const float* x, int64_t tokens, int64_t K, int64_t D, float eps, float* out) {
+  const int64_t blocks = ceil_div(D, W), whole = D / W;
+  const int rest = (int)(D % W);
+  Room room((K + 1) * blocks);
+  vec *sums = room.take(K * blocks), *row = room.take(blocks);
+  for (int64_t i = 0; i < tokens * K; ++i, x += D) {
+    vec s = {}, squares = {}, *sum = sums + i % K * blocks;
+    for (int64_t j = 0; j < whole; ++j) s += row[j] = load(x + j * W);
+    if (rest) s += row[whole] = load_some(x + whole * W, rest);
+    const float mean = sum_of_lanes(s) / D;
+    for (int64_t j = 0; j < blocks; ++j) row[j] -= mean;
+    for (int j = rest; rest && j < W; ++j) row[whole][j] = 0.f;
+    for (int64_t j = 0; j < blocks; ++j) squares += row[j] * row[j];
+    const float scale = 1.f / std::sqrt(sum_of_lanes(squares) / D + eps);
+    for (int64_t j = 0; j < blocks; ++j) sum[j] += row[j] * scale;
+  }
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t j = 0; j < blocks; ++j)
+      store_some(out + k * D + j * W, sums[k * blocks + j], j < whole ? W : rest);
+}
+
 }  // namespace
 
 extern "C" {
+
+// out[b][k][d]: the mean over tokens of what layer norm over the channels makes of x.
+void mmhybrid_normed_means(const float* x, int64_t batch, int64_t tokens, int64_t K, int64_t D,
+                           float eps, float* out, int64_t threads) {
+  const int64_t piece = 64, pieces = ceil_div(tokens, piece), row = K * D;
+  std::vector<float> sums(batch * pieces * row);
+  parallel(batch * pieces, threads, [&](int64_t i) {
+    const int64_t t = i % pieces * piece, left = tokens - t;
+    normed_sum(x + (i / pieces * tokens + t) * row, left < piece ? left : piece, K, D, eps,
+               &sums[i * row]);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    add_rows(out + b * row, &sums[b * pieces * row], pieces, row, threads);
+    for (int64_t i = 0; i < row; ++i) out[b * row + i] /= tokens;
+  }
+}
+
+// out[b][l][d] = sum_k scale[b][k][d] * x[b][l][k][d]
+void mmhybrid_scaled_sum(const float* x, const float* scale, int64_t batch, int64_t tokens,
+                         int64_t K, int64_t D, float* out, int64_t threads) {
+  const int64_t piece = 256;
+  parallel(ceil_div(batch * tokens, piece), threads, [&](int64_t i) {
+    const int64_t end = (i + 1) * piece < batch * tokens ? (i + 1) * piece : batch * tokens;
+    for (int64_t t = i * piece; t < end; ++t) {
+      const float *row = x + t * K * D, *by = scale + t / tokens * K * D;
+      for (int64_t d = 0; d < D; ++d) {
+        float sum = row[d] * by[d];
+        for (int64_t k = 1; k < K; ++k) sum += row[k * D + d] * by[k * D + d];
+        out[t * D + d] = sum;
+      }
+    }
+  });
+}
 
 // Size of Arguments, so that a caller with another idea of it notices.
 int64_t mmhybrid_scan_arguments(void) { return sizeof(Arguments); }
