@@ -13,7 +13,7 @@ _base_ = [
 data_root = 'data/mini_coco/'
 side = 160
 width = 48
-epochs = 10
+epochs = 7
 norm = dict(type='GN', num_groups=8, requires_grad=True)
 
 box_heads = [
@@ -46,8 +46,8 @@ rcnn_stages = [
             ignore_iof_thr=-1),
         sampler=dict(
             type='RandomSampler',
-            num=32,
-            pos_fraction=0.25,
+            num=16,
+            pos_fraction=0.5,
             neg_pos_ub=-1,
             add_gt_as_proposals=True),
         mask_size=28,
@@ -128,11 +128,11 @@ test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=epochs, val_interval=epochs)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=40),
     dict(
         type='CosineAnnealingLR', by_epoch=True, begin=0, end=epochs, T_max=epochs,
         eta_min_ratio=0.01, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
-    dtype=None, optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=10.0))
+    dtype=None, optimizer=dict(lr=2e-3, fused=True), clip_grad=dict(max_norm=10.0))
 auto_scale_lr = dict(base_batch_size=8)

@@ -4,12 +4,18 @@ _base_ = './cascade_mambavision_mini_coco.py'
 
 epochs = 16
 
+rcnn_stages = [
+    dict(stage, sampler=dict(stage['sampler'], num=32, pos_fraction=0.25))
+    for stage in _base_.rcnn_stages
+]
+
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmhybrid.VMamba',
         arch=dict(dim=32, depths=(1, 2, 2, 2), ssm_ratio=1.0, mlp_ratio=2),
-        drop_path_rate=0.0))
+        drop_path_rate=0.0),
+    train_cfg=dict(rcnn=rcnn_stages))
 
 train_cfg = dict(max_epochs=epochs, val_interval=epochs)
 param_scheduler = [

@@ -13,8 +13,8 @@ name), it has no ``__file__``, and ``__all__`` and ``dir()`` name only what it c
 
 The operator signatures are those that ``mmcv.ops`` (2.1 to 2.3) calls; values follow torchvision,
 whose kernels compute the same functions (RoIAlign: Mask R-CNN, arXiv:1703.06870, section 3). On a
-CPU, where torchvision's RoIAlign takes a third of a training step of a small detector, many RoIs are
-pooled by :mod:`mmhybrid.roi_align` instead.
+CPU, where torchvision's RoIAlign takes a quarter of a training step of a small detector, many RoIs
+are pooled by :mod:`mmhybrid.roi_align` instead.
 """
 
 import functools

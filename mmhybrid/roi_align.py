@@ -8,13 +8,12 @@ their backward pass in one thread.
 For the gradient the taps are sorted by pixel, so that its sums have one order with any number of
 threads.
 
-Along an axis the weights of a bin depend on that axis alone, so each axis has a small table, and the
-weight of a pixel is a product. Names: R RoIs, P bins along an axis, T taps (pixels with a weight)
-of a bin along an axis, C channels.
+Along an axis the weights of a bin depend on that axis alone, so each axis has a small table, and
+the weight of a pixel is a product. Names: R RoIs, P bins along an axis, T taps (pixels with a
+weight) of a bin along an axis, C channels.
 """
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 

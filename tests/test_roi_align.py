@@ -1,4 +1,4 @@
-"""RoIAlign as sums of rows, against torchvision's kernels; those of mmcv are in test_mmcv_ops.py."""
+"""RoIAlign as sums of rows against torchvision; against mmcv it is in test_mmcv_ops.py."""
 
 import pytest
 import torch

@@ -113,13 +113,22 @@ trained="$work/$config.py"
 checkpoint="$(cat "$work/last_checkpoint")"
 [[ -f "$checkpoint" ]] || fail "training left no checkpoint in $work/; see the log there."
 
+# The pictures are drawn meanwhile: half of either command is start-up, which one core does.
+"$python" tools/visualize.py "$trained" "$checkpoint" --out-dir "$work/pictures" \
+    >"$work/pictures.log" 2>&1 &
+drawing=$!
+trap 'kill "$drawing" 2>/dev/null || true' EXIT
+
 say "4/5 evaluation on the held-out images"
 "$python" tools/test.py "$trained" "$checkpoint" --work-dir "$work/test" ||
     fail "the evaluation of $checkpoint stopped; see above."
 
 say "5/5 pictures"
-"$python" tools/visualize.py "$trained" "$checkpoint" --out-dir "$work/pictures" ||
+wait "$drawing" || {
+    cat "$work/pictures.log" >&2
     fail "the pictures could not be drawn; see above."
+}
+trap - EXIT
 
 "$python" - "$task" "$work" <<'PY' || fail "the results in $work/test could not be read."
 import json

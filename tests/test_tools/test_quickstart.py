@@ -23,6 +23,7 @@ if args[0] == '-':  # the summary, a program on standard input
     os.execv({python!r}, [{python!r}, *args])
 tool = Path(args[0]).name
 if tool == os.environ.get('FAIL'):
+    print(tool, 'says why', file=sys.stderr)
     sys.exit(1)
 value = lambda flag: Path(args[args.index(flag) + 1])
 if tool == 'train.py':
@@ -158,6 +159,13 @@ def test_failures_are_sentences(quickstart, args, environment, complaint):
     assert done.returncode == 1
     assert complaint in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith('[quickstart] ERROR: ')
+
+
+def test_what_draws_beside_the_evaluation_is_heard(quickstart):
+    done, calls = quickstart(METRICS=DETECTION, FAIL='visualize.py')
+    assert done.returncode == 1
+    assert 'visualize.py says why' in done.stderr
+    assert _call(calls, 'test.py')
 
 
 def test_help(quickstart):
