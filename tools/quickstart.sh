@@ -30,15 +30,16 @@ iterations="${QUICKSTART_ITERS:-}"
 [[ "$iterations" =~ ^([1-9][0-9]*)?$ ]] ||
     fail "QUICKSTART_ITERS is '$iterations'; expected a positive whole number."
 
-shortened=()
+settings=()
 case "$task" in
 detection)
     config=cascade_mambavision_mini_coco
     dataset=mini-coco
     data=data/mini_coco
+    settings=(train_cfg.val_interval=1000) # once is enough: step 4 evaluates
     if [[ -n "$iterations" ]]; then # 480 images in batches of 8 are 60 iterations per epoch
         epochs=$(((iterations + 59) / 60))
-        shortened=(train_cfg.max_epochs=$epochs train_cfg.val_interval=$epochs
+        settings+=(train_cfg.max_epochs=$epochs
             train_dataloader.dataset.indices=$(((iterations + epochs - 1) / epochs * 8)))
     fi
     ;;
@@ -46,8 +47,9 @@ segmentation)
     config=upernet_mambavision_mini_ade20k
     dataset=mini-ade20k
     data=data/mini_ade20k/ADEChallengeData2016
+    settings=(train_cfg.val_interval=1000000)
     if [[ -n "$iterations" ]]; then
-        shortened=(train_cfg.max_iters=$iterations train_cfg.val_interval=$iterations
+        settings+=(train_cfg.max_iters=$iterations
             default_hooks.checkpoint.interval=$iterations)
     fi
     ;;
@@ -68,15 +70,15 @@ for option in "$@"; do
     esac
     options+=("$option")
     if [[ "$option" == --cfg-options ]]; then
-        options+=(${shortened[@]+"${shortened[@]}"})
-        shortened=()
+        options+=(${settings[@]+"${settings[@]}"})
+        settings=()
     fi
 done
 if [[ "$task" == help ]]; then
     sed -n '2,14s/^# \{0,1\}//p' "$0"
     exit 0
 fi
-if ((${#shortened[@]})); then options+=(--cfg-options "${shortened[@]}"); fi
+if ((${#settings[@]})); then options+=(--cfg-options "${settings[@]}"); fi
 
 # Idle threads soon sleep instead of spinning: on a machine that does other things as well, spinning
 # threads hold up the working ones, and an iteration takes several times as long.

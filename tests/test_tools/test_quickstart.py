@@ -81,7 +81,8 @@ def test_detection_prints_what_it_reached_and_where(quickstart, tmp_path):
     assert _call(calls, 'prepare_data.py')[1] == 'mini-coco'
     train = _call(calls, 'train.py')
     assert train[1] == 'configs/cascade_mambavision_mini_coco.py'
-    assert '--cfg-options' not in train
+    # Nothing of the recipe is changed; the evaluation comes after it.
+    assert train[train.index('--cfg-options') + 1:] == ['train_cfg.val_interval=1000']
     work = train[train.index('--work-dir') + 1]
     test, pictures = _call(calls, 'test.py'), _call(calls, 'visualize.py')
     # Evaluated and drawn with the config as it was trained.
@@ -121,7 +122,7 @@ def test_a_shortened_detection_run(quickstart, iterations, epochs, images):
     _, calls = quickstart(METRICS=DETECTION, QUICKSTART_ITERS=str(iterations))
     train = _call(calls, 'train.py')
     assert train[train.index('--cfg-options') + 1:] == [
-        f'train_cfg.max_epochs={epochs}', f'train_cfg.val_interval={epochs}',
+        'train_cfg.val_interval=1000', f'train_cfg.max_epochs={epochs}',
         f'train_dataloader.dataset.indices={images}']
     assert epochs * images == iterations * 8
 
@@ -140,7 +141,7 @@ def test_own_options_join_those_of_a_shortened_run(quickstart):
     train = _call(calls, 'train.py')
     assert train.count('--cfg-options') == 1
     assert train[train.index('--cfg-options') + 1:] == [
-        'train_cfg.max_iters=5', 'train_cfg.val_interval=5',
+        'train_cfg.val_interval=1000000', 'train_cfg.max_iters=5',
         'default_hooks.checkpoint.interval=5', 'a=1', 'b=2']
 
 
