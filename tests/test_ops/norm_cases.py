@@ -23,6 +23,7 @@ from mmhybrid.ops.layer_norm import fused, norm_reference, sum_reference
 
 begin_cases()
 
+SLOW = pytest.mark.slow
 HALF, FLOAT, BF16 = torch.float16, torch.float32, torch.bfloat16
 # The interpreter cuts numbers off instead of rounding them to bfloat16.
 TOLERANCE = {FLOAT: 3e-6, HALF: 3e-3, BF16: 3e-2}
@@ -115,7 +116,7 @@ def check(given, dtype=None, tolerance=None, **options):
 
 
 SIZES = [(1, 3, 2, 65), (9, 31), (1, 1, 1), *(
-    pytest.param(size, marks=pytest.mark.slow) for size in ((2, 5, 7), (3, 1, 8), (2, 33, 16)))]
+    pytest.param(size, marks=SLOW) for size in ((2, 5, 7), (3, 1, 8), (2, 33, 16)))]
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
@@ -145,7 +146,7 @@ def test_2048_channels():
 
 
 @pytest.mark.parametrize(('x', 'branch', 'scale'), [
-    pytest.param(*one, marks=() if i % 5 == 3 else pytest.mark.slow)
+    pytest.param(*one, marks=() if i % 5 == 3 else SLOW)
     for i, one in enumerate(itertools.product((HALF, FLOAT, BF16), (HALF, FLOAT, BF16),
                                               (None, FLOAT, HALF)))], ids=str)  # fmt: skip
 def test_mixed_dtypes(x, branch, scale):
@@ -182,7 +183,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('of', ['residual', 'branch', 'both'])
+@pytest.mark.parametrize('of', [
+    pytest.param('residual', marks=SLOW), pytest.param('branch', marks=SLOW), 'both'])
 def test_layouts(of, layout):
     given = inputs((2, 3, 5, 10), scale=FLOAT)
     names = ('residual', 'branch') if of == 'both' else (of,)
@@ -221,7 +223,7 @@ NAMES = ('residual', 'branch', 'scale', 'weight', 'bias')
     ('scale', 'weight', 'bias'), ('branch', 'scale', 'weight', 'bias'), NAMES[:4],
     ('residual', 'scale', 'weight', 'bias'),
 ], ids='-'.join)
-@pytest.mark.parametrize('plain', [False, True])
+@pytest.mark.parametrize('plain', [False, pytest.param(True, marks=SLOW)])
 def test_frozen_inputs(frozen, plain):
     given = inputs((2, 3, 17), scale=None if plain else FLOAT, factor=not plain)
     check(given, frozen=frozen)
@@ -246,6 +248,19 @@ def test_gradients_that_are_expanded():
             found.append(torch.autograd.grad(y.sum((1, 2)).square().sum(), leaves))
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), 1e30])
+def test_a_token_without_numbers_spoils_no_other(bad):
+    given = inputs((2, 5, 11), scale=FLOAT)
+    clean = gradients(kernels, given, None)
+    given['branch'][1, 3, 4] = bad
+    got, want = gradients(kernels, given, None), gradients(expected, given, None)
+    for name in ('sum', 'norm', 'gradient of residual', 'gradient of branch'):
+        other = torch.ones(2, 5, dtype=torch.bool)
+        other[1, 3] = False
+        assert torch.equal(got[name][other], clean[name][other]), name
+        assert torch.equal(got[name].isfinite(), want[name].isfinite()), name
 
 
 def test_the_same_bits_every_time():
@@ -457,7 +472,8 @@ def test_map_in_channels_last():
 
 
 @pytest.mark.parametrize('scaled', [False, True])
-@pytest.mark.parametrize('drop', [None, 'identity', 'path', 'eval'])
+@pytest.mark.parametrize('drop', [
+    pytest.param(None, marks=SLOW), 'identity', 'path', pytest.param('eval', marks=SLOW)])
 @pytest.mark.parametrize('kind', MODULES)
 def test_sum_and_norm(kind, drop, scaled, monkeypatch):
     module, size = module_of(kind)

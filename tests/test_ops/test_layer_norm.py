@@ -15,12 +15,12 @@ CASES = Path(__file__).with_name('norm_cases.py')
 
 @pytest.mark.gpu
 def test_kernels():
-    assert run_cases(CASES, '-m', 'not slow') >= 120
+    assert run_cases(CASES, '-m', 'not slow') >= 80
 
 
 @pytest.mark.slow
 def test_kernels_slow():
-    assert run_cases(CASES, '-m', 'slow') >= 40
+    assert run_cases(CASES, '-m', 'slow') >= 70
 
 
 # --- without kernels ------------------------------------------------------------------------------
