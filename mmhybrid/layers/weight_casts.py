@@ -44,6 +44,8 @@ KINDS = {'cuda'}
 _LAYERS = (nn.Linear, TokenLinear, Linear2d, nn.Conv1d, nn.Conv2d, nn.Conv3d,
            nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FORWARDS = frozenset(layer.forward for layer in _LAYERS)
+# Classes of PyTorch that leave parameters in pieces until a layer is called.
+_SHARDED = {'FullyShardedDataParallel', 'FSDPModule'}
 # Elements: copies start at multiples, so that products of matrices may read them in wide words.
 _ALIGNMENT = 64
 # Elements of the weights whose gradients are cast together: those of DDP's buckets.  What comes
@@ -119,7 +121,7 @@ class _Weights:
         for ref, name in self._places:
             module = ref()
             p = None if module is None else module._parameters.get(name)
-            if p is not None and p.dtype == torch.float32 and p.device.type == kind:
+            if p is not None and p.dtype == torch.float32 and p.device.type == kind and p.numel():
                 found.setdefault(p, []).append((module, name))
         for p, copy in zip(found, _copies([*found], torch.get_autocast_dtype(kind)), strict=True):
             for module, name in found[p]:
@@ -141,6 +143,8 @@ def _weights_of(module: nn.Module) -> _Weights:
 
 def _castable(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Modules and names of parameters that autocast alone casts, in the order of the network."""
+    if any(base.__name__ in _SHARDED for m in module.modules() for base in type(m).__mro__):
+        return
     kept = set(_kept(module))
     for child in module.modules():
         names = ('weight', 'bias') if type(child).forward in _FORWARDS else ()

@@ -449,6 +449,18 @@ def test_functional_calls_and_transforms():
     assert torch.equal(grads['stem.weight'], other['stem.weight'].grad)
 
 
+def test_parameters_in_pieces_are_left_alone():
+    class FullyShardedDataParallel(nn.Linear):
+        pass
+
+    net = Net()
+    net.hidden = FullyShardedDataParallel(6, 6)
+    assert step(net)[2][TOGETHER] == 0
+    net = Net()
+    net.unused.weight.data = torch.empty(0)  # as DeepSpeed leaves what another process holds
+    assert step(net)[2][TOGETHER] == 2
+
+
 def test_one_process_of_distributed_training(tmp_path, monkeypatch):
     torch.distributed.init_process_group(
         'gloo', init_method=f'file://{tmp_path}/here', rank=0, world_size=1)
