@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmhybrid.engine.graphs import use_cuda_graphs
-from mmhybrid.layers import casts_weights, recomputed, weight_casts
+from mmhybrid.layers import SS2D, casts_weights, recomputed, weight_casts
 from mmhybrid.models import LocalVim, LocalVMamba, MambaVision, TimmFeatures, Vim, VMamba
 
 CAST = 'aten._to_copy.default'
@@ -143,7 +143,10 @@ def compare(net, monkeypatch, **how):
 @pytest.mark.parametrize('kind', BACKBONES)
 def test_backbones_have_the_bits_of_autocast(kind, monkeypatch):
     torch.manual_seed(0)
-    # the compiled scan of a CPU reads a weight in float32 that all others cast
+    if kind in ('vmamba_v0', 'localvmamba'):
+        # their scans in float32 read dt_projs_weight in float32, too, where Triton cannot run
+        monkeypatch.setattr(SS2D, 'reads_cast', ('x_proj_weight',))
+    # the compiled scan of a CPU reads that weight in float32 always
     net = BACKBONES[kind](scan_backend='torch').train()
     found, expected = compare(net, monkeypatch)
     assert found[TOGETHER] == 2
