@@ -63,6 +63,16 @@ def test_what_is_no_version_is_refused(cpu, tmp_path):
 
 
 @pytest.mark.slow
+def test_arguments_reach_the_model(cpu, tmp_path):
+    path = tmp_path / 'cpu.csv'
+    model = 'MambaVision:tiny:window_size=(8,8,3,2):windows="tight":out_indices=(0,2)'
+    done = cpu.main(['--against', str(ROOT), '--models', model, '--size', '64', '96', '--threads',
+                     '1', '--turns', '1', '--clock', 'cpu', '--csv', str(path)])
+    (row,) = csv.DictReader(path.read_text().splitlines())
+    assert done == 0 and row['model'] == model and float(row['error']) == 0
+
+
+@pytest.mark.slow
 def test_end_to_end(cpu, tmp_path):
     path = tmp_path / 'cpu.csv'
     done = cpu.main(['--against', str(ROOT), '--models', 'VMamba:tiny', '--passes', *cpu.PASSES,

@@ -3,6 +3,8 @@
     python tools/benchmark/cpu.py --against d7a90d8 --threads 2
     python tools/benchmark/cpu.py --against ../older --models VMamba:tiny --csv results/cpu.csv
 
+A model is CLASS:ARCH, or CLASS:ARCH:ARGUMENT=VALUE with further arguments behind it.
+
 The older version is a commit of this repository or a folder that holds `mmhybrid`. Both versions
 run in processes of their own with the same weights and image, one call at a time, so that what
 disturbs the machine disturbs both; the ratio is the median over the turns of the older time divided
@@ -12,6 +14,7 @@ threads, and one thread.
 """
 
 import argparse
+import ast
 import io
 import os
 import statistics
@@ -100,9 +103,11 @@ def work(folder, model, what, clock, threads, batch, height, width, maps) -> Non
 
     assert Path(mmhybrid.__file__).is_relative_to(folder), mmhybrid.__file__
     torch.set_num_threads(int(threads))
-    name, _, arch = model.partition(':')
+    name, *more = model.split(':')
+    arch = more.pop(0) if more else 'tiny'
+    more = {key: ast.literal_eval(value) for key, value in (x.split('=') for x in more)}
     torch.manual_seed(0)
-    network = registry.module_dict[name](arch=arch or 'tiny', drop_path_rate=0.0).eval()
+    network = registry.module_dict[name](arch=arch, drop_path_rate=0.0, **more).eval()
     x = torch.randn(int(batch), 3, int(height), int(width),
                     generator=torch.Generator().manual_seed(0))
     parameters = [p for p in network.parameters() if p.requires_grad]
