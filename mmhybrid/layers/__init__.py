@@ -15,7 +15,7 @@ from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate, rotated_sum
 from .ss2d import SS2D, LocalSS2D, decay_rates
 from .weight_casts import casts_weights
-from .window import near_equal, window_partition, window_unpartition
+from .window import near_equal, window_partition, window_unpartition, windows_along
 
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
@@ -24,5 +24,5 @@ __all__ = [
     'add_norm', 'at_least_float32', 'casts_weights', 'decay_rates', 'draw_together',
     'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
     'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'rotated_sum', 'token_linear',
-    'window_partition', 'window_unpartition',
+    'window_partition', 'window_unpartition', 'windows_along',
 ]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['near_equal', 'window_partition', 'window_unpartition']
+__all__ = ['near_equal', 'window_partition', 'window_unpartition', 'windows_along']
 
 
 def window_partition(x: Tensor, window: int | tuple[int, int]) -> Tensor:
@@ -25,7 +25,7 @@ def window_partition(x: Tensor, window: int | tuple[int, int]) -> Tensor:
     """
     B, C, H, W = x.shape
     h, w = _sides(window)
-    rows, columns = -(-H // h), -(-W // w)
+    rows, columns = windows_along(H, h), windows_along(W, w)
     # A compiler would ask for each size anew whether there is something to pad.
     if torch.compiler.is_compiling() or rows * h != H or columns * w != W:
         x = F.pad(x, (0, columns * w - W, 0, rows * h - H))
@@ -48,11 +48,20 @@ def window_unpartition(tokens: Tensor, window: int | tuple[int, int],
     """
     H, W = size
     h, w = _sides(window)
-    rows, columns = -(-H // h), -(-W // w)
+    rows, columns = windows_along(H, h), windows_along(W, w)
     C = tokens.shape[-1]
     x = tokens.view(-1, rows, columns, h, w, C).transpose(2, 3)
     x = x.reshape(-1, rows * h, columns * w, C)[:, :H, :W]
     return x.permute(0, 3, 1, 2)
+
+
+def windows_along(side: int, window: int) -> int:
+    """Number of windows that it takes to hold a side.
+
+    That is said apart for one window, behind which a compiler that has the side as a variable then
+    finds constants.
+    """
+    return 1 if side <= window else -(-side // window)
 
 
 def near_equal(side: int, window: int) -> list[tuple[int, int]]:
@@ -66,7 +75,7 @@ def near_equal(side: int, window: int) -> list[tuple[int, int]]:
         One pair (number, pixels) where the windows come out equal, else two, the wider first;
         their pixels differ by one.
     """
-    number = -(-side // window)
+    number = windows_along(side, window)
     pixels, wider = side // number, side % number  # compilers know no divmod of variables
     pairs = (wider, pixels + 1), (number - wider, pixels)
     return [pair for pair in pairs if pair[0]]

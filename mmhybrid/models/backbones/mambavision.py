@@ -31,6 +31,7 @@ from mmhybrid.layers import (
     near_equal,
     window_partition,
     window_unpartition,
+    windows_along,
 )
 from mmhybrid.registry import MODELS
 
@@ -203,7 +204,7 @@ class HybridStage(nn.Module):
         w, (H, W) = self.window, x.shape[-2:]
         last = self.blocks[-1]
         tokens = window_partition(x, w)
-        if (H % w == 0 and W % w == 0) or not isinstance(last.mixer, Attention):
+        if H % w == W % w == 0 or not isinstance(last.mixer, Attention):
             return window_unpartition(self._mix(self.blocks, tokens), w, (H, W))
         pair = self._mix(self.blocks[:-1], tokens, last.norm1)
 
@@ -217,8 +218,8 @@ class HybridStage(nn.Module):
         rows, columns = ([(n, r) for n, r in ((side // w, w), (1, side % w)) if n and r]
                          for side in (H, W))
         heights, widths = ([number for number, _ in cut] for cut in (rows, columns))
-        grids = [_cut(t.unflatten(0, (-1, -(-H // w), -(-W // w))), heights, widths, 1)
-                 for t in pair if t is not None]
+        grids = [_cut(t.unflatten(0, (-1, windows_along(H, w), windows_along(W, w))),
+                      heights, widths, 1) for t in pair if t is not None]
         parts = [list(zip(*bands, strict=True)) for bands in zip(*grids, strict=True)]
         return _patchwork(parts, rows, columns, run)
 
