@@ -34,6 +34,12 @@ def hooked(module: nn.Module) -> bool:
                 or module._backward_pre_hooks)
 
 
+def registered(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias in at least float32, past copies that are cast for autocast."""
+    weight, bias = layer._parameters['weight'], layer._parameters['bias']
+    return at_least_float32(weight), at_least_float32(bias)
+
+
 def decay_rates(logs: Sequence[Tensor]) -> Sequence[Tensor]:
     """A = -exp(A_log) of many scans, in few calls for all of them; at least float32."""
     found: list[Tensor | None] = [None] * len(logs)
@@ -210,15 +216,18 @@ class LocalSS2D(SS2D):
 
     def scan(self, x: Tensor, gate: Tensor, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the merged scans, normalised and under the gate."""
-        mixture, attention, norm = self.multi_scan, self.multi_scan.attn, self.out_norm
+        mixture, norm = self.multi_scan, self.out_norm
+        attention = mixture.attn
         searching = isinstance(mixture, DirectionMixture)
         ys = self.scan_directions(x.permute(0, 3, 1, 2), rates, False, backend)
         if (backend == 'triton' and len(ys) == 1 and not searching and x.numel()
-                and not torch.compiler.is_compiling()
-                and not any(map(hooked, (norm, *attention.modules())))):
-            given = Attention(*map(at_least_float32, attention.parameters()))
-            return attend_norm(ys[0], given, attention.norm.eps, norm.weight, norm.bias, norm.eps,
-                               gate.flatten(1, 2), x.dtype).view(x.shape)
+                and not torch.compiler.is_compiling() and not hooked(norm)):
+            parts = attention.norm, attention.global_reduce, attention.channel_select
+            if not (hooked(attention) or any(map(hooked, parts))):
+                return attend_norm(
+                    ys[0], Attention(*(p for part in parts for p in registered(part))),
+                    parts[0].eps, norm.weight, norm.bias, norm.eps, gate.flatten(1, 2), x.dtype
+                ).view(x.shape)
         ys = [y.to(norm.weight.dtype) for y in ys]
         y = merge_directions(ys, attention, mixture() if searching else None,
                              compiled=backend == 'cpp')

@@ -43,6 +43,7 @@ from mmhybrid.layers import (
     LocalVimMixer,
     MambaVisionMixer,
     VimMixer,
+    decay_rates,
     prepare_mixers,
 )
 from mmhybrid.ops import (
@@ -261,6 +262,19 @@ def prepared_mixer(make: Callable[[], torch.nn.Module], shape: tuple[int, ...], 
     return work
 
 
+def prepared_ss2d(make: Callable[[], torch.nn.Module], shape: tuple[int, ...]):
+    """A mixer of a staged network, which computes the decay rates of all its mixers together."""
+
+    def work(device) -> Work:
+        module = make().to(device)
+        x = torch.randn(shape, device=device).requires_grad_()
+        (rates,) = (rate.detach().requires_grad_() for rate in decay_rates([module.A_logs]))
+        leaves = [p for p in module.parameters() if p is not module.A_logs]
+        return Work(lambda: module(x, rates), [x, rates, *leaves])
+
+    return work
+
+
 WORKS = {
     'scan': scan,
     'ordered scan': ordered_scan,
@@ -271,8 +285,8 @@ WORKS = {
     'MambaVisionMixer lean': mixer(
         lambda: MambaVisionMixer(640, fused=True, backend='triton', lean=True), (2, 64, 640)
     ),
-    'SS2D': mixer(lambda: SS2D(96, state_dim=1, backend='triton'), (2, 16, 16, 96)),
-    'LocalSS2D': mixer(
+    'SS2D': prepared_ss2d(lambda: SS2D(96, state_dim=1, backend='triton'), (2, 16, 16, 96)),
+    'LocalSS2D': prepared_ss2d(
         lambda: LocalSS2D(96, ('h', 'v_flip', 'w7'), state_dim=1, float32_scan=True,
                           backend='triton'), (2, 14, 14, 96)
     ),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..precision import autocast_off
 from ..selective_scan import choose_backend, cpp, run_backend
+from ..selective_scan.launch import eager, fast_apply
 from ..selective_scan.ordered import selective_scan_ordered
 from .orders import ScanPlan, scan_plan
 
@@ -129,11 +130,17 @@ def _scan_through_tables(u: Tensor, x_proj: Tensor, dt_weight: Tensor, A: Tensor
     # Channels side by side are what the kernels read; one copy serves all directions.
     u_BLD, dtype = u.mT.contiguous(), u.dtype
     wide = torch.promote_types(dtype, torch.float32) if float32 else dtype
-    with autocast_off(u.device):
-        u, delta, b, c = _Inputs.apply(u_BLD, x_proj.to(dtype), dt_weight.to(dtype), wide)
-        y = selective_scan_ordered(
-            u, delta, A, b, c, D, delta_bias=dt_bias, delta_softplus=True,
-            order=plan.scan_order(), backend='triton')
+    inputs = u_BLD, x_proj.to(dtype), dt_weight.to(dtype), wide
+    kind = u.device.type
+    cast = kind != 'meta' and torch.is_autocast_enabled(kind)
+    if cast and torch.get_autocast_dtype(kind) != dtype:
+        with autocast_off(u.device):
+            u, delta, b, c = _Inputs.apply(*inputs)
+    else:  # autocast finds nothing to cast
+        u, delta, b, c = (_apply_inputs if eager() else _Inputs.apply)(*inputs)
+    y = selective_scan_ordered(
+        u, delta, A, b, c, D, delta_bias=dt_bias, delta_softplus=True, order=plan.scan_order(),
+        backend='triton')
     return plan.displace(y)
 
 
@@ -171,6 +178,9 @@ class _Inputs(torch.autograd.Function):
         du.flatten(0, 1).addmm_(dproj, x_proj.flatten(0, 1))
         dx_proj = (dproj.mT @ u_BLD.flatten(0, 1)).view(x_proj.shape)
         return du, dx_proj, ddt_weight, None
+
+
+_apply_inputs = fast_apply(_Inputs)
 
 
 def _scan_compiled(u: Tensor, proj: Tensor, dt_weight: Tensor, A: Tensor, D: Tensor,

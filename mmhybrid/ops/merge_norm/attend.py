@@ -75,8 +75,9 @@ def attend_norm(
             f'attend_norm takes at most {MOST_CHANNELS} channels, got {y.shape[2]}; build the '
             "model with scan_backend='torch'."
         )
+    apply = _apply if launch.eager() else _AttendNorm.apply
     with autocast_off(y.device):
-        return _AttendNorm.apply(y, *attention, weight, bias, gate, attention_eps, eps, dtype)
+        return apply(y, *attention, weight, bias, gate, attention_eps, eps, dtype)
 
 
 class _AttendNorm(torch.autograd.Function):
@@ -111,6 +112,9 @@ class _AttendNorm(torch.autograd.Function):
         dy = _call('direction_gradients', y, dsum, logit, dmean, ctx.eps)
         return (dy, (dnormed * mean).sum(0), dnormed.sum(0), dreduce, dhidden.sum(0), dselect,
                 dlogit.sum(0), *sums.unbind(), dgate, None, None, None)
+
+
+_apply = launch.fast_apply(_AttendNorm)
 
 
 def _parts(y: Tensor, rows: int) -> tuple[int, int]:
