@@ -71,8 +71,8 @@ TARGETS = {
     'walk convolution': Target(45, 150, 5),
     'MambaVisionMixer': Target(130, 335, 36),
     'MambaVisionMixer lean': Target(130, 340, 41),
-    'SS2D': Target(165, 315, 50),
-    'LocalSS2D': Target(400, 900, 99),
+    'SS2D': Target(245, 495, 36),
+    'LocalSS2D': Target(365, 720, 72),
     'VimMixer': Target(115, 335, 31),
     'LocalVimMixer': Target(150, 365, 44),
 }

@@ -157,12 +157,13 @@ class _Inputs(torch.autograd.Function):
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, tokens, channels = u_BLD.shape
         K, _, rank = dt_weight.shape
-        proj = F.linear(u_BLD.flatten(0, 1), x_proj.flatten(0, 1)).unflatten(1, (K, -1))
+        proj = F.linear(u_BLD.flatten(0, 1), x_proj.flatten(0, 1))
+        proj = proj.view(batch * tokens, K, -1)
         step_TKR, b, c = proj.tensor_split((rank, (rank + proj.shape[2]) // 2), 2)
         delta = torch.bmm(step_TKR.transpose(0, 1), dt_weight.mT)
         ctx.save_for_backward(u_BLD, x_proj, dt_weight, step_TKR)
         u = (u_BLD.view_as(u_BLD) if u_BLD.dtype == wide else u_BLD.to(wide)).mT
-        b, c = (x.unflatten(0, (batch, tokens)).permute(0, 2, 3, 1) for x in (b, c))
+        b, c = (x.view(batch, tokens, K, -1).permute(0, 2, 3, 1) for x in (b, c))
         return (u.unsqueeze(1).expand(-1, K, -1, -1),
                 delta.view(K, batch, tokens, channels).permute(1, 0, 3, 2), b, c)
 
@@ -170,7 +171,8 @@ class _Inputs(torch.autograd.Function):
     def backward(ctx, du: Tensor, ddelta: Tensor, db: Tensor, dc: Tensor):
         u_BLD, x_proj, dt_weight, step_TKR = ctx.saved_tensors
         ddelta = ddelta.permute(1, 0, 3, 2).flatten(1, 2)
-        dstep = torch.bmm(ddelta, dt_weight).transpose(0, 1).unflatten(0, u_BLD.shape[:2])
+        dstep = torch.bmm(ddelta, dt_weight).transpose(0, 1)
+        dstep = dstep.view(*u_BLD.shape[:2], *dstep.shape[1:])
         ddt_weight = torch.bmm(ddelta.mT, step_TKR.transpose(0, 1))
         dproj = torch.cat([dstep, *(x.permute(0, 3, 1, 2) for x in (db, dc))], 3)
         dproj = dproj.flatten(0, 1).flatten(1)
