@@ -222,6 +222,7 @@ def test_half_precision():
     """Mixed precision: bfloat16 between the projections, against float32 on copies."""
     torch.manual_seed(0)
     for mixer, x, rest in ((SS2D(8, channel_first=True), torch.randn(1, 8, 3, 4), ()),
+                           (VimMixer(8, state_dim=2), torch.randn(1, 6, 8), ()),
                            (LocalVimMixer(8, LOCAL, state_dim=2), torch.randn(1, 6, 8), ((2, 3),))):
         mixer.backend = 'torch'
         expected = mixer(x, *rest)
