@@ -95,7 +95,7 @@ LAYOUTS = {
 # instructions. Loads one by one had a distance of 11 to 60.
 NEAR = {
     'MambaVision': (80, 95, 85, 85),
-    'Vim': (3, 100, 100, 100),
+    'Vim': (3, 150, 150, 150),
     'VMamba': (110, 110, 170),
     'VMamba, two channels a lane': (60, 150, 300),
 }
