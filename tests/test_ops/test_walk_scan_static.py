@@ -32,8 +32,9 @@ def gate_launches(kernels, monkeypatch, batch=2, tokens=1024, channels=384):
     with torch.device('meta'):
         uz = torch.zeros(batch, tokens, 2 * channels, dtype=torch.bfloat16)
         slots = torch.zeros(2, tokens, dtype=torch.int32)
-        weights = (torch.zeros(2, channels, 4), None, None, torch.zeros(2, channels, 12), None,
-                   torch.zeros(2 * channels, 16), None, slots, slots)  # fmt: skip
+        of_channels = torch.zeros(2 * channels)
+        weights = (torch.zeros(2, channels, 4), None, None, torch.zeros(2, channels, 12),
+                   of_channels, torch.zeros(2 * channels, 16), of_channels, slots, slots)
         y = torch.zeros(batch, tokens, 2, channels, dtype=torch.bfloat16)
     one = Forward((uz, *weights), 0.5, True)
     names = ('p_y', 'p_z', 'p_out'), ('p_y', 'p_z', 'p_dout', 'p_dy', 'p_dz')
