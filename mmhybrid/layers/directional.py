@@ -47,8 +47,8 @@ class Branch(NamedTuple):
 
 
 def prepare_mixers(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor, grid: tuple[int, int]
-                   ) -> list[tuple | None]:
-    """What the Triton kernels need of mixers for tokens like these, made for all at once.
+                   ) -> list[tuple | str | None]:
+    """What the kernels need of mixers for tokens like these, made for all at once.
 
     The weights of all directions of all mixers are put together, cast and turned into decay rates
     in one call for each kind, instead of one for each kind, direction and mixer.
@@ -59,17 +59,23 @@ def prepare_mixers(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor, grid: 
         grid: (H, W) of their map.
 
     Returns:
-        For each mixer what its ``forward`` takes as ``prepared``; None where tokens are reordered
-        by copies, which needs nothing.
+        For each mixer what its ``forward`` takes as ``prepared``: weights and tables of the Triton
+        kernels, or the name of the backend that scans without them; None for a mixer that asks for
+        another backend than the first one.
     """
-    made: list[tuple | None] = [None] * len(mixers)
-    if not mixers or not _goes_together(mixers[0], x):
+    made: list[tuple | str | None] = [None] * len(mixers)
+    if not mixers:
         return made
+    A_log = mixers[0].branches()[0].A_log
+    name, _ = _chosen(mixers[0].backend, x, A_log)
+    alike = [i for i, mixer in enumerate(mixers) if mixer.backend == mixers[0].backend]
     together: dict[bool, list[int]] = {True: [], False: []}
-    for i, mixer in enumerate(mixers):
-        if mixer.backend == mixers[0].backend:
+    for i in alike:
+        if reads_tables(name) and takes(x.numel(), A_log.shape[1]):
             # no gradient should wander through frozen mixers
-            together[mixer.trained()].append(i)
+            together[mixers[i].trained()].append(i)
+        else:
+            made[i] = name
     for ids in filter(None, together.values()):
         for i, weights in zip(ids, _weights_of([mixers[i] for i in ids], x), strict=True):
             plan = mixers[i].plan(x, grid)
@@ -77,11 +83,14 @@ def prepare_mixers(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor, grid: 
     return made
 
 
-def _goes_together(mixer: VimMixer | LocalVimMixer, x: Tensor) -> bool:
-    A_log = mixer.branches()[0].A_log
-    dtype = torch.promote_types(torch.promote_types(x.dtype, A_log.dtype), torch.float32)
-    name = choose_backend(mixer.backend, x.device, dtype, A_log.shape[1])
-    return reads_tables(name) and takes(x.numel(), A_log.shape[1])
+def _state_dtype(x: Tensor, A_log: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, A_log.dtype), torch.float32)
+
+
+def _chosen(backend: str, x: Tensor, A_log: Tensor) -> tuple[str, torch.dtype]:
+    """The backend that scans x, and the dtype of its states."""
+    dtype = _state_dtype(x, A_log)
+    return choose_backend(backend, x.device, dtype, A_log.shape[1]), dtype
 
 
 def _weights_of(mixers: Sequence[VimMixer | LocalVimMixer], x: Tensor) -> list[list[Tensor]]:
@@ -123,9 +132,11 @@ def scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, *,
     Returns:
         Stacks (B, k, E, L) that together hold the K results in order, tokens in row-major order.
     """
-    A_log = branches[0].A_log
-    dtype = torch.promote_types(torch.promote_types(u.dtype, A_log.dtype), torch.float32)
-    name = choose_backend(backend, u.device, dtype, A_log.shape[1])
+    return _scan_branches(u, branches, plan, z, *_chosen(backend, u, branches[0].A_log))
+
+
+def _scan_branches(u: Tensor, branches: Sequence[Branch], plan: ScanPlan, z: Tensor | None,
+                   name: str, dtype: torch.dtype) -> list[Tensor]:
     if reads_tables(name):
         return plan.displace(_scan_through_tables(u, branches, plan, z, name))
     if name == 'cpp' and z is None and u.numel() and u.dtype == torch.float32 and all(
@@ -313,12 +324,13 @@ class VimMixer(nn.Module):
         if prepared is None:
             (prepared,) = prepare_mixers([self], x, grid)
         uz = self.in_proj(x)
-        if prepared is not None:
+        if not isinstance(prepared, str):
             weights, slots, steps, _ = prepared
             y = walk_scan(uz, *weights, slots, steps, 0.5 if self.divide else 1.)
             return self.out_proj(y)
         u, z = uz.mT.chunk(2, dim=1)
-        ys = scan_branches(u, self.branches(), self.plan(x, grid), backend=self.backend)
+        ys = _scan_branches(u, self.branches(), self.plan(x, grid), None, prepared,
+                            _state_dtype(u, self.A_log))
         y = (ys[0].sum(1) if len(ys) == 1 else sum(ys[1:], ys[0]).squeeze(1)) * F.silu(z)
         # Half of the weight is half of the result, in every digit.
         weight = self.out_proj.weight * 0.5 if self.divide else self.out_proj.weight
@@ -408,13 +420,14 @@ class LocalVimMixer(nn.Module):
         if prepared is None:
             (prepared,) = prepare_mixers([self], x, grid)
         uz = self.in_proj(x)
-        if prepared is not None:
+        if not isinstance(prepared, str):
             weights, slots, steps, plan = prepared
             y = walk_scan(uz, *weights, slots, steps)
             # cut with the channels last, so that its gradient lies that way
             ys = plan.displace(y.mT[:, :, :x.shape[1]].mT)
         else:
             u, z = uz.mT.chunk(2, dim=1)
-            ys = scan_branches(u, self.branches(), self.plan(x, grid), z=z, backend=self.backend)
+            ys = _scan_branches(u, self.branches(), self.plan(x, grid), z, prepared,
+                                _state_dtype(u, self.A_log_0))
         y = merge_directions(ys, self.attn, self.multi_scan() if self.multi_scan else None)
         return self.out_proj(y)
