@@ -256,15 +256,105 @@ def test_published_settings_give_the_same_function():
         warnings.simplefilter('ignore')
         pairs = [
             (MM_LocalVSSM(**VSSM | dict(dims=8, depths=(1, 1, 1, 1), directions=two * 2)),
-             LocalVMamba(dict(dim=8, depths=(1, 1, 1, 1)), directions=two * 2)),
+             LocalVMamba(dict(dim=8, depths=(1, 1, 1, 1)), directions=two * 2,
+                         v_restore='released')),
             (MM_LocalVim(**VIM | dict(embed_dim=16, depth=2, directions=two, out_indices=[1],
                                       img_size=64)),
-             LocalVim(dict(dim=16, depth=2), directions=two, out_indices=(1,), img_size=64))]
+             LocalVim(dict(dim=16, depth=2), directions=two, out_indices=(1,), img_size=64,
+                      v_restore='released'))]
     for dropin, ours in pairs:
         ours.eval().load_state_dict(dropin.eval().state_dict())
         with torch.no_grad():
             for a, b in zip(dropin(x), ours(x), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(('name', 'build'), [
+    ('localvmamba_t_128x96', lambda: MM_LocalVSSM(**VSSM)),
+    ('localvim_t_100x52', lambda: MM_LocalVim(
+        **VIM | dict(img_size=224, out_indices=(4, 9, 14, 19))))])
+def test_dropins_give_what_was_released_on_maps_that_are_not_square(name, build):
+    golden = np.load(DATA / f'{name}.npz')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        model = fill_state_dict(build()).eval()
+    with torch.no_grad():
+        for i, y in enumerate(model(image(name))):
+            assert_near(y, golden[f'out{i}'], CASES[name]['f32_vs_f64_maxabs'][i], f'map {i}')
+
+
+# --- the column restore is told ------------------------------------------------------------------
+
+@pytest.fixture
+def told(monkeypatch):
+    lines = []
+    monkeypatch.setattr(local_directions, 'print_log', lambda text, **_: lines.append(text))
+    return lines
+
+
+SMALL_VSSM = dict(dims=8, depths=(1, 1, 1, 1))
+SMALL_VIM = dict(embed_dim=16, depth=2, out_indices=(1,), img_size=32)
+SMALL = {
+    'MM_LocalVSSM': lambda lists: MM_LocalVSSM(directions=lists * 2, **SMALL_VSSM),
+    'MM_LocalVim': lambda lists: MM_LocalVim(directions=lists, **SMALL_VIM),
+    'LocalVMamba': lambda lists: LocalVMamba(
+        dict(dim=8, depths=(1, 1, 1, 1)), directions=lists and lists * 2),
+    'LocalVim': lambda lists: LocalVim(
+        dict(dim=16, depth=2), directions=lists, out_indices=(1,), img_size=32),
+    'LocalVMambaClassifier': lambda lists: LocalVMambaClassifier(
+        dict(dim=8, depths=(1, 1, 1, 1)), directions=lists and lists * 2),
+    'LocalVimClassifier': lambda lists: LocalVimClassifier(
+        dict(dim=16, depth=2), directions=lists, img_size=32),
+}
+
+
+def run(model, *sizes):
+    with torch.no_grad():
+        for height, width in sizes:
+            model.eval()(torch.rand(1, 3, height, width))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_the_column_restore_is_told_once_and_only_where_it_matters(name, told):
+    model = SMALL[name]([list(names) for names in PLAIN])
+    run(model, (32, 32), (64, 64))
+    assert not told
+    run(model, (32, 64), (64, 32), (32, 96), (32, 32))
+    size = '2 x 4' if 'Vim' in name else '8 x 16'
+    how = ("on wrong pixels, as the published code does; v_restore='exact' puts them right"
+           if name.startswith('MM_') else
+           "back exactly; the published code puts them on wrong pixels, which v_restore='released' "
+           'repeats')
+    assert told == [f'{name}: column scans of maps that are not square (the first one is {size}) '
+                    f'are put {how}.']
+
+
+@pytest.mark.parametrize(('name', 'lists', 'sizes'), [
+    ('MM_LocalVim', [['h', 'w2'], ['h_flip', 'w7_flip']], [(32, 64)]),  # nothing by columns
+    ('LocalVMamba', [['h', 'w2'], ['h_flip', 'w7_flip']], [(32, 64)]),
+    ('MM_LocalVim', [['v'], ['v_flip']], [(16, 64), (64, 16)]),  # a line has one order
+    ('MM_LocalVim', [['v'], ['v_flip']], [(20, 32)]),  # padded to a square map
+    ('MM_LocalVSSM', [['v'], ['v_flip']], [(32, 34)]),  # cut to a square map
+])
+def test_nothing_is_told_where_both_restores_agree(name, lists, sizes, told):
+    model = SMALL[name](lists)
+    run(model, *sizes)
+    assert not told
+    other = SMALL[name](lists)
+    other.load_state_dict(model.state_dict())
+    for mixer in (each for each in other.modules() if isinstance(each, (LocalSS2D, LocalVimMixer))):
+        mixer.v_restore = {'exact': 'released', 'released': 'exact'}[mixer.v_restore]
+    for size in sizes:
+        x = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            for a, b in zip(model(x), other.eval()(x), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('name', ['LocalVMamba', 'LocalVim'])
+def test_a_network_that_searches_scans_columns_too(name, told):
+    run(SMALL[name](None), (32, 64))
+    assert len(told) == 1 and told[0].startswith(f'{name}: column scans')
 
 
 def test_directions_are_required_by_name():

@@ -166,7 +166,8 @@ DROPINS = {
             (dict(pretrained='w.pth'), dict(init_cfg=FILE))]),
     'MM_LocalVSSM': (
         dict(dims=16, depths=(1, 2, 1, 1), directions=PARTS),
-        'LocalVMamba', dict(arch=STAGED, directions=PARTS, drop_path_rate=0.1), [
+        'LocalVMamba', dict(arch=STAGED, directions=PARTS, drop_path_rate=0.1,
+                            v_restore='released'), [
             (dict(directions=[['v']] * 5), dict(directions=[['v']] * 5)),
             (dict(dims=32), dict(arch=dict(STAGED, dim=32))),
             (dict(depths=(1, 1, 1, 2)), dict(arch=dict(STAGED, depths=(1, 1, 1, 2)))),
@@ -180,11 +181,12 @@ DROPINS = {
             (dict(downsample_version='v3'), dict(arch=dict(STAGED, downsample='v3'))),
             (dict(patchembed_version='v2'), dict(arch=dict(STAGED, stem='v2'))),
             (dict(out_indices=(1, 3)), dict(out_indices=(1, 3))),
-            (dict(v_restore='released'), dict(v_restore='released')),
+            (dict(v_restore='exact'), dict(v_restore='exact')),
             (dict(pretrained='w.pth'), dict(init_cfg=FILE))]),
     'MM_LocalVim': (
         LOCAL_SEG, 'LocalVim',
-        dict(arch=PLAIN, img_size=64, directions=LINES, out_indices=(0,), rope=False), [
+        dict(arch=PLAIN, img_size=64, directions=LINES, out_indices=(0,), rope=False,
+             v_restore='released'), [
             (dict(directions=None), dict(directions=None)),
             (dict(img_size=(64, 96)), dict(img_size=(64, 96))),
             (dict(embed_dim=32), dict(arch=dict(PLAIN, dim=32))),
@@ -193,7 +195,7 @@ DROPINS = {
             (dict(drop_path_rate=0.4), dict(drop_path_rate=0.4)),
             (dict(rms_norm=True), dict(norm='rms')),
             (dict(if_rope=True, if_rope_residual=True), dict(rope=True)),
-            (dict(v_restore='released'), dict(v_restore='released')),
+            (dict(v_restore='exact'), dict(v_restore='exact')),
             (dict(pretrained_ckpt='w.pth'), dict(init_cfg=FILE))]),
     'VisionMambaSeg': (
         SEG, 'Vim', dict(arch=PLAIN, img_size=64, out_indices=(0,), feature='mixer',

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from mmengine.logging import print_log
+
 from mmhybrid.ops.cross_scan import scan_plan
 
-__all__ = ['LOCAL_VIM', 'LOCAL_VMAMBA_SMALL', 'LOCAL_VMAMBA_TINY', 'UNSEARCHED',
+__all__ = ['ColumnRestore', 'LOCAL_VIM', 'LOCAL_VMAMBA_SMALL', 'LOCAL_VMAMBA_TINY', 'UNSEARCHED',
            'resolve_directions']
 
 
@@ -139,3 +142,29 @@ def resolve_directions(given: str | Sequence[Sequence[str]] | None, depth: int,
     for names in given:
         scan_plan(names, 1, 1)  # refuses unknown names
     return [tuple(names) for names in given]
+
+
+class ColumnRestore:
+    """A backbone that says which column restore it has, once, where the two kinds differ.
+
+    Expects ``directions``, one list of names per block or None for all.
+    """
+
+    v_restore = 'exact'
+    _told = False
+
+    def tell_restore(self, height: int, width: int) -> None:
+        """Write one line to the log at the first map of this size that is not square."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self._told:
+            return
+        if height == width or 1 in (height, width):  # one row or column has one order
+            return
+        if all(names is not None and not {'v', 'v_flip'} & set(names) for names in self.directions):
+            return
+        self._told = True
+        how = (
+            "put back exactly; the published code puts them on wrong pixels, which "
+            "v_restore='released' repeats" if self.v_restore == 'exact' else
+            "put on wrong pixels, as the published code does; v_restore='exact' puts them right")
+        print_log(f'{type(self).__name__}: column scans of maps that are not square (the first one '
+                  f'is {height} x {width}) are {how}.', logger='current')

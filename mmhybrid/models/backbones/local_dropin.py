@@ -21,8 +21,8 @@ class MM_LocalVSSM(LocalVMamba):
 
     What the configs inherit from Swin bases does nothing, as in the published class; one warning
     names each such setting.  For new configs use :class:`LocalVMamba`, where every setting counts.
-    Column scans are restored as they should be; ``v_restore='released'`` gives the published
-    result on maps that are not square.
+    Column scans are put back as the published code does it, on maps that are not square on wrong
+    pixels; ``v_restore='exact'`` puts them right.
 
     Args:
         directions: one list of names per block.
@@ -59,7 +59,7 @@ class MM_LocalVSSM(LocalVMamba):
                  drop_path_rate: float = 0.1, patch_norm: bool = True, norm_layer: str = 'ln',
                  downsample_version: str = 'v1', patchembed_version: str = 'v1',
                  out_indices: Sequence[int] = (0, 1, 2, 3), pretrained: str | None = None,
-                 v_restore: str = 'exact',
+                 v_restore: str = 'released',
                  # from the Swin base
                  embed_dims=NOT_GIVEN, num_heads=NOT_GIVEN, window_size=NOT_GIVEN,
                  qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN, drop_rate=NOT_GIVEN,
@@ -92,8 +92,8 @@ class MM_LocalVim(LocalVim):
     """LocalVim with the arguments that released configs end up with.
 
     One warning names the settings that the published class ignores.  For new configs use
-    :class:`LocalVim`, where every setting counts.  Column scans are restored as they should be;
-    ``v_restore='released'`` gives the published result on maps that are not square.
+    :class:`LocalVim`, where every setting counts.  Column scans are put back as the published code
+    does it, on maps that are not square on wrong tokens; ``v_restore='exact'`` puts them right.
 
     Args:
         directions: one list of names per block; None for all eight in learned shares.
@@ -125,7 +125,7 @@ class MM_LocalVim(LocalVim):
                  if_rope_residual: bool = False, if_abs_pos_embed: bool = True,
                  bimamba_type: str = 'v2', fused_add_norm: bool = False,
                  residual_in_fp32: bool = True, pretrained_ckpt: str | None = None,
-                 v_restore: str = 'exact', final_pool_type=NOT_GIVEN, init_cfg=NOT_GIVEN):
+                 v_restore: str = 'released', final_pool_type=NOT_GIVEN, init_cfg=NOT_GIVEN):
         fixed('patch_size', patch_size, 16)
         fixed('if_abs_pos_embed', if_abs_pos_embed, True)
         fixed('bimamba_type', bimamba_type, 'v2')

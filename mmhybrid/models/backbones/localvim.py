@@ -16,7 +16,7 @@ from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
 from .base import check_integers, check_out_indices, checked_architecture
-from .local_directions import LOCAL_VIM, resolve_directions
+from .local_directions import LOCAL_VIM, ColumnRestore, resolve_directions
 from .plain import PlainBackbone
 
 __all__ = ['ARCHITECTURES', 'LocalVim', 'LocalVimTrunk']
@@ -30,7 +30,7 @@ _OPTIONAL = dict(state_dim=16, dt_rank=None)
 _NORMS = {'ln': LayerNorm, 'rms': RMSNorm}
 
 
-class LocalVimTrunk(PlainBackbone):
+class LocalVimTrunk(ColumnRestore, PlainBackbone):
     """Tokens and blocks of LocalVim; see :class:`LocalVim` for the arguments."""
 
     # LayerNorms of the dense form start from the weights of the RMSNorms of classification files.
@@ -60,8 +60,14 @@ class LocalVimTrunk(PlainBackbone):
             rope=rope, interpolate_rope=True, drop_path_rate=drop_path_rate,
             in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,
             init_cfg=init_cfg)
-        self.directions = chosen
+        self.directions, self.v_restore = chosen, v_restore
         self.dim = arch['dim']
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (B, in_channels, H, W) to tokens (B, L, C) with positions, and their grid."""
+        tokens, grid = super().embed(x)
+        self.tell_restore(*grid)
+        return tokens, grid
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Fit position embedding, class token and rotary tables of a file."""

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from mmhybrid.layers import LocalSS2D
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
-from .local_directions import LOCAL_VMAMBA_SMALL, LOCAL_VMAMBA_TINY, resolve_directions
+from .local_directions import (
+    LOCAL_VMAMBA_SMALL,
+    LOCAL_VMAMBA_TINY,
+    ColumnRestore,
+    resolve_directions,
+)
 from .vmamba import V0, VSSBackbone, checked_vss_architecture
 
 __all__ = ['ARCHITECTURES', 'LocalVMamba']
@@ -27,7 +34,7 @@ _OPTIONAL = dict(V0, ssm_ratio=2.0, dt_rank=None)
 
 @MODELS.register_module()
 @strict_arguments
-class LocalVMamba(VSSBackbone):
+class LocalVMamba(ColumnRestore, VSSBackbone):
     """LocalVMamba backbone for dense prediction.
 
     Takes images (B, in_channels, H, W) of any size and returns a tuple of maps, one per requested
@@ -93,4 +100,10 @@ class LocalVMamba(VSSBackbone):
         super().__init__(arch, mixer, out_indices=out_indices, drop_path_rate=drop_path_rate,
                          in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,
                          init_cfg=init_cfg)
-        self.directions = chosen
+        self.directions, self.v_restore = chosen, v_restore
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) to the map of the first stage, (B, H, W, C)."""
+        x = super().embed(x)
+        self.tell_restore(*x.shape[1:3])
+        return x

@@ -320,7 +320,7 @@ class VSSBackbone(StagedBackbone):
         Returns:
             Contiguous maps (B, C_i, H_i, W_i).
         """
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        x = self.embed(x)
         stages = self.layers[:self.out_indices[-1] + 1]
         ready = iter(prepare((block for stage in stages for block in stage.blocks), x))
         maps = []
@@ -333,6 +333,10 @@ class VSSBackbone(StagedBackbone):
             if i < len(stages) - 1:
                 x = stage.downsample(x)
         return tuple(maps)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) to the map of the first stage, in the trunk's layout."""
+        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 
     def output_norm(self, stage: int) -> nn.Module:
         """Give the norm of a returned map."""
