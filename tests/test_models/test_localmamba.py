@@ -249,6 +249,17 @@ def test_published_settings_build(type_, settings, ignored, key):
     assert [list(names) for names in model.directions] == settings['directions']
 
 
+def test_arguments_with_one_released_value():
+    with torch.device('meta'):
+        for size in ('tiny', 'small'):
+            published = KEYS[f'local_vssm_{size}_dense']
+            model = MM_LocalVSSM(**published['config'], ssm_init='v0', mlp_act_layer='gelu')
+            assert shapes(model) == published['keys']
+        for change in (dict(ssm_act_layer='gelu'), dict(ssm_init='v2'), dict(mlp_act_layer='silu')):
+            with pytest.raises(ValueError, match=f'got {next(iter(change))}=.*no released model'):
+                MM_LocalVSSM(**VSSM | change)
+
+
 def test_published_settings_give_the_same_function():
     x = torch.randn(1, 3, 52, 80)
     two = [list(names) for names in PLAIN]

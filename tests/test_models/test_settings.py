@@ -219,8 +219,9 @@ DROPINS = {
             (dict(pretrained='w.pth'), dict(init_cfg=FILE))]),
 }
 # Settings of the originals with one possible value, or without influence on the result.
-INERT = {'ssm_conv', 'patch_norm', 'patch_size', 'if_abs_pos_embed', 'bimamba_type',
-         'fused_add_norm', 'residual_in_fp32', 'use_middle_cls_token', 'norm_layer', 'rms_norm'}
+INERT = {'ssm_conv', 'ssm_act_layer', 'ssm_init', 'mlp_act_layer', 'patch_norm', 'patch_size',
+         'if_abs_pos_embed', 'bimamba_type', 'fused_add_norm', 'residual_in_fp32',
+         'use_middle_cls_token', 'norm_layer', 'rms_norm'}
 
 
 @pytest.mark.parametrize('name', DROPINS)

@@ -204,6 +204,14 @@ def test_published_settings_give_the_same_function():
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize('key', [name for name in KEYS if name.endswith('_dense')])
+def test_all_arguments_of_a_published_network_are_taken(key):
+    with torch.device('meta'), warnings.catch_warnings():
+        warnings.simplefilter('error')  # nothing is ignored
+        model = MM_VSSM(**KEYS[key]['config'])
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == KEYS[key]['keys']
+
+
 def test_pretrained_is_loaded_by_init_weights_only():
     model = MM_VSSM(**TINY | dict(dims=16, depths=(1, 1, 1, 1), pretrained='nowhere.pth'))
     assert model.init_cfg == dict(type='Pretrained', checkpoint='nowhere.pth')
@@ -217,6 +225,10 @@ def test_pretrained_is_loaded_by_init_weights_only():
     (dict(norm_layer='bn'), "norm_layer='bn'"),
     (dict(dims=[96, 96, 96, 96]), 'four that double'),
     (dict(ssm_conv=5), 'ssm_conv=5'),
+    (dict(ssm_act_layer='gelu'), "ssm_act_layer='gelu', expected 'silu': no released model"),
+    (dict(ssm_init='v1'), "ssm_init='v1', expected 'v0': no released model"),
+    (dict(mlp_act_layer='silu'), "mlp_act_layer='silu', expected 'gelu': no released model"),
+    (dict(ssm_act_layer=None), 'ssm_act_layer=None, expected'),
     (dict(downsample_version='v9'), "'v9', expected one of v1, v2, v3"),
 ])
 def test_published_settings_without_a_model_are_refused(change, message):

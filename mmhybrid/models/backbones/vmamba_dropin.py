@@ -49,8 +49,11 @@ class MM_VSSM(VMamba):
         ssm_dt_rank: rank of the step; 'auto' for ceil(channels / 16).
         ssm_conv: side of the depth-wise convolution; 3.
         ssm_conv_bias: whether it has a bias.
+        ssm_act_layer: activation of the mixer; 'silu'.
+        ssm_init: how the scan is initialised; 'v0'.
         forward_type: form of the mixer; 'v2', the default, means the gated float32 form.
         mlp_ratio: hidden width of the MLPs over their input; 0 for none.
+        mlp_act_layer: activation of the MLPs; 'gelu'.
         drop_path_rate: stochastic depth rate of the last block.
         patch_norm: True.
         norm_layer: 'ln2d' for (B, C, H, W) maps inside, 'ln' for (B, H, W, C).
@@ -68,9 +71,10 @@ class MM_VSSM(VMamba):
 
     def __init__(self, *, dims: int | Sequence[int] = 96, depths: Sequence[int] = (2, 2, 9, 2),
                  ssm_d_state: int = 16, ssm_ratio: float = 2.0, ssm_dt_rank: int | str = 'auto',
-                 ssm_conv: int = 3, ssm_conv_bias: bool = True, forward_type: str = 'v2',
-                 mlp_ratio: float = 4.0, drop_path_rate: float = 0.1, patch_norm: bool = True,
-                 norm_layer: str = 'ln', downsample_version: str = 'v2',
+                 ssm_conv: int = 3, ssm_conv_bias: bool = True, ssm_act_layer: str = 'silu',
+                 ssm_init: str = 'v0', forward_type: str = 'v2', mlp_ratio: float = 4.0,
+                 mlp_act_layer: str = 'gelu', drop_path_rate: float = 0.1,
+                 patch_norm: bool = True, norm_layer: str = 'ln', downsample_version: str = 'v2',
                  patchembed_version: str = 'v1', out_indices: Sequence[int] = (0, 1, 2, 3),
                  pretrained: str | None = None,
                  # from the Swin base
@@ -81,6 +85,9 @@ class MM_VSSM(VMamba):
                  strides=NOT_GIVEN, use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN,
                  norm_cfg=NOT_GIVEN):
         fixed('ssm_conv', ssm_conv, 3)
+        fixed('ssm_act_layer', ssm_act_layer, 'silu')
+        fixed('ssm_init', ssm_init, 'v0')
+        fixed('mlp_act_layer', mlp_act_layer, 'gelu')
         fixed('patch_norm', patch_norm, True)
         fixed('norm_layer', norm_layer, 'ln', 'ln2d', 'LN', 'LN2D')
         super().__init__(
