@@ -714,6 +714,25 @@ def test_the_model_index_claims_nothing_without_a_source():
             assert (model['Weights'], model['Weights License']) == (row.address, row.licence)
 
 
+@pytest.mark.parametrize(('name', 'metric', 'value'), [
+    ('upernet_vmamba_t_ade20k', 'mIoU (multi-scale)', 48.8),
+    ('upernet_vmamba_s_ade20k', 'mIoU (multi-scale)', 51.2),
+    ('upernet_vmamba_b_ade20k', 'mIoU (multi-scale)', 51.6),
+    ('upernet_localvmamba_s_ade20k', 'mIoU (multi-scale)', 51.0),
+    ('mask_rcnn_vmamba_b_coco', 'box AP (batch 8)', 49.2),
+    ('mask_rcnn_vmamba_b_coco', 'mask AP (batch 8)', 43.9),
+    ('upernet_mambavision_b_ade20k', 'mIoU (best iteration)', 49.23),
+    ('upernet_mambavision_l3_ade20k', 'mIoU (best iteration)', 53.43),
+])
+def test_results_of_other_tests_and_trainings_stand_by_themselves(name, metric, value):
+    model, = (model for model in metafile_models() if model['Name'] == name)
+    found = [result for result in model['Results'] if metric in result['Metrics']]
+    assert [result['Metrics'] for result in found] == [{metric: value}]
+    plain, = (result for result in model['Results']
+              if metric.partition(' (')[0] in result['Metrics'])
+    assert plain['provenance'] != found[0]['provenance']
+
+
 def listed_by(package):
     """Entries of the metafiles that an installed mm package brings along."""
     from importlib.util import find_spec
