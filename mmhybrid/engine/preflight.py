@@ -33,7 +33,7 @@ from ..datasets.coco_file import AnnotationError
 from ..datasets.coco_records import Records, forget_records, load_records
 from ..datasets.label_images import IGNORED, check_label_images, pair_files
 from ..models.backbones.base import DenseBackbone
-from ..models.checkpoints import fit_weights
+from ..models.checkpoints import check_windows, fit_weights
 from ..registry import HOOKS
 from .coco_reading import read_coco_alike
 from .config import is_remote
@@ -544,6 +544,7 @@ class CheckpointCheckHook(Hook):
     def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         extra = check_whole(model, checkpoint)
+        check_windows(model, str(runner._load_from))
         _align(checkpoint, model)
         if extra:
             runner.logger.warning(f'{len(extra)} tensors of the checkpoint have no place in the '

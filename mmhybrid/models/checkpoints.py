@@ -5,12 +5,14 @@ if they are the module's own.  Finding and reading files is :mod:`mmhybrid.weigh
 """
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmhybrid.weights import (
@@ -19,13 +21,15 @@ from mmhybrid.weights import (
     identify,
     kind_of,
     read_checkpoint,
+    released_as,
     shown,
     strip_parallel,
     strip_wrappers,
     unwrap,
 )
 
-__all__ = ['Comparison', 'LoadReport', 'compare', 'fit_weights', 'load_backbone', 'load_weights']
+__all__ = ['Comparison', 'LoadReport', 'check_windows', 'compare', 'fit_weights', 'load_backbone',
+           'load_weights']
 
 #: Below this share of matching tensors a file is taken for that of another model.
 LEAST_MATCH = 0.95
@@ -236,7 +240,7 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     Raises:
         WeightsError: if they do not fit.
     """
-    source = shown(source)
+    named, source = source, shown(source)
     found, where = unwrap(checkpoint, key)
     whole = hasattr(module, 'backbone') and not prefix
     state_dict, removed = strip_parallel(found) if whole else strip_wrappers(found, prefix)
@@ -257,6 +261,7 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     result = compare(module, fitted, may_differ)
     if not result.matched or strict and not result.fits:
         raise WeightsError(_refusal(module, original, result, source))
+    check_windows(module, named)
     identity = identify(_part(original) if whole else original)
     places = [f'in {where!r}'] if where else []
     places += [f'without {removed!r}'] if removed else []
@@ -265,6 +270,23 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
         source, type(module).__name__, holds + (f' ({", ".join(places)})' if places else ''),
         result, resized, aside)
     return {name: fitted[name] for name in result.matched}, report
+
+
+def check_windows(module: nn.Module, source: str) -> None:
+    """Warn if a classifier has other windows than the published one whose file it loads.
+
+    Windows are in no file, so this goes by the name: see :func:`mmhybrid.weights.released_as`.
+    """
+    network = getattr(module, 'backbone', module)
+    ours, row = getattr(network, 'window_size', None), released_as(source)
+    if ours is None or row is None or row.window_size is None:
+        return
+    # stages 1 and 2 have no windows; dense networks are trained with others than classifiers
+    if kind_of(network.state_dict()) == 'classification' and ours[2:] != row.window_size[2:]:
+        print_log(f'{shown(source)} is the classifier {row.name}, which needs '
+                  f'window_size={row.window_size}, but the model has {ours}, so that it gives '
+                  'other results; set window_size if you did not mean to change it.',
+                  logger='current', level=logging.WARNING)
 
 
 def _load(module: nn.Module, checkpoint: object, source: str, *, map_location=None, trust=False,

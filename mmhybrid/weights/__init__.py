@@ -20,13 +20,13 @@ from .reading import (
     trusted,
 )
 from .recognition import Identity, identify, kind_of
-from .released import RELEASED, Released
+from .released import RELEASED, Released, released_as
 from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
            'check_path', 'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of',
-           'printable', 'read_checkpoint', 'read_file', 'safetensors_metadata', 'sha256_of',
-           'shown', 'strip_parallel', 'strip_wrappers', 'trusted', 'unwrap']
+           'printable', 'read_checkpoint', 'read_file', 'released_as', 'safetensors_metadata',
+           'sha256_of', 'shown', 'strip_parallel', 'strip_wrappers', 'trusted', 'unwrap']
 
 
 def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:

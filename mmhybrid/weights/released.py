@@ -5,11 +5,13 @@ has no address and says why, so that its name still leads to an answer.
 """
 from __future__ import annotations
 
+import os
+import re
 from typing import NamedTuple
 
 from .errors import WeightsError
 
-__all__ = ['RELEASED', 'Released', 'find_released']
+__all__ = ['RELEASED', 'Released', 'find_released', 'released_as']
 
 
 class Released(NamedTuple):
@@ -25,6 +27,8 @@ class Released(NamedTuple):
         licence: of the weights.
         source: repository that published it.
         remark: what a user must know.
+        window_size: windows of a classifier with these weights, which no file tells; None for
+            other kinds and for families without windows.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Released(NamedTuple):
     licence: str
     source: str
     remark: str = ''
+    window_size: tuple[int, int, int, int] | None = None
 
 
 def _mambavision() -> list[Released]:
@@ -53,8 +58,13 @@ def _mambavision() -> list[Released]:
         ('l3-256-21k', 'large3', 'MambaVision-L3-256-21K', 'mambavision_L3_21k_740m_256'),
         ('l3-512-21k', 'large3', 'MambaVision-L3-512-21K', 'mambavision_L3_21k_740m_512'),
     ]
+    windows = {'l2-512-21k': (8, 8, 32, 16), 'l3-256-21k': (8, 8, 16, 8),
+               'l3-512-21k': (8, 8, 32, 16)}
+    remarks = {name: 'as a classifier for images of 512 pixels, and with '
+                     f'window_size={windows[name]}' for name in ('l2-512-21k', 'l3-512-21k')}
     found = [(name, arch, 'classification', f'{stem}.pth.tar',
-              f'{hub}{repository}/resolve/main/{stem}.pth.tar')
+              f'{hub}{repository}/resolve/main/{stem}.pth.tar', remarks.get(name, ''),
+              windows.get(name, (8, 8, 14, 7)))
              for name, arch, repository, stem in rows]
     dense = [(f'{short}-cascade-coco', arch, 'detector',
               f'cascade_mask_rcnn_mamba_vision_{arch}_3x_coco')
@@ -67,8 +77,8 @@ def _mambavision() -> list[Released]:
     found += [(name, arch, kind, f'{stem}.pth', f'{hub}{stem}/resolve/main/{stem}.pth')
               for name, arch, kind, stem in dense]
     return [Released(f'mambavision-{name}', 'MambaVision', arch, kind, file, address,
-                     'CC-BY-NC-SA-4.0', 'https://github.com/NVlabs/MambaVision')
-            for name, arch, kind, file, address in found]
+                     'CC-BY-NC-SA-4.0', 'https://github.com/NVlabs/MambaVision', *more)
+            for name, arch, kind, file, address, *more in found]
 
 
 def _vmamba() -> list[Released]:
@@ -167,3 +177,37 @@ def find_released(name: str) -> Released | None:
         raise WeightsError(f'{row.name} has no address: {row.remark}; if you have the file'
                            f'{" " + row.file if row.file else ""}, give its path')
     return row
+
+
+def released_as(source: str | os.PathLike) -> Released | None:
+    """Give the row of the published file that a source names, None if it names none.
+
+    That is its short name, its address, its repository if that has one file of weights, or a path
+    or an address whose last part is the published file name, also with another suffix or behind
+    '-', as downloads are kept.
+    """
+    text = os.fspath(source).lower()
+    if text in RELEASED:
+        return RELEASED[text]
+    address = '://' in text
+    if address:
+        text = re.split('[?#]', text)[0]
+    if text.startswith('hf://'):
+        text = text.partition('@')[0]  # a revision
+    for row in RELEASED.values():
+        if row.file and re.search(rf'(\A|-){re.escape(_stem(row.file.lower()))}\Z', _stem(text)):
+            return row
+    if not address and 'models--' not in text:
+        return None  # one's own folders may have any name; those of the hub's cache are its own
+    parts = re.split('/|--', text)
+    rows = [row for row in RELEASED.values() if _repository(row.address) in parts]
+    return rows[0] if len(rows) == 1 else None
+
+
+def _stem(path: str) -> str:
+    return re.sub(r'\.(pth\.tar|pth|pt|ckpt|bin|safetensors)\Z', '', path.rpartition('/')[2])
+
+
+def _repository(address: str) -> str | None:
+    found = re.match(r'(?:hf://|https://huggingface\.co/)[^/]+/([^/]+)', address)
+    return found and found[1].lower()

@@ -123,3 +123,20 @@ def test_nothing_is_stripped_that_not_all_have():
     from mmhybrid.weights import strip_parallel
     for names in ([], ['module.a', 'b'], ['modules.a'], ['module', 'module.a'], ['a.module.b']):
         assert strip_parallel(dict.fromkeys(names)) == (dict.fromkeys(names), '')
+
+
+@pytest.mark.parametrize(('name', 'told'), [
+    ('mambavision_L3_21k_740m_512.pth', 1), ('epoch_10.pth', 0)])
+def test_the_windows_of_a_published_classifier_are_compared_when_testing(
+        name, told, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr('mmhybrid.models.checkpoints.print_log',
+                        lambda text, **_: lines.append(text))
+    _, build, settings, _ = FAMILIES['MambaVision']
+    model = nn.Module()
+    model.backbone = build(**settings)
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / name)
+    resume(model, tmp_path / name)
+    assert len(lines) == told
+    assert all('needs window_size=(8, 8, 32, 16), but the model has (8, 8, 4, 3)' in line
+               for line in lines)

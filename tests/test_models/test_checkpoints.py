@@ -12,8 +12,14 @@ from torch import nn
 
 from mmhybrid.models import MambaVision, MambaVisionClassifier, MM_mamba_vision
 from mmhybrid.models.backbones.mambavision import ARCHITECTURES
-from mmhybrid.models.checkpoints import Comparison, compare, load_backbone, load_weights
-from mmhybrid.weights import WeightsError, unwrap
+from mmhybrid.models.checkpoints import (
+    Comparison,
+    check_windows,
+    compare,
+    load_backbone,
+    load_weights,
+)
+from mmhybrid.weights import RELEASED, WeightsError, unwrap
 
 TOY = dict(dim=8, stem_width=4, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 4),
            window_size=(8, 8, 4, 3))
@@ -289,6 +295,67 @@ def test_trust_reaches_whole_models(weights, tmp_path):
         load_weights(model, tmp_path / 'w.pth')
     assert load_weights(model, tmp_path / 'w.pth', trust=True).fits
     assert_holds(model.backbone, weights)
+
+
+WARNING = ('is the classifier mambavision-l3-512-21k, which needs window_size=(8, 8, 32, 16), but '
+           'the model has (8, 8, 4, 3), so that it gives other results; set window_size if you did '
+           'not mean to change it.')
+NAMED = 'mambavision_L3_21k_740m_512.pth.tar'
+
+
+def told_of_windows(log):
+    return [line for line in log if 'window_size' in line]
+
+
+@pytest.mark.parametrize('way', ['init_cfg', 'load_backbone', 'load_weights', 'inside'])
+def test_a_classifier_with_other_windows_than_the_file_says_so(way, weights, tmp_path, log):
+    path = tmp_path / NAMED
+    torch.save(dict(state_dict=weights), path)
+    net = MambaVisionClassifier(TOY, num_classes=7, init_cfg=pretrained(path))
+    if way == 'init_cfg':
+        net.init_weights()
+    elif way == 'load_backbone':
+        load_backbone(net, path)
+    else:
+        model = nn.Module()
+        model.backbone = net
+        load_weights(net if way == 'load_weights' else model, path)
+    assert told_of_windows(log) == [f'{path} {WARNING}']
+    assert_holds(net, weights)
+
+
+def test_a_short_name_tells_the_windows_too(weights, tmp_path, log, monkeypatch):
+    torch.save(dict(state_dict=weights), tmp_path / 'file.pth')
+    monkeypatch.setattr('mmhybrid.weights.sources.download', lambda _: tmp_path / 'file.pth')
+    load_weights(MambaVisionClassifier(TOY, num_classes=7), 'mambavision-l3-512-21k')
+    assert told_of_windows(log) == [f'mambavision-l3-512-21k {WARNING}']
+
+
+@pytest.mark.parametrize(('build', 'name'), [
+    (lambda: MambaVisionClassifier(TOY, num_classes=7, window_size=(8, 8, 32, 16)), NAMED),
+    (lambda: MambaVisionClassifier(TOY, num_classes=7, window_size=(1, 1, 32, 16)), NAMED),
+    (lambda: MambaVision(TOY), NAMED),  # dense networks have windows of their own
+    (lambda: MambaVision(TOY, window_size=(8, 8, 112, 56)), NAMED),
+    (lambda: MambaVisionClassifier(TOY, num_classes=7), 'epoch_10.pth'),
+    (lambda: MambaVisionClassifier(TOY, num_classes=7),
+     'cascade_mask_rcnn_mamba_vision_tiny_3x_coco.pth'),
+])
+def test_nothing_is_said_of_windows_that_may_be_so(build, name, weights, tmp_path, log):
+    torch.save(dict(state_dict=weights), tmp_path / name)
+    load_weights(build(), tmp_path / name)
+    assert not told_of_windows(log)
+
+
+@pytest.mark.parametrize(('arch', 'name', 'expected'), [
+    ('large3', 'mambavision-l3-512-21k', True), ('large3', 'mambavision-l3-256-21k', False),
+    ('large2', 'mambavision-l2-512-21k', True), ('large2', 'mambavision-l2-1k', False),
+    ('large', 'mambavision-l-21k', False), ('tiny', 'mambavision-t-1k', False)])
+def test_windows_of_the_published_networks(arch, name, expected, log):
+    with torch.device('meta'):
+        check_windows(MambaVisionClassifier(arch), name)
+        assert len(told_of_windows(log)) == expected
+        check_windows(MambaVisionClassifier(arch, window_size=RELEASED[name].window_size), name)
+    assert len(told_of_windows(log)) == expected
 
 
 def test_pure_functions():

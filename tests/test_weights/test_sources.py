@@ -15,7 +15,15 @@ from released_files import dense, key_lists, weights
 
 from mmhybrid.models.backbones import localvim, localvmamba, mambavision, vim, vmamba
 from mmhybrid.models.checkpoints import load_backbone
-from mmhybrid.weights import RELEASED, WeightsError, fetch, identify, kind_of, strip_wrappers
+from mmhybrid.weights import (
+    RELEASED,
+    WeightsError,
+    fetch,
+    identify,
+    kind_of,
+    released_as,
+    strip_wrappers,
+)
 from mmhybrid.weights import download as module
 from mmhybrid.weights.download import download, sha256_of
 from mmhybrid.weights.recognition import VARIANTS
@@ -387,6 +395,45 @@ def test_addresses_of_vmamba_have_the_tag_of_their_release(name, end):
     assert RELEASED[name].address == (
         f'https://github.com/MzeroMiko/VMamba/releases/download/%23{end}')
     assert all(row.address for row in RELEASED.values() if row.family == 'VMamba')
+
+
+def test_windows_are_in_the_rows_of_classifiers_that_have_them():
+    for name, row in RELEASED.items():
+        assert (row.window_size is not None) == (
+            (row.family, row.kind) == ('MambaVision', 'classification'))
+        if row.window_size:
+            other = row.window_size != mambavision.ARCHITECTURES[row.arch]['window_size']
+            assert other == (name in ('mambavision-l2-512-21k', 'mambavision-l3-512-21k'))
+            assert other == ('window_size=(8, 8, 32, 16)' in row.remark)
+
+
+@pytest.mark.parametrize(('source', 'name'), [
+    ('mambavision-l3-512-21k', 'mambavision-l3-512-21k'),
+    ('MambaVision-L3-512-21K', 'mambavision-l3-512-21k'),
+    ('mambavision_L3_21k_740m_512.pth.tar', 'mambavision-l3-512-21k'),
+    ('/data/w/mambavision_L2_21k_240m_512.pth.tar', 'mambavision-l2-512-21k'),
+    ('weights/mambavision_L3_21k_740m_512.safetensors', 'mambavision-l3-512-21k'),  # converted
+    ('cache/0a1b2c3d-mambavision_L3_21k_740m_256.pth.tar', 'mambavision-l3-256-21k'),
+    ('hf://nvidia/MambaVision-L3-512-21K', 'mambavision-l3-512-21k'),
+    ('hf://nvidia/MambaVision-L3-512-21K/model.safetensors@refs/pr/1', 'mambavision-l3-512-21k'),
+    ('https://a:b@mirror.org/nvidia/MambaVision-L2-512-21K/resolve/main/model.safetensors?x=/y',
+     'mambavision-l2-512-21k'),
+    ('~/.cache/huggingface/hub/models--nvidia--MambaVision-L2-512-21K/snapshots/1/pytorch_model.bin',
+     'mambavision-l2-512-21k'),
+    ('hf://hustvl/Vim-tiny-midclstok', None),  # has two files
+    ('hf://hustvl/Vim-tiny-midclstok/vim_t_midclstok_ft_78p3acc.pth', 'vim-t-stride8'),
+    ('work_dirs/mambavision-l3-512-21k/epoch_10.pth', None),  # a folder of one's own
+    ('mambavision_L3_21k_740m_512_tuned.pth', None), ('epoch_10.pth', None), ('', None),
+])
+def test_the_published_file_that_a_source_names(source, name):
+    row = released_as(source)
+    assert row == (name and RELEASED[name])
+
+
+def test_every_row_is_named_by_its_name_file_and_address():
+    for name, row in RELEASED.items():
+        sources = [name, *filter(None, (row.file, row.address, row.file and f'dir/{row.file}'))]
+        assert [released_as(source) for source in sources] == [row] * len(sources)
 
 
 def test_names_in_configs_are_in_the_table():

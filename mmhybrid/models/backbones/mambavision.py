@@ -364,6 +364,7 @@ class MambaVision(StagedBackbone):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.window_size = tuple(window_size)
         dims = [arch['dim'] * 2 ** i for i in range(_STAGES)]
         self.out_channels = tuple(dims[i] for i in self.out_indices)
         self.out_strides = tuple(4 * 2 ** i for i in self.out_indices)
