@@ -25,9 +25,9 @@ def takes(x: Tensor, *modules: nn.Module) -> bool:
     They may where nobody looks: no gradients, no hooks of the modules, no compiler, tracer, counter
     of operators or autocast; in float32 on a CPU.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False  # first, so that neither sees anything of the rest
-    return (_KNOWN and not torch.is_grad_enabled() and type(x) is Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # first, so that training is not held up, and no compiler sees the rest
+    return (_KNOWN and type(x) is Tensor
             and x.device.type == 'cpu' and x.dtype == torch.float32 and x.numel() > 0
             and torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
             and not torch._C._len_torch_dispatch_stack() and not torch.is_autocast_enabled('cpu')

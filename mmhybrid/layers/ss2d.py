@@ -42,6 +42,8 @@ def registered(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def decay_rates(logs: Sequence[Tensor]) -> Sequence[Tensor]:
     """A = -exp(A_log) of many scans, in few calls for all of them; at least float32."""
+    if torch.compiler.is_compiling():  # it fuses these by itself
+        return [-torch.exp(at_least_float32(log)) for log in logs]
     found: list[Tensor | None] = [None] * len(logs)
     for learned in (False, True):  # apart: results of one call all want gradients or none does
         group = [i for i, log in enumerate(logs) if log.requires_grad == learned]
