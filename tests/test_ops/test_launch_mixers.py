@@ -400,7 +400,9 @@ def test_calls_of_functions_do_not_grow(name, machine):
             runs['forward+backward']()
         for kind, calls in (('forward', most.forward_calls), ('forward+backward', most.both_calls)):
             found = host.count_calls(runs[kind])
-            notes = sum(found[name] for name in ('stub_machine.py', 'test_launch_mixers.py'))
+            # Python sees calls of isinstance and len or not, as it has specialised their callers.
+            notes = sum(found[name] for name in ('stub_machine.py', 'test_launch_mixers.py',
+                                                 'isinstance', 'len'))
             assert calls / 2 < found.total() - notes <= calls
 
 

@@ -5,6 +5,7 @@ weights.
 """
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -144,6 +145,11 @@ def resolve_directions(given: str | Sequence[Sequence[str]] | None, depth: int,
     return [tuple(names) for names in given]
 
 
+# Networks that have told.  Not an attribute of theirs: one that changes is another network to
+# whoever records CUDA graphs.
+_told: weakref.WeakSet[ColumnRestore] = weakref.WeakSet()
+
+
 class ColumnRestore:
     """A backbone that says which column restore it has, once, where the two kinds differ.
 
@@ -151,17 +157,16 @@ class ColumnRestore:
     """
 
     v_restore = 'exact'
-    _told = False
 
     def tell_restore(self, height: int, width: int) -> None:
         """Write one line to the log at the first map of this size that is not square."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self._told:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self in _told:
             return
         if height == width or 1 in (height, width):  # one row or column has one order
             return
         if all(names is not None and not {'v', 'v_flip'} & set(names) for names in self.directions):
             return
-        self._told = True
+        _told.add(self)
         how = (
             "put back exactly; the published code puts them on wrong pixels, which "
             "v_restore='released' repeats" if self.v_restore == 'exact' else
