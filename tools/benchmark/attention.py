@@ -22,14 +22,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timing import (
-    CLOCKS,
     ENVIRONMENT,
     PERCENTILES,
     Failures,
     TimeLimit,
+    add_options,
     append_rows,
     as_graph,
-    default_clock,
+    complete_options,
     environment,
     in_one_line,
     in_sequence,
@@ -208,28 +208,9 @@ def show(row: dict) -> str:
 def parse_args(arguments=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    parser.add_argument('--device', choices=['cuda', 'cpu'], default=here)
-    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'],
-                        help='default: bfloat16 on a GPU, float32 on a CPU')
-    parser.add_argument('--small', action='store_true', help='two small shapes, to try the script')
-    parser.add_argument('--only', metavar='REGEX', default='', help='shapes whose name matches')
-    parser.add_argument('--rounds', type=int, default=10, help='turns per variant (default: 10)')
-    parser.add_argument('--seconds', type=float, default=2, metavar='S',
-                        help='no further turn after these of one measurement (default: 2)')
-    parser.add_argument('--minutes', type=float, metavar='M',
-                        help='begin no further shape after these')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
-    parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
-    parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
+    add_options(parser, rounds=10, seconds=2)
     args = parser.parse_args(arguments)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('PyTorch sees no GPU; use --device cpu')
-    args.dtype = args.dtype or {'cuda': 'bfloat16', 'cpu': 'float32'}[args.device]
-    args.clock = args.clock or default_clock(args.device)
-    if (args.clock == 'cuda') != (args.device == 'cuda'):
-        parser.error(f'--clock {args.clock} does not measure --device {args.device}')
-    args.modes = ('eager', 'graph') if args.device == 'cuda' else ('eager',)
+    complete_options(parser, args)
     return args
 
 

@@ -22,14 +22,14 @@ from typing import NamedTuple
 
 import torch
 from timing import (
-    CLOCKS,
     ENVIRONMENT,
     PERCENTILES,
     Failures,
     TimeLimit,
+    add_options,
     append_rows,
     as_graph,
-    default_clock,
+    complete_options,
     environment,
     in_sequence,
     input_sets,
@@ -281,34 +281,15 @@ def show(row: dict) -> str:
 def parse_args(arguments=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = 'cuda' if torch.cuda.is_available() else 'cpu'
-    parser.add_argument('--device', choices=['cuda', 'cpu'], default=here)
-    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'],
-                        help='default: bfloat16 on a GPU, float32 on a CPU')
+    add_options(parser, rounds=20, seconds=5)
     parser.add_argument('--pure', action='store_true',
                         help='parameters and input of --dtype instead of autocast')
-    parser.add_argument('--small', action='store_true', help='two small shapes, to try the script')
-    parser.add_argument('--only', metavar='REGEX', default='', help='shapes whose name matches')
     parser.add_argument('--variants', type=lambda x: x.split(','),
                         help="comma-separated, such as 'fused,plain torch'")
     parser.add_argument('--passes', choices=PASSES, nargs='+', default=PASSES)
-    parser.add_argument('--rounds', type=int, default=20, help='turns per variant (default: 20)')
-    parser.add_argument('--seconds', type=float, default=5, metavar='S',
-                        help='no further turn after these of one measurement (default: 5)')
-    parser.add_argument('--minutes', type=float, metavar='M',
-                        help='begin no further shape after these')
-    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
-    parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
-    parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
     parser.add_argument('--plot', metavar='PATH', help='draw the times, such as mixer.png')
     args = parser.parse_args(arguments)
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        parser.error('PyTorch sees no GPU; use --device cpu')
-    args.dtype = args.dtype or {'cuda': 'bfloat16', 'cpu': 'float32'}[args.device]
-    args.clock = args.clock or default_clock(args.device)
-    if (args.clock == 'cuda') != (args.device == 'cuda'):
-        parser.error(f'--clock {args.clock} does not measure --device {args.device}')
-    args.modes = ('eager', 'graph') if args.device == 'cuda' else ('eager',)
+    complete_options(parser, args)
     return args
 
 

@@ -3,6 +3,7 @@
 A script of this folder finds it with ``from timing import ...`` when it is run by its path.
 """
 
+import argparse
 import contextlib
 import csv
 import gc
@@ -62,6 +63,36 @@ def environment(device: str, clock: str) -> dict[str, str]:
 def default_clock(device: str) -> str:
     """'cuda' for a GPU, 'wall' for anything else."""
     return 'cuda' if torch.device(device).type == 'cuda' else 'wall'
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int, seconds: float) -> None:
+    """Add the options of a script that times variants of one operation at many shapes."""
+    here = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser.add_argument('--device', choices=['cuda', 'cpu'], default=here)
+    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'],
+                        help='default: bfloat16 on a GPU, float32 on a CPU')
+    parser.add_argument('--small', action='store_true', help='two small shapes, to try the script')
+    parser.add_argument('--only', metavar='REGEX', default='', help='shapes whose name matches')
+    parser.add_argument('--rounds', type=int, default=rounds,
+                        help=f'turns per variant (default: {rounds})')
+    parser.add_argument('--seconds', type=float, default=seconds, metavar='S',
+                        help=f'no further turn after these of one measurement (default: {seconds})')
+    parser.add_argument('--minutes', type=float, metavar='M',
+                        help='begin no further shape after these')
+    parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
+    parser.add_argument('--clock', choices=CLOCKS, help='default: cuda on a GPU, wall on a CPU')
+    parser.add_argument('--csv', metavar='PATH', help='append the rows to this file')
+
+
+def complete_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what was left to the device, and end the script where options contradict it."""
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('PyTorch sees no GPU; use --device cpu')
+    args.dtype = args.dtype or {'cuda': 'bfloat16', 'cpu': 'float32'}[args.device]
+    args.clock = args.clock or default_clock(args.device)
+    if (args.clock == 'cuda') != (args.device == 'cuda'):
+        parser.error(f'--clock {args.clock} does not measure --device {args.device}')
+    args.modes = ('eager', 'graph') if args.device == 'cuda' else ('eager',)
 
 
 class Failures(list):
