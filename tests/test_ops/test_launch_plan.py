@@ -21,7 +21,9 @@ SHAPES = plans.read_rows()
 def test_the_sweep_is_whole():
     assert sum(map(len, SHAPES.values())) == 492 and len(SHAPES) == 10
     assert plans.read_rows(kernels='another commit') == {}
-    assert all(KERNELS in line for line in plans.SWEEP.read_text().splitlines()[1:])
+    assert sum(map(len, plans.read_rows(kernels='6bdc1ab').values())) == 7
+    kernels = {line.split(',')[1] for line in plans.SWEEP.read_text().splitlines()[1:]}
+    assert kernels == {KERNELS, '6bdc1ab'}
 
 
 @pytest.mark.parametrize('shape', SHAPES)

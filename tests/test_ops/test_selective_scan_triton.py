@@ -32,6 +32,13 @@ def test_full_product():
     assert run_cases(CASES, '-m', 'slow') >= 1000
 
 
+def test_cases_draw_their_numbers_on_the_device():
+    """A generator of the CPU makes nothing on a GPU, which a machine without one does not say."""
+    found = [path.name for path in CASES.parent.glob('*_cases.py')
+             if 'torch.Generator' in path.read_text()]  # fmt: skip
+    assert not found, f"{found}: take interpreter.py's generator()"
+
+
 def test_auto_says_why_it_falls_back():
     status = available_backends()['triton']
     if status.usable:

@@ -309,7 +309,7 @@ def test_calls_give_the_bits_of_the_operators(odd):
 
     def results():
         y = walk_conv(*tensors, *tables)
-        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+        weight = torch.randn(y.shape, generator=generator(2)).to(y.dtype)
         return y, *torch.autograd.grad(y, tensors, weight)
 
     got = results()

@@ -61,8 +61,8 @@ class _Shape:
         n_chunks = self.plan.n_chunks
         return (self.batch, n_chunks if n_chunks > 1 else 0, self.state, self.channels)
 
-    def programs(self, cut: plans.Cut) -> int:
-        return self.batch * self.plan.n_chunks * self.groups * -(-self.group_dim // cut.block)
+    def programs(self, cut: plans.Cut, n_chunks: int) -> int:
+        return self.batch * n_chunks * self.groups * -(-self.group_dim // cut.block)
 
     def strides(self, **tensors: Tensor | tuple[int, ...] | None) -> dict[str, int]:
         """Kernel arguments: strides over batch, group, channel (or state) and token."""
@@ -109,8 +109,8 @@ class _Shape:
             dict(p_state=states, p_sum=sums, p_A=Place(2), p_first=first),
             dict(
                 channels=self.channels, n_chunks=self.plan.n_chunks, n_blocks=n_blocks,
-                N=self.state, BLOCK=32, LOG_ROWS=5, UNROLL=8, HAS_FIRST=first is not None,
-                BACKWARD=backward, num_warps=8,
+                N=self.state, BLOCK=32, UNROLL=8, HAS_FIRST=first is not None,
+                BACKWARD=backward, **carry_rows(self.plan.n_chunks),
             ),
         )  # fmt: skip
 
@@ -160,6 +160,21 @@ def packs(B: Tensor, C: Tensor) -> bool:
         and all(x.stride(i) % 4 == 0 or x.shape[i] == 1 for i in (*range(x.dim() - 2), -1))
         for x in (B, C)
     )
+
+
+def carry_rows(n_chunks: int) -> dict[str, int]:
+    """Rows of the carry kernel, and warps for four of them each: some eight chunks for a row.
+
+    A row costs its instructions with one chunk or none as well, and a batch of many short sequences
+    has thousands of programs. Three numbers of rows, so that few kernels are compiled.
+    """
+    log_rows = 0 if n_chunks <= 8 else 3 if n_chunks <= 64 else 5
+    return dict(LOG_ROWS=log_rows, num_warps=max(1, 2**log_rows // 4))
+
+
+def is_wide(arguments: dict, tokens: int) -> bool:
+    """Whether the index of a token times one of the strides does not fit 32 bits."""
+    return tokens * max(step for name, step in arguments.items() if name.endswith('_sl')) >= 2**31
 
 
 def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str, int]:
@@ -247,9 +262,10 @@ class Forward(_Pass):
             | dict(UNROLL=cut.unroll, AHEAD=4 if shape.state <= 2 else 2, HAS_D=D is not None)
             | dict(PACK=packed)
         )
+        constants['WIDE'] = is_wide(constants, shape.tokens)
 
         def sweep(mode):
-            grid = (shape.programs(cut),)
+            grid = (shape.programs(cut, plan.n_chunks - (mode is kernels.AGGREGATE)),)
             more = z is not None or not softplus or mode is kernels.FEW
             registers = most_registers(cut.block, shape.state, packed, more)
             return Launch(
@@ -330,13 +346,14 @@ class Backward(_Pass):
         common = shape.common(inputs, softplus, reverse, cut)
         constants = common | shape.strides(delta=delta, C=C, z=z, dout=dout)
         constants |= dict(K=plans.RUN, PACK=packs(B, C))
-        grid = (shape.programs(cut),)
+        main = constants | shape.strides(u=u, B=B, **self._token_strides(inputs, given))
+        constants['WIDE'], main['WIDE'] = (is_wide(x, shape.tokens) for x in (constants, main))
         launches = []
         if plan.n_chunks > 1:
             sums = self._scratch(rows * shape.channels)
             launches += [
                 Launch(
-                    'scan_backward_aggregate_kernel', grid,
+                    'scan_backward_aggregate_kernel', (shape.programs(cut, plan.n_chunks - 1),),
                     places | dict(p_state=gstates, p_sum=sums), constants,
                 ),
                 shape.carry(kernels, gstates, sums, first, backward=True),
@@ -344,14 +361,13 @@ class Backward(_Pass):
         over_blocks = -(-shape.length * shape.state // 256) * shape.batch * shape.groups
         launches += [
             Launch(
-                'scan_backward_kernel', grid,
+                'scan_backward_kernel', (shape.programs(cut, plan.n_chunks),),
                 places | dict(
                     p_u=Place(0), p_B=Place(3), p_D=present(D, Place(5)), p_state=Place(11),
                     p_gstate=gstates, p_dlast=first, p_scratch=scratch, p_du=where['u'],
                     p_ddelta=where['delta'], p_dz=where.get('z'), p_dbc=dbc, p_dchannel=dchannel,
                 ),
-                constants
-                | shape.strides(u=u, B=B, **self._token_strides(inputs, given))
+                main
                 | dict(
                     SOME=4 if constants['PACK'] else 1 + (shape.state % 2 == 0),
                     CHUNKED=plan.n_chunks > 1,

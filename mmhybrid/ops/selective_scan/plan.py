@@ -18,6 +18,8 @@ KERNELS = '03c1dbf'
 RUN = 4
 # Lengths of a chunk that are weighed against one another, and against the whole sequence.
 _CHUNKS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Parts up to which a sequence is also cut into equal ones.
+_PARTS = 6
 # Tokens that the beginning and the end of a program cost, whatever its chunk.
 _ENDS = 2
 # Warps on a multiprocessor that is far from full.
@@ -119,23 +121,23 @@ def _changed(
     return measured._replace(cut=scaled(measured.cut), whole=scaled(measured.whole), **figures)
 
 
-# Expected of the present kernels; no GPU has run them. They load a group of tokens ahead, so that
-# where a group paid four or five trips to memory it should pay a part of one: some 75 cycles a
-# token and sweep beside its instructions. Works follow the instructions of the loops, counted for
-# sm_90: forward 926 to 852 for four tokens of N = 8 and 754 to 764 of N = 1, the main backward
-# sweep 552 to 357 a token of N = 8, all backward sweeps 1028 to 1000 for four of N = 1. A carry of
-# rows of chunks should take about 5 us for 784 of them. Resident warps follow the registers, of the
-# backward sweeps four at a time, one for each part of a multiprocessor: 128 registers leave 16
-# warps. The main sweep of N = 8 is 335 instructions a token with 146, which leave 12. Beyond two
-# states the backward sweeps have blocks of 32 channels only.
+# Expected of the present kernels; no GPU has run them. The kernels before them, of commit 6bdc1ab,
+# ran a few plans on a GPU, seven of the sweep and those of three more shapes: enough to scale the
+# figures above and no more. Their launches cost 5 and 4 us, their waits and works of N = 8 were 0.68
+# and 0.69 times those above in the forward pass (RMS of log(model / row) 0.05) and 0.4 and 0.65 in
+# the backward pass (0.12). Works then follow the instructions of the loops, counted for sm_90, as
+# addresses of 32 bits have changed them: forward 852 to 732 for four tokens of N = 8 and 731 to 611
+# of N = 1, all backward sweeps 2183 to 2120 and 1326 to 1266. Resident warps follow the registers,
+# of the backward sweeps four at a time, one for each part of a multiprocessor: 128 registers leave
+# 16 warps. Beyond two states the backward sweeps have blocks of 32 channels only.
 EXPECTED = (
     _changed(
-        FORWARD, wait=(0.65, 0.4), work=(1.0, 0.92), carry=0.007,
+        FORWARD, wait=(0.65, 0.68), work=(0.84, 0.60), launches=(5.0, 3.0), carry=0.007,
         resident={32: (25, 25, 25, 16), 64: (25, 25, 12, 12)},
     ),
     _changed(
-        BACKWARD, wait=(0.65, 0.4), work=(0.97, 0.68), carry=0.007,
-        resident={32: (16, 12, 16, 8), 64: (12, 8, 8, 8)}, widest=2,
+        BACKWARD, wait=(0.65, 0.4), work=(0.76, 0.63), launches=(4.0, 3.0), carry=0.007,
+        resident={32: (16, 12, 16, 8), 64: (16, 8, 8, 8)}, widest=2,
     ),
 )  # fmt: skip
 
@@ -224,14 +226,17 @@ def launch_plan(
 
 @functools.lru_cache(maxsize=4096)
 def _own_choice(*arguments) -> LaunchPlan:
-    return choose(EXPECTED, *arguments)
+    return choose(EXPECTED, *arguments, parts=_PARTS)
 
 
 def choose(
     passes: tuple[Pass, Pass], rows: int, group_dim: int, length: int, state: int, processors: int,
-    chunk: int, gradients: bool,
+    chunk: int, gradients: bool, parts: int = 1,
 ) -> LaunchPlan:  # fmt: skip
-    """:func:`launch_plan` for B x G rows with the given costs of both passes."""
+    """:func:`launch_plan` for B x G rows with the given costs of both passes.
+
+    Up to ``parts`` equal parts are weighed, too: they leave no small rest to a program of its own.
+    """
     if chunk < 0:
         raise ValueError(f'launch_plan expects a chunk of 0 (its own choice) or more, got {chunk}.')
     rows, group_dim, length = max(1, rows), max(1, group_dim), max(1, length)
@@ -246,7 +251,9 @@ def choose(
         )
 
     if chunk == 0:
-        chunk = min((*(c for c in _CHUNKS if c < length), length), key=time)
+        equal = (-(-length // n // RUN) * RUN for n in range(2, parts + 1))
+        cuts = (c for c in (*_CHUNKS, *equal) if _CHUNKS[0] <= c < length)
+        chunk = min((*cuts, length), key=time)
     chunk = -(-chunk // RUN) * RUN
     n_chunks = -(-length // chunk)
     forward, backward = (block(which, chunk) for which in passes)

@@ -21,6 +21,7 @@ from .common import (
     state_of_late,
     step_size,
     token_of,
+    token_step,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -137,15 +138,21 @@ def scan_backward_aggregate_kernel(
     delta_sb, delta_sg, delta_sd, delta_sl, C_sb, C_sg, C_sn, C_sl,
     z_sb, z_sg, z_sd, z_sl, dout_sb, dout_sg, dout_sd, dout_sl, order_sg,
     group_dim, groups, length, chunk, n_chunks, n_blocks,
-    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk adds to the gradient of the state before it, and its summed step.
+    """What each chunk but the first adds to the gradient of the state before it, and its step.
 
     The mirror of the forward AGGREGATE: g_t = exp(dt_t A) (g_{t+1} + dy_t C_t), from the right.
     """
-    i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
+    delta_sl = token_step(delta_sl, WIDE)
+    C_sl = token_step(C_sl, WIDE)
+    z_sl = token_step(z_sl, WIDE)
+    dout_sl = token_step(dout_sl, WIDE)
+    # Nothing comes before the first chunk, so nobody asks for what it adds.
+    i_block, i_g, i_c, i_b = program_place(groups, n_chunks - 1, n_blocks)
+    i_c += 1
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_h < group_dim
     o_d = i_g * group_dim + o_h
@@ -352,7 +359,7 @@ def scan_backward_kernel(
     dz_sb, dz_sg, dz_sd, dz_sl, order_sg,
     group_dim, groups, length, chunk, n_chunks, n_blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
-    PACK: tl.constexpr, SOME: tl.constexpr,
+    PACK: tl.constexpr, WIDE: tl.constexpr, SOME: tl.constexpr,
     CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
@@ -366,6 +373,15 @@ def scan_backward_kernel(
     A second pass adds them up in a fixed order: no atomics, so every run gives the same bits.
     p_gstate (B, NC, N, D) holds the gradient of the state that leaves each chunk.
     """
+    u_sl = token_step(u_sl, WIDE)
+    delta_sl = token_step(delta_sl, WIDE)
+    B_sl = token_step(B_sl, WIDE)
+    C_sl = token_step(C_sl, WIDE)
+    z_sl = token_step(z_sl, WIDE)
+    dout_sl = token_step(dout_sl, WIDE)
+    du_sl = token_step(du_sl, WIDE)
+    ddelta_sl = token_step(ddelta_sl, WIDE)
+    dz_sl = token_step(dz_sl, WIDE)
     i_block, i_g, i_c, i_b = program_place(groups, n_chunks, n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one

@@ -36,6 +36,19 @@ def sigmoid(x):
 
 
 @triton.jit
+def token_step(stride, WIDE: tl.constexpr):
+    """A stride over tokens, by which the index of a token is multiplied in 32 or 64 bits.
+
+    Of the 86 instructions that a token of eight states cost a sweep in 64 bits, ten were for
+    addresses that 32 bits can hold, ``passes.is_wide`` says when they cannot.
+    """
+    if WIDE:
+        return tl.cast(stride, tl.int64)
+    else:
+        return stride
+
+
+@triton.jit
 def position_at(s, end, length, REVERSE: tl.constexpr):
     """Index of what is visited at position s; from ``end`` on that of the last before it."""
     position = tl.minimum(s, end - 1)
@@ -133,7 +146,8 @@ def scan_carry_kernel(
     """Replace what each chunk adds to the state by the state that enters it, in place.
 
     p_state (B, NC, N, D); the decay of a chunk is exp(A p_sum), p_sum (B, NC, D). BACKWARD runs
-    from the last chunk to the first, for the gradient of the state, from p_first (B, D, N).
+    from the last chunk to the first, for the gradient of the state, from p_first (B, D, N). What
+    the chunk visited last has in both is read and has no effect: no sweep computes it.
 
     Each of 2^LOG_ROWS rows has a run of chunks. It first sums up the run before its own; with all
     rows before it that is the state before its own run, through which it then goes.
@@ -159,22 +173,23 @@ def scan_carry_kernel(
         b_h = tl.load(p_first + o_r * 0, mask=m_d & (o_r == 0), other=0.0)
     # The loads of several chunks are in flight together; only the multiply-adds are in turn. What
     # is not there is a chunk of no steps.
-    for c0 in range(0, run, UNROLL):
-        add_k = ()
-        sum_k = ()
-        for k in tl.static_range(UNROLL):
-            c = (o_r - 1) * run + c0 + k
-            m_c = m_d & (c >= 0) & (c < n_chunks) & (c0 + k < run)
-            if BACKWARD:
-                c = n_chunks - 1 - c
-            sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_c, other=0.0),)
-            add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_c, other=0.0),)
-        for k in tl.static_range(UNROLL):
-            b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
-            b_sum += sum_k[k]
-    _, b_h = tl.associative_scan((tl.exp2(b_A * b_sum), b_h), 0, one_after_the_other)
-    # The states are overwritten by other threads of this program than those that read them.
-    tl.debug_barrier()
+    if ROWS > 1:
+        for c0 in range(0, run, UNROLL):
+            add_k = ()
+            sum_k = ()
+            for k in tl.static_range(UNROLL):
+                c = (o_r - 1) * run + c0 + k
+                m_c = m_d & (c >= 0) & (c < n_chunks) & (c0 + k < run)
+                if BACKWARD:
+                    c = n_chunks - 1 - c
+                sum_k = sum_k + (tl.load(p_sum + c * channels, mask=m_c, other=0.0),)
+                add_k = add_k + (tl.load(p_state + c * N * channels, mask=m_c, other=0.0),)
+            for k in tl.static_range(UNROLL):
+                b_h = tl.exp2(b_A * sum_k[k]) * b_h + add_k[k]
+                b_sum += sum_k[k]
+        _, b_h = tl.associative_scan((tl.exp2(b_A * b_sum), b_h), 0, one_after_the_other)
+        # The states are overwritten by other threads of this program than those that read them.
+        tl.debug_barrier()
     for c0 in range(0, run, UNROLL):
         add_k = ()
         sum_k = ()
@@ -196,7 +211,7 @@ def scan_carry_kernel(
 
 @triton.jit
 def program_place(groups, n_chunks, n_blocks):
-    """Block of channels, group, chunk and batch item of a program of a sweep."""
+    """Block of channels, group, chunk (of so many) and batch item of a program of a sweep."""
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % n_blocks
     i_g = (pid // n_blocks) % groups
@@ -233,6 +248,6 @@ def entries_at(p_order, s0, length, K: tl.constexpr, ORDER: tl.constexpr, REVERS
 def token_of(entry, s, length, ORDER: tl.constexpr, REVERSE: tl.constexpr):
     """Index of the token visited at position s, and whether there is one (a table may say -1)."""
     if ORDER:
-        return tl.maximum(entry, 0).to(tl.int64), entry >= 0
+        return tl.maximum(entry, 0), entry >= 0
     else:  # cheaper again than carried through a loop
-        return entry_at(entry, s, length, False, REVERSE).to(tl.int64), s >= 0
+        return entry_at(entry, s, length, False, REVERSE), s >= 0

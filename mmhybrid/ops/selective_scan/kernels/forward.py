@@ -10,14 +10,16 @@ from .common import (
     load_channels,
     load_states,
     position_at,
+    program_place,
     sigmoid,
     state_of,
     step_size,
+    token_step,
 )
 
 # What one launch of the forward kernel is for.
 SINGLE = tl.constexpr(0)  # the whole sequence from a zero state
-AGGREGATE = tl.constexpr(1)  # the end state and the summed step of every chunk, from zero states
+AGGREGATE = tl.constexpr(1)  # end state and summed step of each chunk but the last, from zero
 FINAL = tl.constexpr(2)  # every chunk again, from the state that the carry kernel left for it
 FEW = tl.constexpr(3)  # every chunk again, from what the chunks before it added
 # Chunks whose sums are in flight together.
@@ -35,20 +37,23 @@ def scan_forward_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MODE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-    PACK: tl.constexpr, AHEAD: tl.constexpr,
+    PACK: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
     p_state (B, NC, N, D) and p_sum (B, NC, D) are float32: AGGREGATE writes the end states of the
-    chunks and their summed steps, which FEW reads to write the states before the chunks to p_start
-    (B, NC, N, D). FINAL reads the states before the chunks in p_state. p_last is (B, D, N).
+    chunks and their summed steps, none of the last chunk. FEW reads them and writes the states
+    before the chunks to p_start (B, NC, N, D); FINAL reads the states before the chunks in p_state.
+    p_last is (B, D, N).
     """
-    pid = tl.program_id(0).to(tl.int64)
-    i_block = pid % n_blocks
-    i_g = (pid // n_blocks) % groups
-    i_c = (pid // (n_blocks * groups)) % n_chunks
-    i_b = pid // (n_blocks * groups * n_chunks)
-
+    u_sl = token_step(u_sl, WIDE)
+    delta_sl = token_step(delta_sl, WIDE)
+    B_sl = token_step(B_sl, WIDE)
+    C_sl = token_step(C_sl, WIDE)
+    z_sl = token_step(z_sl, WIDE)
+    out_sl = token_step(out_sl, WIDE)
+    # Nothing follows the last chunk, so nobody asks for what it adds.
+    i_block, i_g, i_c, i_b = program_place(groups, n_chunks - (MODE == AGGREGATE), n_blocks)
     o_h = i_block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     m_d = o_h >= 0 if EVEN else o_h < group_dim  # the compiler knows the first one
     o_d = i_g * group_dim + o_h
@@ -117,12 +122,12 @@ def scan_forward_kernel(
     B_k = ()
     C_k = ()
     for k in tl.static_range(AHEAD):
-        token = position_at(first + k, end, length, REVERSE).to(tl.int64)
+        token = position_at(first + k, end, length, REVERSE)
         if ORDER:
             entry_k = entry_k + (tl.load(p_order + token),)
             position = position_at(first + AHEAD + k, end, length, REVERSE)
             ahead_k = ahead_k + (tl.load(p_order + position),)
-            token = tl.maximum(entry_k[k], 0).to(tl.int64)
+            token = tl.maximum(entry_k[k], 0)
         u_k = u_k + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
         delta_k = delta_k + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
         B_k = B_k + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
@@ -143,12 +148,12 @@ def scan_forward_kernel(
             B_next = ()
             C_next = ()
             for k in tl.static_range(AHEAD):
-                token = position_at(s0 + AHEAD + k, end, length, REVERSE).to(tl.int64)
+                token = position_at(s0 + AHEAD + k, end, length, REVERSE)
                 if ORDER:
                     entry_next = entry_next + (ahead_k[k],)
                     position = position_at(s0 + 2 * AHEAD + k, end, length, REVERSE)
                     ahead_next = ahead_next + (tl.load(p_order + position),)
-                    token = tl.maximum(ahead_k[k], 0).to(tl.int64)
+                    token = tl.maximum(ahead_k[k], 0)
                 u_next = u_next + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
                 delta_next = delta_next + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
                 B_next = B_next + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
@@ -159,10 +164,10 @@ def scan_forward_kernel(
             for k in tl.static_range(AHEAD):
                 b_u = u_k[k].to(tl.float32)
                 b_delta = delta_k[k].to(tl.float32)
-                token = position_at(s0 + k, end, length, REVERSE).to(tl.int64)
+                token = position_at(s0 + k, end, length, REVERSE)
                 live = s0 + k < length
                 if ORDER:
-                    token = tl.maximum(entry_k[k], 0).to(tl.int64)
+                    token = tl.maximum(entry_k[k], 0)
                     b_u = tl.where(entry_k[k] >= 0, b_u, 0.0)
                     b_delta = tl.where(entry_k[k] >= 0, b_delta, 0.0)
                 # A step of zero leaves the state alone: that is all a ragged end needs.
