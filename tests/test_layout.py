@@ -32,7 +32,7 @@ MAY_IMPORT = {
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
     'doctor_probes': {'__init__', 'ops', 'mmcv_ops', 'config_scheme'},
-    'cli': {'doctor', 'engine'},  # the latter for `mmhybrid memory` alone
+    'cli': {'doctor', 'engine', 'analysis', 'datasets', 'weights'},
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
     '__init__': {'models', 'engine', 'mmcv_ops', 'config_scheme'},
@@ -45,7 +45,7 @@ FORBIDDEN_OUTSIDE = {
     'layers': WITHOUT_MM + ('timm',),  # importing timm imports torchvision
     'datasets': ('mmcv', 'mmdet', 'mmseg', 'torch'),
     'doctor': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # it looks at them from child processes
-    'cli': WITHOUT_MM + ('torch', 'timm', 'numpy'),
+    'cli': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # each subcommand asks others for them
     '_startup_hook': WITHOUT_MM + ('torch', 'timm', 'numpy'),
 }
 

@@ -5,8 +5,7 @@ from pathlib import Path
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmhybrid.engine.errors import run_command  # noqa: E402
-from mmhybrid.engine.search_tool import search  # noqa: E402
+from mmhybrid.cli import tool  # noqa: E402
 
 if __name__ == '__main__':
-    sys.exit(run_command(search))
+    sys.exit(tool('search'))

@@ -1,12 +1,11 @@
-"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--help]."""
+"""Evaluate a checkpoint: python tools/test.py CONFIG CHECKPOINT [--help]. It is `mmhybrid test`."""
 import sys
 from pathlib import Path
 
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from mmhybrid.engine.errors import run_command  # noqa: E402
-from mmhybrid.engine.tools import test  # noqa: E402
+from mmhybrid.cli import tool  # noqa: E402
 
 if __name__ == '__main__':
-    sys.exit(run_command(test))
+    sys.exit(tool('test'))

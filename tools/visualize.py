@@ -1,117 +1,11 @@
 """Draw predictions next to ground truth: python tools/visualize.py CONFIG CHECKPOINT [--help]."""
-import argparse
 import sys
 from pathlib import Path
 
 # In a clone that is not installed the package is beside this folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import mmcv  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from mmengine.dataset import pseudo_collate  # noqa: E402
-from mmengine.registry import DATASETS, MODELS, init_default_scope  # noqa: E402
-from mmengine.runner import load_checkpoint  # noqa: E402
-
-from mmhybrid.engine.config import load_config  # noqa: E402
-from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
-from mmhybrid.engine.options import OptionsAction  # noqa: E402
-from mmhybrid.engine.pipeline_guard import guard_image_files  # noqa: E402
-from mmhybrid.engine.preflight import (  # noqa: E402
-    check_checkpoint_file,
-    check_classes,
-    check_data,
-    check_whole,
-)
-from mmhybrid.visualization import draw_instances, draw_regions, side_by_side  # noqa: E402
-
-
-def parse_args(argv=None):
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description='Draw predictions next to ground truth for images of the test set.')
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out-dir', help='folder for the pictures '
-                                          '(default: pictures/ beside the checkpoint)')
-    parser.add_argument('--num', type=int, default=12, help='images, evenly spread over the set')
-    parser.add_argument('--score-thr', type=float, default=0.5,
-                        help='detection: lowest score that is drawn')
-    parser.add_argument('--data-root', metavar='FOLDER',
-                        help="read all data from here instead of the config's data_root")
-    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
-                        help='change the config')
-    parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
-    return parser.parse_args(argv)
-
-
-def detection_panels(image, sample, meta, score_thr):
-    """Ground truth and prediction of a detector, drawn."""
-    def drawn(instances, with_scores):
-        masks = instances.get('masks')
-        if masks is not None:
-            masks = (masks.to_ndarray() if hasattr(masks, 'to_ndarray')
-                     else masks.cpu().numpy()).astype(bool)
-        boxes = instances.bboxes
-        boxes = (boxes.tensor if hasattr(boxes, 'tensor') else boxes).cpu().numpy()
-        return draw_instances(
-            image, boxes, [meta['classes'][label] for label in instances.labels.tolist()], masks,
-            instances.scores.tolist() if with_scores else None)
-
-    found = sample.pred_instances
-    found = found[found.scores >= score_thr]
-    return [('ground truth', drawn(sample.gt_instances, False)),
-            (f'prediction (score >= {score_thr:g})', drawn(found, True))]
-
-
-def segmentation_panels(image, sample, meta):
-    """Ground truth and prediction of a segmentor, drawn."""
-    return [(title, draw_regions(image, field.data.squeeze(0).cpu().numpy(), meta['classes'],
-                                 meta['palette']))
-            for title, field in (('ground truth', sample.gt_sem_seg),
-                                 ('prediction', sample.pred_sem_seg))]
-
-
-def main(argv=None):
-    """Run the command."""
-    args = parse_args(argv)
-    if args.num < 1:
-        raise UserError(f'--num is {args.num}; expected at least 1 picture.')
-    cfg, _ = load_config(args.config, args.cfg_options, args.data_root)
-    if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
-        raise UserError('There is nothing to draw over the images of a classifier. tools/test.py '
-                        '--out FILE.pkl writes its predictions.')
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    check_data(cfg, ['test'])
-    for warning in check_classes(cfg, ['test']):
-        print(f'WARNING: {warning}', file=sys.stderr)
-    guard_image_files()
-    check_checkpoint_file(args.checkpoint)
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    model = MODELS.build(cfg.model)
-    check_whole(model, load_checkpoint(model, args.checkpoint, map_location='cpu'))
-    model = model.to('cuda' if torch.cuda.is_available() else 'cpu').eval()
-    out_dir = Path(args.out_dir or Path(args.checkpoint).parent / 'pictures')
-    out_dir.mkdir(parents=True, exist_ok=True)
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, args.num).astype(int)).tolist()
-    written = set()
-    for number, index in enumerate(chosen, start=1):
-        with torch.no_grad():
-            sample = model.test_step(pseudo_collate([dataset[index]]))[0]
-        # As the pipeline reads it: turned upright, with 8 bits.
-        image = mmcv.imread(sample.img_path, channel_order='rgb')
-        panels = (detection_panels(image, sample, dataset.metainfo, args.score_thr)
-                  if 'pred_instances' in sample
-                  else segmentation_panels(image, sample, dataset.metainfo))
-        stem = Path(sample.img_path).stem
-        path = out_dir / f'{stem}.png'
-        if path in written:  # folders may hold files of the same name
-            path = out_dir / f'{stem}_{index}.png'
-        written.add(path)
-        side_by_side(panels).save(path)
-        print(f'[{number}/{len(chosen)}] {path}', flush=True)
-    print(f'{len(chosen)} pictures of ground truth and predictions are in {out_dir}/')
-
+from mmhybrid.cli import tool  # noqa: E402
 
 if __name__ == '__main__':
-    sys.exit(run_command(main))
+    sys.exit(tool('visualize'))

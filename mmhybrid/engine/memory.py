@@ -21,7 +21,6 @@ from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH, backward, pretended_g
 
 from ..registry import MODELS
 from .errors import UserError
-from .options import OptionsAction
 from .whole_models import ModelSource, build_model, checked_shape, find_model
 
 __all__ = ['Prediction', 'Proposal', 'Step', 'format_proposals', 'main', 'predict', 'proposals',
@@ -402,18 +401,13 @@ def main(args: argparse.Namespace) -> int:
     Returns:
         0 if the step fits as it is configured, else 1.
     """
-    options = None
-    if args.cfg_options:
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--cfg-options', nargs='+', action=OptionsAction)
-        options = parser.parse_args(['--cfg-options', *args.cfg_options]).cfg_options
     if args.gpu <= 0 or (args.batch is not None and args.batch < 1):
         raise UserError(f'--gpu takes GiB above 0 and --batch at least 1 image, got --gpu '
                         f'{args.gpu:g} and --batch {args.batch}.')
     if torch.__version__ < TorchVersion('.'.join(map(str, MINIMUM_TORCH))):
         raise UserError(f'mmhybrid memory needs torch >= {".".join(map(str, MINIMUM_TORCH))} for '
                         f'its shapes, and {torch.__version__} is installed.')
-    source = find_model(args.config, options)
+    source = find_model(args.config, args.cfg_options)
     size = checked_shape(args.size) if args.size else None
     step = step_of(source, args.batch, size, args.dtype)
     found = proposals(source, step, args.gpu)

@@ -1,4 +1,4 @@
-"""What tools/search_directions.py does."""
+"""What ``mmhybrid search`` does."""
 from __future__ import annotations
 
 import argparse
@@ -30,9 +30,9 @@ from .search import (
     supernet_blocks,
     write_searched_config,
 )
-from .tools import parse, run_training, training_parser
+from .tools import add_training_arguments, check_arguments, parse, run_training
 
-__all__ = ['search']
+__all__ = ['add_search_arguments', 'run_search', 'search']
 
 
 def search(argv: list[str] | None = None) -> str | None:
@@ -41,7 +41,14 @@ def search(argv: list[str] | None = None) -> str | None:
     Returns:
         Path of the config with the directions; None in all processes but the first.
     """
-    args = parse(_parser(), argv)
+    parser = argparse.ArgumentParser()
+    add_search_arguments(parser)
+    return run_search(parse(parser, argv))
+
+
+def run_search(args: argparse.Namespace) -> str | None:
+    """Search as ``args`` of :func:`add_search_arguments` say; returns what :func:`search` does."""
+    check_arguments(args)
     _check(args)
     if args.source is not None:
         cfg, notes = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
@@ -70,10 +77,9 @@ def search(argv: list[str] | None = None) -> str | None:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = training_parser(
-        'Train a LocalMamba model with all eight scan directions in learned shares, choose the '
-        'best directions of each block, and write a config with them.')
+def add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a search, which are those of a training and its own."""
+    add_training_arguments(parser)
     parser.add_argument('--from', dest='source', metavar='CHECKPOINT',
                         help='choose by this checkpoint of a search instead of training')
     parser.add_argument('--pick', type=int, default=4, metavar='K',
@@ -86,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
                              'directory)')
     parser.add_argument('--interval', type=int, default=200, metavar='N',
                         help='iterations between two records of the alphas (default: 200)')
-    return parser
 
 
 def _check(args: argparse.Namespace) -> None:

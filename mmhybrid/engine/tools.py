@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py do; one entry for all tasks."""
+"""What ``mmhybrid train`` and ``mmhybrid test`` do; one entry for all tasks."""
 from __future__ import annotations
 
 import argparse
@@ -39,7 +39,8 @@ from .stop_signals import stop_signals
 from .stop_signals import train as train_until_stopped
 from .work_dir_lock import WorkDirLock
 
-__all__ = ['parse', 'run_training', 'test', 'train', 'training_parser']
+__all__ = ['add_test_arguments', 'add_training_arguments', 'parse', 'run_test', 'run_training',
+           'test', 'train', 'training_parser']
 
 NO_GPUS = ('', 'NoDevFiles', 'none', 'void')  # what Slurm and containers write
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
@@ -48,12 +49,17 @@ TRAINING_HOOKS = ('mmhybrid.StopSignalHook',)
 
 def train(argv: list[str] | None = None) -> None:
     """Train a model; ``argv`` as on the command line of tools/train.py."""
-    run_training(parse(training_parser('Train a detector, a segmentor or a classifier.'), argv))
+    run_training(parse(training_parser(), argv))
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
+def training_parser(description: str = '') -> argparse.ArgumentParser:
     """Parser with the options of everything that trains."""
-    parser = _parser(description)
+    return _parser(add_training_arguments, description)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of everything that trains."""
+    _add_arguments(parser)
     parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
                         help='continue the latest checkpoint of the work directory, or this one')
     parser.add_argument('--resume-settings', choices=['checkpoint', 'config'],
@@ -63,15 +69,14 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size of all processes')
-    return parser
 
 
 def run_training(args: argparse.Namespace,
                  change: Callable[[Config], list[str]] | None = None) -> Runner:
-    """Train as ``args`` of a :func:`training_parser` say.
+    """Train as ``args`` say.
 
     Args:
-        args: the parsed command line.
+        args: the parsed command line, see :func:`add_training_arguments`.
         change: changes the config once it has the options of the command line, before anything is
             checked or built; returns warnings for the log.
 
@@ -81,6 +86,7 @@ def run_training(args: argparse.Namespace,
     Raises:
         UserError: for everything that the user can put right.
     """
+    check_arguments(args)
     with stop_signals():
         return _run_training(args, change)
 
@@ -148,7 +154,12 @@ def test(argv: list[str] | None = None) -> dict:
     Returns:
         The metrics.
     """
-    parser = _parser('Evaluate a detector, a segmentor or a classifier.')
+    return run_test(parse(_parser(add_test_arguments), argv))
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a test."""
+    _add_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', metavar='FILE.pkl', help='write all predictions to this file')
     parser.add_argument('--show', action='store_true', help='show predictions on the screen')
@@ -156,7 +167,11 @@ def test(argv: list[str] | None = None) -> dict:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown picture')
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation (detection: boxes only)')
-    args = parse(parser, argv)
+
+
+def run_test(args: argparse.Namespace) -> dict:
+    """Evaluate as ``args`` of :func:`add_test_arguments` say; returns the metrics."""
+    check_arguments(args)
     notes = _set_up_process()
     cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
     for key in ('test_dataloader', 'test_cfg', 'test_evaluator'):
@@ -176,8 +191,15 @@ def test(argv: list[str] | None = None) -> dict:
     return metrics
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
+def _parser(add_arguments: Callable[[argparse.ArgumentParser], None],
+            description: str = '') -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
+    add_arguments(parser)
+    parser.add_argument('--traceback', action='store_true')
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints '
                                            '(default: work_dirs/<name of the config>)')
@@ -193,17 +215,17 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch passes the one or the other, depending on its version.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
-    return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
     check_given(args, 'config', 'checkpoint', 'work_dir', 'data_root', 'resume', 'pretrained',
                 'out', 'show_dir')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
 
 
 def _set_up_process() -> list[str]:

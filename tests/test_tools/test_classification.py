@@ -1,6 +1,5 @@
 """Classification from folders of images: train, resume, test, search; and the recipes."""
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+from mmhybrid import cli
 from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.search_tool import search
 from mmhybrid.engine.tools import test as run_test
@@ -122,10 +122,8 @@ def test_mistakes(toy, tmp_path, capfd):
     torch.save(dict(state_dict=dict(weight=torch.zeros(1))), tmp_path / 'x.pth')
     text = fails(run_test, tmp_path / 'x.pth', *data, '--show-dir', 'pictures')
     assert '--out FILE.pkl' in text
-    sys.path.insert(0, str(CONFIGS.parents[1] / 'tools'))
-    import visualize
     capfd.readouterr()
-    assert run_command(visualize.main, [str(config), 'x.pth']) == 1
+    assert cli.main(['visualize', str(config), 'x.pth']) == 1
     assert 'nothing to draw' in capfd.readouterr().err
     victim = folder / 'val' / 'red' / 'bad.png'
     victim.write_bytes(b'no picture')

@@ -9,22 +9,13 @@ import toy
 from mmengine.runner import CheckpointLoader
 from released_files import FAMILIES, NESTINGS, Hostile, dense, weights
 
-from mmhybrid.engine.errors import run_command
+from mmhybrid import cli
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.weights import WeightsError, sha256_of
 from mmhybrid.weights.conversion import convert, provenance_of, publish, restore
 
-TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'convert_checkpoint.py'
 # The others hold tensors beside the model.
 CLEAN = [name for name in NESTINGS if name not in ('module.encoder', 'detectron2', 'mmengine')]
-
-
-@pytest.fixture
-def tool():
-    spec = importlib.util.spec_from_file_location('convert_checkpoint', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 def suffixes():
@@ -105,27 +96,27 @@ def test_publishing(tmp_path, monkeypatch):
         assert torch.equal(checkpoint['state_dict'][name], tensor), name
 
 
-def test_the_command(tool, tmp_path, capfd):
+def test_the_command(tmp_path, capfd):
     torch.save(NESTINGS['timm'](weights('Vim')), tmp_path / 'w.pth')
     clean = str(tmp_path / 'clean.pth')
-    assert run_command(tool, [str(tmp_path / 'w.pth'), clean, '--licence', 'Apache-2.0']) == 0
+    assert cli.main(['convert', str(tmp_path / 'w.pth'), clean, '--licence', 'Apache-2.0']) == 0
     output = capfd.readouterr().out
     assert f'wrote {clean}' in output and 'licence     Apache-2.0' in output
-    assert run_command(tool, [clean, str(tmp_path / 'back.pth'), '--restore']) == 0
+    assert cli.main(['convert', clean, str(tmp_path / 'back.pth'), '--restore']) == 0
     for argv, message in (
             (['gone.pth', clean], 'ERROR: there is no checkpoint file'),
             ([clean, 'no/such/x.pth'], 'ERROR: The folder no/such of the target does not exist'),
             ([clean, str(tmp_path / 'x.bin')], 'ERROR: got .*expected a name that ends in')):
-        assert run_command(tool, argv) == 1
+        assert cli.main(['convert', *argv]) == 1
         error = capfd.readouterr().err
         assert re.search(message, error) and 'Traceback' not in error
 
 
-def test_trust_is_an_option_of_the_command(tool, tmp_path, capfd):
+def test_trust_is_an_option_of_the_command(tmp_path, capfd):
     torch.save(dict(state_dict=weights('Vim'), more=Hostile(tmp_path / 'ran')), tmp_path / 'w.pth')
     argv = [str(tmp_path / 'w.pth'), str(tmp_path / 'clean.pth')]
-    assert run_command(tool, argv) == 1 and '--trust' in capfd.readouterr().err
+    assert cli.main(['convert', *argv]) == 1 and '--trust' in capfd.readouterr().err
     assert not (tmp_path / 'ran').exists() and not (tmp_path / 'clean.pth').exists()
-    assert run_command(tool, [*argv, '--trust']) == 0
+    assert cli.main(['convert', *argv, '--trust']) == 0
     assert (tmp_path / 'ran').exists()
     torch.load(tmp_path / 'clean.pth', weights_only=True)  # clean for everyone

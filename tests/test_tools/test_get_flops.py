@@ -2,7 +2,6 @@
 import csv
 import io
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmhybrid import cli
 from mmhybrid.engine.complexity import measure
-from mmhybrid.engine.errors import UserError, run_command
+from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.published import Comparison, agrees, compare, markdown, read_published
 from mmhybrid.engine.whole_models import find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / 'configs/complexity.yml'
-main = runpy.run_path(str(ROOT / 'tools/get_flops.py'))['main']
 
 # Independent counts of the released code, parameters in M and multiply-accumulates in G: the rows
 # of the published tables that can be reproduced. None where nothing was published.
@@ -249,17 +248,17 @@ def test_single_stage_detector(tmp_path):
 
 def test_formats(capsys):
     arguments = ['VMambaClassifier:tiny', '--shape', '224', '--depth', '1']
-    main([*arguments, '--format', 'json'])
+    cli.main(['flops', *arguments, '--format', 'json'])
     data = json.loads(capsys.readouterr().out)
     assert data['parameters'] == 30249064 and data['shape'] == [3, 224, 224]
     assert data['macs'] == sum(data['macs_by_kind'].values()) > 4.9e9
-    main([*arguments, '--format', 'csv', '--convention', 'conv-linear'])
+    cli.main(['flops', *arguments, '--format', 'csv', '--convention', 'conv-linear'])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row['module'] for row in rows] == ['total', 'patch_embed', 'layers', 'classifier']
     kinds = data['macs_by_kind']
     assert int(rows[0]['total']) == kinds['conv'] + kinds['linear']
     assert int(rows[0]['scan']) == kinds['scan'] > 0
-    main([*arguments, '--convention', 'conv-linear'])
+    cli.main(['flops', *arguments, '--convention', 'conv-linear'])
     text = capsys.readouterr().out
     assert '(scan)' in text and '(norm)' in text and '30.249' in text
 
@@ -288,7 +287,7 @@ def test_standard_output_is_the_table_alone():
     (['nothing.yml'], ['no table of published numbers nothing.yml']),
 ])
 def test_errors_finish_the_sentence(capfd, arguments, parts):
-    assert run_command(main, arguments) == 1
+    assert cli.main(['flops', *arguments]) == 1
     error = capfd.readouterr().err
     assert 'Traceback' not in error
     for part in parts:
@@ -297,5 +296,5 @@ def test_errors_finish_the_sentence(capfd, arguments, parts):
 
 def test_unknown_keys_of_a_table(tmp_path, capfd):
     (tmp_path / 'table.yml').write_text('Rows:\n  - {name: a, sizes: b}\n')
-    assert run_command(main, [str(tmp_path / 'table.yml')]) == 1
+    assert cli.main(['flops', str(tmp_path / 'table.yml')]) == 1
     assert "row 'a' lacks or should not have" in capfd.readouterr().err

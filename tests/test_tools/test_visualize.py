@@ -1,6 +1,5 @@
 """tools/visualize.py draws what the model saw, and only what belongs together."""
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from mmhybrid.engine.errors import run_command
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
-import visualize  # noqa: E402
+from mmhybrid import cli
+from mmhybrid.engine import picture_tool
 
 ORIENTATION = 0x112
 
@@ -35,18 +32,18 @@ def test_pictures_of_odd_files(task, tmp_path, capfd, monkeypatch):
     Image.fromarray(grey).save(images / 'b/same.png')
     path.write_text(json.dumps(content))
     seen = []
-    draw = visualize.draw_instances
-    monkeypatch.setattr(visualize, 'draw_instances',
+    draw = picture_tool.draw_instances
+    monkeypatch.setattr(picture_tool, 'draw_instances',
                         lambda image, *args: seen.append(image) or draw(image, *args))
     cfg = Config.fromfile(it.config)
     init_default_scope('mmdet')
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), 'whole.pth')
     argv = [it.config, 'whole.pth', '--data-root', it.data, '--num', '9', '--out-dir', 'pictures']
-    assert run_command(visualize.main, argv) == 0, capfd.readouterr().err
+    assert cli.main(['visualize', *argv]) == 0, capfd.readouterr().err
     assert {file.name for file in Path('pictures').iterdir()} >= {'same.png', 'same_1.png'}
     assert seen[0].shape[:2] == (first['height'], first['width'])
     assert seen[2].max() > 100 and seen[2].max() < 256 and np.unique(seen[2]).size > 20
 
     options = ['--cfg-options', 'model.roi_head.mask_head.num_convs=3']
-    assert run_command(visualize.main, [*argv, *options]) == 1
+    assert cli.main(['visualize', *argv, *options]) == 1
     assert 'does not fit the model of this config' in capfd.readouterr().err

@@ -1,0 +1,34 @@
+"""What the subcommands share; imports nothing but the standard library."""
+
+import argparse
+import textwrap
+
+
+class Failure(Exception):
+    """Something the user can put right, said by a command that is ``LIGHT``."""
+
+
+class CfgOptions(argparse.Action):
+    """``--cfg-options KEY=VALUE ...`` as mmengine reads them, once there are some."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Parse ``values``; UserError names the one that cannot be read."""
+        from mmhybrid.engine.options import OptionsAction
+
+        OptionsAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values,
+                                                                 option_string)  # fmt: skip
+
+
+def add_cfg_options(parser):
+    """Add ``--cfg-options``."""
+    parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
+                        help='change the config, e.g. train_cfg.max_epochs=1 '
+                             'or key="[(1,2),(3,4)]"')  # fmt: skip
+
+
+def finish_parser(parser, example):
+    """Add what every subcommand has: ``--traceback`` and an example."""
+    parser.add_argument('--traceback', action='store_true',
+                        help='show full tracebacks (MMHYBRID_TRACEBACK=1 does so too)')  # fmt: skip
+    example = textwrap.indent(example.strip(), '  ')
+    parser.epilog = '\n\n'.join(filter(None, [parser.epilog, f'example:\n{example}']))

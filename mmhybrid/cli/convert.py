@@ -1,0 +1,56 @@
+"""Bring weights into another container.
+
+Writes weights cleanly, with where they are from; or slims a checkpoint of training; or restores
+original names.
+"""
+
+import os
+
+EXAMPLE = 'mmhybrid convert mambavision-t-1k mambavision_t.safetensors'
+
+
+def add_arguments(parser):
+    """Add the options."""
+    parser.add_argument('source', help='file, http(s) address, hf://organisation/repository[/file]'
+                                       '[@revision], or short name such as '
+                                       'mambavision-t-1k')  # fmt: skip
+    parser.add_argument('target', help='file to write: .safetensors, or .pth as mmengine has it')
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument('--publish', action='store_true',
+                     help='slim a checkpoint of training; its checksum is added '
+                          'to the name')  # fmt: skip
+    way.add_argument('--restore', action='store_true',
+                     help='bring a converted file back to the names and entry '
+                          'of its original')  # fmt: skip
+    parser.add_argument('--key', help='entry of the checkpoint to take, e.g. state_dict_ema')
+    parser.add_argument('--licence', help='of the weights; known for published files')
+    parser.add_argument('--trust', action='store_true',
+                        help='read a pickle that may run code; '
+                             'only for files of your own')  # fmt: skip
+    parser.set_defaults(wrong_usage=parser.error)
+
+
+def run(args):
+    """Convert, publish or restore."""
+    from mmhybrid.engine.errors import UserError
+    from mmhybrid.weights.conversion import convert, publish, restore
+
+    if (args.publish or args.restore) and (args.key or args.licence):
+        args.wrong_usage('--key and --licence belong to a plain conversion')
+    folder = os.path.dirname(args.target) or '.'
+    if not os.path.isdir(folder):
+        raise UserError(f'The folder {folder} of the target does not exist.')
+    try:
+        if args.restore:
+            restore(args.source, args.target)
+            print(f'{args.target} has the original names')
+        elif args.publish:
+            print(f'wrote {publish(args.source, args.target, trust=args.trust)}')
+        else:
+            facts = convert(
+                args.source, args.target, key=args.key, licence=args.licence, trust=args.trust
+            )
+            print(f'wrote {args.target}')
+            print('\n'.join(f'    {name:<10}  {value}' for name, value in facts.items()))
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,22 @@
+"""Search scan directions of a LocalMamba model, and write a config with them.
+
+Trains the model with all eight scan directions in learned shares, and chooses the best of each
+block.
+"""
+
+EXAMPLE = ('mmhybrid search configs/upernet_localvmamba_mini_ade20k.py --work-dir '
+           'work_dirs/search')  # fmt: skip
+
+
+def add_arguments(parser):
+    """Add the options."""
+    from mmhybrid.engine.search_tool import add_search_arguments
+
+    add_search_arguments(parser)
+
+
+def run(args):
+    """Search."""
+    from mmhybrid.engine.search_tool import run_search
+
+    run_search(args)

@@ -1,0 +1,18 @@
+"""Evaluate a checkpoint of a detector, a segmentor or a classifier."""
+
+EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/first/epoch_7.pth '
+           '--show-dir shown')  # fmt: skip
+
+
+def add_arguments(parser):
+    """Add the options."""
+    from mmhybrid.engine.tools import add_test_arguments
+
+    add_test_arguments(parser)
+
+
+def run(args):
+    """Evaluate."""
+    from mmhybrid.engine.tools import run_test
+
+    run_test(args)
