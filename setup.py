@@ -1,7 +1,5 @@
 """Build steps that setup.cfg cannot express; the metadata is there."""
 
-import ast
-import os
 import shutil
 from pathlib import Path
 
@@ -10,19 +8,6 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIM_EXTENSION = ('configs', 'tools', 'model-index.yml')
-PTH_NAME = 'mmhybrid_config_scheme.pth'
-
-
-def pth_line(source):
-    """Squeeze a module into one line that site.py executes: it runs lines starting with import."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, 'body', None)
-        if isinstance(body, list) and isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node) is not None:
-                del body[0]
-    code = ast.unparse(tree)
-    return f"import sys; exec(compile({code!r}, 'mmhybrid/_startup_hook.py', 'exec'), {{}})\n"
 
 
 def copy_mim_extension(package):
@@ -57,21 +42,15 @@ def link_mim_extension(package):
 
 
 class BuildWithExtension(build_py):
-    """Add the ``.mim`` folder and the start-up line of the ``mmhybrid::`` config prefix."""
+    """Add the ``.mim`` folder."""
 
     def run(self):
-        """Build the packages, then the additions."""
+        """Build the packages, then the addition."""
         super().run()
         if getattr(self, 'editable_mode', False):
             link_mim_extension(ROOT / 'mmhybrid')
-            # setuptools points install_lib at the unpacked editable wheel.
-            site_packages = self.get_finalized_command('install').install_lib
         else:
             copy_mim_extension(Path(self.build_lib, 'mmhybrid'))
-            site_packages = self.build_lib
-        hook = (ROOT / 'mmhybrid' / '_startup_hook.py').read_text(encoding='utf-8')
-        os.makedirs(site_packages, exist_ok=True)
-        Path(site_packages, PTH_NAME).write_text(pth_line(hook), encoding='utf-8')
 
 
 setup(cmdclass={'build_py': BuildWithExtension})

@@ -1,11 +1,11 @@
-"""What the installed ``mmhybrid_config_scheme.pth`` runs whenever this Python starts.
+"""What ``mmhybrid install-hook`` lets this Python run whenever it starts.
 
 A config that says ``_base_ = 'mmhybrid::...'`` is parsed by stock tools before anything has
 imported mmhybrid. This hook waits for ``mmengine.config.config`` to be imported and then teaches
 its ``Config`` our prefix; mmhybrid itself is imported when a config really uses the prefix.
 
-``setup.py`` squeezes this file into the one line that a ``.pth`` file may hold. It runs at every
-start of the interpreter, so it imports nothing but ``sys`` and must not fail.
+``hook_file.py`` squeezes this file into the one line that a ``.pth`` file may hold. It runs at
+every start of the interpreter, so it imports nothing but ``sys`` and must not fail.
 """
 
 import sys

@@ -3,10 +3,10 @@
 mmengine knows a fixed list of packages and demands a folder after ``::``; ours are flat. So the
 one function in which it resolves a base path is wrapped, for our prefix only.
 
-``import mmhybrid`` applies the wrapper. A foreign config, however, is parsed before its
-``custom_imports`` run, so an installed mmhybrid also brings a start-up hook
-(``_startup_hook.py``, installed as one line in ``mmhybrid_config_scheme.pth``) that applies it
-when ``mmengine.config.config`` is imported.
+``import mmhybrid`` applies the wrapper. In a stock tool, however, a config is parsed before its
+``custom_imports`` run. There, ``_base_ = __import__('mmhybrid').config_path(...)`` does without the
+prefix, and ``mmhybrid install-hook`` makes every start of Python apply the wrapper when
+``mmengine.config.config`` is imported (``_startup_hook.py``).
 """
 
 import functools
@@ -70,7 +70,7 @@ def wrap(config_class):
         config_class (type): ``mmengine.config.Config``.
     """
     original = config_class._get_cfg_path
-    if getattr(original, 'resolves_mmhybrid', False):
+    if _is_wrapped(original):
         return
 
     @functools.wraps(original)
@@ -89,3 +89,14 @@ def install():
     from mmengine.config import Config
 
     wrap(Config)
+
+
+def is_installed():
+    """Whether mmengine's ``Config`` knows our prefix, from here or from the start-up hook."""
+    from mmengine.config import Config
+
+    return _is_wrapped(Config._get_cfg_path)
+
+
+def _is_wrapped(function):
+    return getattr(function, 'resolves_mmhybrid', False)

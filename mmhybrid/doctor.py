@@ -24,8 +24,8 @@ TASKS = ('detection', 'segmentation')
 # One child process each. The first sees no mmengine, so that the scan can be judged without it.
 _CHILDREN = (
     (False, ('torch', 'gpu', 'torchvision', 'triton', 'scan')),
-    (True, ('numpy', 'opencv', 'mmengine', 'checkpoints', 'mmcv', 'mmhybrid', 'operators', 'mmdet',
-            'pycocotools')),
+    (True, ('numpy', 'opencv', 'mmengine', 'checkpoints', 'mmcv', 'mmhybrid', 'patches',
+            'operators', 'mmdet', 'pycocotools')),
     (True, ('mmhybrid', 'mmseg', 'step')),
 )  # fmt: skip
 _TIMEOUT = 300  # seconds; a cold start of torch from a network disk takes a minute
@@ -349,6 +349,22 @@ def _operators_row(facts):
                f'need compiled mmcv: {_compile_command(facts)}')  # fmt: skip
 
 
+def _patch_rows(facts):
+    """What mmhybrid changes in other packages; docs/patches.md says why."""
+    patches = facts['patches']
+    if not patches['ok']:
+        return [Row('patches', patches['error'], PROBLEM, 'report this')]
+    active, more = (', '.join(patches[key]) or 'none' for key in ('active', 'in_commands'))
+    rows = [Row('patches', f'{active} (by importing mmhybrid); {more} (by its commands)')]
+    if patches['off']:
+        names = ', '.join(patches['off'])
+        rows.append(Row('patches left out', names, NOTE, f"{patches['variable']} names them; unset "
+                        'it where something below or in a training fails'))  # fmt: skip
+    if patches['hook']:
+        rows.append(Row('start-up hook', ', '.join(patches['hook'])))
+    return rows
+
+
 def _own_rows(facts):
     own, step = facts['mmhybrid'], facts['step']
     if not facts['mmengine']['ok']:
@@ -356,8 +372,11 @@ def _own_rows(facts):
                     'repair mmengine first')]  # fmt: skip
     if not own['ok']:
         remedy = _explain(facts, own['error'], 'install mmhybrid again, or report this')
+        if 'MMHYBRID_WITHOUT' in own['error']:
+            remedy = 'correct or unset MMHYBRID_WITHOUT'
         return [Row('mmhybrid', own['error'], PROBLEM, remedy)]
     rows = [Row('mmhybrid', f"{own['version']} in {own['path']}"), Row('configs', own['configs'])]
+    rows += _patch_rows(facts)
     if step['ok']:
         found = f"a small backbone learned on {step['device']} in {step['seconds']:.1f} s"
         rows.append(Row('training step', found))

@@ -128,7 +128,7 @@ def mmhybrid():
 
     from mmengine.registry import MODELS
 
-    import mmhybrid
+    import mmhybrid.plugin
 
     assert MODELS.get('mmhybrid.MambaVision') is not None, 'MambaVision is not registered'
     from mmhybrid.config_scheme import config_dir
@@ -137,6 +137,24 @@ def mmhybrid():
         'version': mmhybrid.__version__,
         'path': os.path.dirname(mmhybrid.__file__),
         'configs': str(config_dir()),
+    }
+
+
+def patches():
+    """What our package changes in others, and whether this Python starts with our hook."""
+    import mmhybrid.plugin  # noqa: F401  applies them
+    from mmhybrid import hook_file
+    from mmhybrid.compat import VARIABLE, switched_off
+    from mmhybrid.compat.at_import import PATCHES
+    from mmhybrid.engine.pipeline_guard import PATCH
+
+    off = switched_off()
+    return {
+        'active': [patch.name for patch in PATCHES if patch.is_active()],
+        'in_commands': [PATCH.name] if PATCH.name not in off else [],
+        'off': sorted(off),
+        'variable': VARIABLE,
+        'hook': [str(path) for path in hook_file.installed()],
     }
 
 
@@ -200,7 +218,7 @@ def step():
     import torch
     from mmengine.registry import MODELS
 
-    import mmhybrid  # noqa: F401  registers
+    import mmhybrid.plugin  # noqa: F401  registers
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     arch = {'dim': 8, 'stem_width': 8, 'depths': (1, 1, 2, 2), 'num_heads': (1, 1, 2, 2),

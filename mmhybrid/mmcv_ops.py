@@ -300,13 +300,18 @@ def _is_ours(finder):
     return getattr(finder, 'is_mmcv_stand_in', False)
 
 
+def is_installed():
+    """Whether :func:`install` has run."""
+    return any(map(_is_ours, sys.meta_path))
+
+
 def install():
     """Make ``mmcv._ext`` importable; safe to call again. One log line says what is in use.
 
     Returns:
         str: as :func:`implementation`.
     """
-    if not any(map(_is_ours, sys.meta_path)):
+    if not is_installed():
         sys.meta_path.append(_FallbackFinder())
     found = implementation()
     _log_once(found)

@@ -19,6 +19,8 @@ from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import Registry
 
+from . import compat
+
 __all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS',
            'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS']
 
@@ -58,3 +60,6 @@ METRICS = _child(ROOT_METRICS, 'mmhybrid.engine')
 DATASETS = _child(ROOT_DATASETS, 'mmhybrid.engine')
 TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
+
+# Whoever builds something of ours comes through here, mmengine's own look-ups included.
+compat.install()

@@ -14,7 +14,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from shrink import MANY_PARAMETERS, on_meta, shrink
 
-import mmhybrid  # noqa: F401
+import mmhybrid.plugin  # noqa: F401
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.weights import RELEASED

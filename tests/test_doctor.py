@@ -50,6 +50,8 @@ HEALTHY = {
     'checkpoints': {'ok': True},
     'mmcv': {'ok': True, 'version': '2.3.6'},
     'mmhybrid': {'ok': True, 'version': '0.1.0', 'path': '/p/mmhybrid', 'configs': '/p/configs'},
+    'patches': {'ok': True, 'active': ['mmcv-operators', 'pipelines'], 'off': [], 'hook': [],
+                'in_commands': ['image-files'], 'variable': 'MMHYBRID_WITHOUT'},
     'operators': {'ok': True, 'implementation': 'torchvision', 'compile_command': 'pip COMPILE'},
     'mmdet': {'ok': True, 'version': '3.5.1'},
     'pycocotools': {'ok': True},
@@ -247,6 +249,21 @@ def test_everything_else_that_stops_training(change, what):
 def test_driver_without_a_visible_gpu_is_noted():
     row = row_of(facts(nvidia_driver=True), 'GPU')
     assert row.state == doctor.NOTE and 'CUDA_VISIBLE_DEVICES' in row.remedy
+
+
+def test_patches_are_listed():
+    row = row_of(facts(), 'patches')
+    assert row.state == doctor.OK and row.found == (
+        'mmcv-operators, pipelines (by importing mmhybrid); image-files (by its commands)')
+    fewer = facts(patches={**HEALTHY['patches'], 'active': ['pipelines'], 'off': ['mmcv-operators'],
+                           'hook': ['/s/mmhybrid_config_scheme.pth']})  # fmt: skip
+    assert row_of(fewer, 'patches').found.startswith('pipelines (')
+    left_out = row_of(fewer, 'patches left out')
+    assert left_out.state == doctor.NOTE and left_out.found == 'mmcv-operators'
+    assert 'MMHYBRID_WITHOUT' in left_out.remedy
+    assert row_of(fewer, 'start-up hook').found == '/s/mmhybrid_config_scheme.pth'
+    wrong = facts(mmhybrid=failed('ValueError: The environment variable MMHYBRID_WITHOUT=x'))
+    assert problems(wrong)['mmhybrid'].remedy == 'correct or unset MMHYBRID_WITHOUT'
 
 
 def test_exit_status_follows_the_table(monkeypatch, capsys):

@@ -242,7 +242,7 @@ def test_other_prefixes_and_relative_bases_keep_working(tmp_path):
     pytest.importorskip('mmengine')
     from mmengine.config import Config
 
-    import mmhybrid  # noqa: F401
+    import mmhybrid.plugin  # noqa: F401
 
     (tmp_path / 'base.py').write_text('a = 1\n')
     (tmp_path / 'child.py').write_text("_base_ = './base.py'\nb = 2\n")

@@ -38,8 +38,7 @@ if [[ -x "$venv/bin/python" ]]; then python="$venv/bin/python"; else python="$ve
 fingerprint() {
     {
         echo "$stack $root"
-        cat requirements/*.txt setup.cfg setup.py pyproject.toml mmhybrid/_startup_hook.py \
-            tools/setup_env.sh
+        cat requirements/*.txt setup.cfg setup.py pyproject.toml tools/setup_env.sh
     } | cksum
 }
 stamp="$venv/mmhybrid-stamp"

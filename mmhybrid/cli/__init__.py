@@ -23,6 +23,8 @@ import pkgutil
 import sys
 import traceback
 
+from mmhybrid import compat
+
 from ._common import Failure, finish_parser
 
 STATUSES = 'exit status: 0 done, 1 failed or "no", 2 wrong usage, 128 + n stopped by signal n'
@@ -84,13 +86,21 @@ def run_subcommand(name, arguments, prog):
         finish_parser(parser, module.EXAMPLE)
         status.append(module.run(parser.parse_args(arguments)) or 0)
 
-    if getattr(module, 'LIGHT', False):
-        failed = _run_light(work, arguments)
-    else:
+    light = getattr(module, 'LIGHT', False)
+    failed = _run_light(work if light else _check_environment, arguments)
+    if not light and not failed:
         with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
             from mmhybrid.engine.errors import run_command
         failed = run_command(work, arguments)
     return failed or status[0]
+
+
+def _check_environment(arguments):
+    """Before the import that follows these settings, where an error would be a traceback."""
+    try:
+        compat.switched_off()
+    except ValueError as error:
+        raise Failure(error) from error
 
 
 def _overview():

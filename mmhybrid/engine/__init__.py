@@ -1,5 +1,6 @@
 """Everything around the training loop. Importing it registers what configs name."""
-from . import checkpoint_schemes, checkpointing, inference
+from mmhybrid import models  # noqa: F401  registers them
+
 from .amp import AmpOptimWrapper
 from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from .dump import DumpSegmentation
@@ -21,7 +22,3 @@ __all__ = [
     'ImageFolder', 'LoadPicture', 'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook',
     'StopSignalHook', 'TimmTransform', 'TopAccuracy', 'UserError', 'use_cuda_graphs',
 ]
-
-checkpoint_schemes.install()
-checkpointing.install()
-inference.install()

@@ -17,8 +17,11 @@ import struct
 import warnings
 from dataclasses import dataclass
 
+from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from PIL import Image
+
+from mmhybrid.compat import Patch, apply
 
 from ..datasets.label_images import UNREADABLE, label_problem, read_labels
 from .errors import UserError
@@ -66,12 +69,19 @@ def guard_image_files() -> None:
     (mixes of images, test-time augmentation, random choices); other callables in mmengine's
     Compose. Forked workers inherit this.
     """
-    from mmengine.dataset import Compose
+    apply(PATCH)
+
+
+def _is_guarded() -> bool:
+    return getattr(Compose.__call__, 'guarded', False)
+
+
+def _guard() -> None:
     try:
         from mmcv.transforms import BaseTransform
     except ImportError:  # a classifier does without
         BaseTransform = None
-    if getattr(Compose.__call__, 'guarded', False):
+    if _is_guarded():
         return
 
     def compose(self, data):
@@ -94,6 +104,13 @@ def guard_image_files() -> None:
 
         call.guarded = True
         BaseTransform.__call__ = call
+
+
+PATCH = Patch(
+    'image-files',
+    'A pipeline that fails on a file or a label names neither; in our commands it does.',
+    ('mmengine.dataset.Compose.__call__', 'mmcv.transforms.BaseTransform.__call__',
+     "Pillow's DecompressionBombWarning (silent)"), _guard, _is_guarded)
 
 
 def _apply(transform, call, sample):

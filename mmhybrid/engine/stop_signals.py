@@ -19,8 +19,9 @@ from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop
 
+from ..compat.whole_checkpoints import write_aside
 from ..registry import HOOKS
-from .checkpointing import INTERRUPTED, RECORD, write_aside
+from .checkpointing import INTERRUPTED, RECORD
 from .random_state import RandomStateHook
 
 __all__ = ['VALIDATING', 'StopSignalHook', 'Stopped', 'any_rank', 'stop_signals', 'train']

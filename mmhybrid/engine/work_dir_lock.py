@@ -12,8 +12,9 @@ from contextlib import suppress
 
 from mmengine.logging import print_log
 
-from . import processes
-from .checkpointing import write_aside
+from mmhybrid import processes
+from mmhybrid.compat.whole_checkpoints import write_aside
+
 from .errors import UserError
 
 __all__ = ['LOCK', 'WorkDirLock']

@@ -9,9 +9,9 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 
-import mmhybrid  # noqa: F401  (its import installs what is tested)
-from mmhybrid.engine import embedded_config
-from mmhybrid.engine.embedded_config import plain_config, settled_text
+import mmhybrid.plugin  # noqa: F401  (its import installs what is tested)
+from mmhybrid.compat import embedded_config
+from mmhybrid.compat.embedded_config import plain_config, settled_text
 from mmhybrid.models.checkpoints import load_weights
 from mmhybrid.weights import WeightsError, read_checkpoint
 from mmhybrid.weights.conversion import convert, publish, restore
@@ -21,7 +21,7 @@ from mmhybrid.weights.conversion import convert, publish, restore
 def logged(monkeypatch):
     """What the log says of a checkpoint."""
     lines = []
-    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.print_log',
+    monkeypatch.setattr('mmhybrid.compat.checkpoint_loader.print_log',
                         lambda text, logger, level: lines.append((level, text)))
     return lines
 
@@ -281,7 +281,7 @@ def _saved(content):
 def test_lists_of_models_hold_addresses_in_any_case(address, monkeypatch):
     asked = []
     monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'x': address})
-    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.read_checkpoint',
+    monkeypatch.setattr('mmhybrid.compat.checkpoint_loader.read_checkpoint',
                         lambda *args: asked.append(args[0]))
     CheckpointLoader.load_checkpoint('open-mmlab://x')
     assert asked == [address]
@@ -291,7 +291,7 @@ def test_lists_of_models_hold_paths_below_their_own(monkeypatch):
     asked = []
     monkeypatch.setattr('mmengine.runner.checkpoint.get_external_models', lambda: {'x': 'a/w.pth'})
     monkeypatch.setattr('mmengine.runner.checkpoint._get_mmengine_home', lambda: '/home/of/mm')
-    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.read_checkpoint',
+    monkeypatch.setattr('mmhybrid.compat.checkpoint_loader.read_checkpoint',
                         lambda *args: asked.append(args[0]))
     CheckpointLoader.load_checkpoint('openmmlab://x')
     assert asked == ['/home/of/mm/a/w.pth']

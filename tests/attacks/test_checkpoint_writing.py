@@ -12,8 +12,10 @@ import toy
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 
-from mmhybrid.engine import checkpointing, processes
-from mmhybrid.engine.checkpointing import newest_whole, remove_left_overs, write_aside
+from mmhybrid import processes
+from mmhybrid.compat import whole_checkpoints as whole
+from mmhybrid.compat.whole_checkpoints import remove_left_overs, write_aside
+from mmhybrid.engine.checkpointing import newest_whole
 from mmhybrid.engine.config import apply_resume
 from mmhybrid.engine.errors import UserError, explain
 from mmhybrid.weights import read_checkpoint
@@ -64,7 +66,7 @@ def stop_at(monkeypatch, count, error):
         def write(self, content):
             return half(self.handle, content)
 
-    monkeypatch.setattr(checkpointing, 'open', lambda *given, **more: File(open(*given, **more)),
+    monkeypatch.setattr(whole, 'open', lambda *given, **more: File(open(*given, **more)),
                         raising=False)
     return calls
 
@@ -145,12 +147,12 @@ def test_a_subclass_of_the_users_writes_aside_too(tmp_path, monkeypatch):
 
 def test_other_stores_are_asked_as_before(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpointing, '_mmengines_save', lambda *given: asked.append(given[1:]))
-    checkpointing._save_checkpoint({}, 's3://bucket/epoch_1.pth')
-    checkpointing._save_checkpoint({}, str(tmp_path / 'a.pth'), dict(backend='disk'))
+    monkeypatch.setattr(whole, '_mmengines_save', lambda *given: asked.append(given[1:]))
+    whole._save_checkpoint({}, 's3://bucket/epoch_1.pth')
+    whole._save_checkpoint({}, str(tmp_path / 'a.pth'), dict(backend='disk'))
     assert asked == [('s3://bucket/epoch_1.pth', None, None),
                      (str(tmp_path / 'a.pth'), dict(backend='disk'), None)]
-    checkpointing._save_checkpoint({}, str(tmp_path / 'a.pth'), backend_args=dict(backend='local'))
+    whole._save_checkpoint({}, str(tmp_path / 'a.pth'), backend_args=dict(backend='local'))
     assert len(asked) == 2 and read_checkpoint(tmp_path / 'a.pth') == {}
 
 

@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 from PIL import Image
 from shrink import shrink
 
-import mmhybrid  # noqa: F401  registers
+import mmhybrid.plugin  # noqa: F401  registers
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 PICTURE = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)

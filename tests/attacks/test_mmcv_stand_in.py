@@ -15,7 +15,7 @@ pytest.importorskip('mmengine')
 pytest.importorskip('mmcv')
 pytest.importorskip('torchvision')
 
-import mmhybrid  # noqa: F401  installs the finder
+import mmhybrid.plugin  # noqa: F401  installs the finder
 from mmhybrid import mmcv_ops
 
 pytestmark = pytest.mark.skipif(

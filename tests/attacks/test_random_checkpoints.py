@@ -20,8 +20,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-import mmhybrid  # noqa: F401  (its import installs what is tested)
-from mmhybrid.engine.embedded_config import plain_config, settled_text
+import mmhybrid.plugin  # noqa: F401  (its import installs what is tested)
+from mmhybrid.compat.embedded_config import plain_config, settled_text
 from mmhybrid.weights import WeightsError, read_file
 
 CONFIG = """default_scope = 'mmhybrid'

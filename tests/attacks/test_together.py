@@ -12,8 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
-from mmhybrid import mmcv_ops
-from mmhybrid.engine import preflight, processes
+from mmhybrid import mmcv_ops, processes
+from mmhybrid.engine import preflight
 from mmhybrid.engine.errors import UserError, explain
 from mmhybrid.engine.tools import train
 from mmhybrid.engine.work_dir_lock import LOCK

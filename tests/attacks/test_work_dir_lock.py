@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mmhybrid.engine import processes, work_dir_lock
+from mmhybrid import processes
+from mmhybrid.engine import work_dir_lock
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.work_dir_lock import LOCK, WorkDirLock
 

@@ -41,7 +41,7 @@ from timing import (  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-import mmhybrid  # noqa: E402, F401
+import mmhybrid.plugin  # noqa: E402, F401
 from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
 from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.engine.synthetic import find_everything, synthetic_batch  # noqa: E402

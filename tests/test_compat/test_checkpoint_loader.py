@@ -10,8 +10,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-import mmhybrid  # noqa: F401  (its import installs what is tested)
-from mmhybrid.engine import checkpoint_schemes
+import mmhybrid.plugin  # noqa: F401  (its import installs what is tested)
+from mmhybrid.compat import checkpoint_loader
 from mmhybrid.weights import WeightsError
 
 
@@ -124,10 +124,10 @@ def _plain(value):
 def test_every_scheme_is_ours():
     theirs = {'modelzoo://', 'torchvision://', 'mmcls://'}  # they end in load_from_http
     for prefix, loader in CheckpointLoader._schemes.items():
-        assert loader.__module__ == checkpoint_schemes.__name__ or prefix in theirs, prefix
+        assert loader.__module__ == checkpoint_loader.__name__ or prefix in theirs, prefix
     from mmengine.runner import checkpoint
-    assert checkpoint.load_from_http is checkpoint_schemes.load_from_http
-    checkpoint_schemes.install()
+    assert checkpoint.load_from_http is checkpoint_loader.load_from_http
+    checkpoint_loader.install()
     assert list(CheckpointLoader._schemes)[-1] == ''
 
 

@@ -1,9 +1,9 @@
 """mmengine's ways to load a checkpoint, led through our reader.
 
 ``load_from``, ``--resume``, ``init_cfg`` of any module, ``init_detector`` and ``init_model`` all
-ask mmengine's ``CheckpointLoader``, which has one function per kind of address.  After
-``import mmhybrid`` these functions are ours: nothing that they read can run code, and besides paths
-they understand ``hf://`` and the short names of published weights.
+ask mmengine's ``CheckpointLoader``, which has one function per kind of address.  With this patch
+these functions are ours: nothing that they read can run code, and besides paths they understand
+``hf://`` and the short names of published weights.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmhybrid.weights import (
 
 from .embedded_config import plain_config, settled_text
 
-__all__ = ['install']
+__all__ = ['install', 'is_installed']
 
 
 def _inert(checkpoint: object, name: str) -> object:
@@ -136,3 +136,8 @@ def install() -> None:
         CheckpointLoader.register_scheme(prefixes, loader, force=True)
     # What mmengine's torchvision:// and mmcls:// call once they know the address.
     mmengine_checkpoint.load_from_http = load_from_http
+
+
+def is_installed() -> bool:
+    """Whether mmengine reads paths with our reader."""
+    return CheckpointLoader._schemes.get('') is load_from_local

@@ -12,9 +12,10 @@ import functools
 import threading
 
 import numpy as np
+from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, DefaultScope
 
-__all__ = ['install']
+__all__ = ['install', 'is_installed']
 
 LOADERS = ('LoadImageFromNDArray', 'InferencerLoader')
 _lock = threading.RLock()  # the scope belongs to the process; a pipeline may hold others
@@ -25,7 +26,6 @@ def install() -> None:
 
     Nothing changes for a pipeline that could be built before.
     """
-    from mmengine.dataset import Compose
     classes = [Compose]
     try:
         from mmcv.transforms import Compose as MmcvCompose
@@ -35,6 +35,11 @@ def install() -> None:
     for compose in classes:
         if not hasattr(compose.__init__, '__wrapped__'):
             compose.__init__ = _in_scope(compose.__init__)
+
+
+def is_installed() -> bool:
+    """Whether pipelines are built that way."""
+    return hasattr(Compose.__init__, '__wrapped__')
 
 
 def _in_scope(build):

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
 from shrink import shrink
 
-import mmhybrid  # noqa: F401  (its import installs what is tested)
+import mmhybrid.plugin  # noqa: F401  (its import installs what is tested)
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
@@ -37,7 +37,7 @@ def trained(cfg, path):
 def test_checkpoints_predict_from_the_file_alone(name, kind, tmp_path, monkeypatch):
     pytest.importorskip('mmdet'), pytest.importorskip('mmseg')
     warned = []
-    monkeypatch.setattr('mmhybrid.engine.checkpoint_schemes.print_log',
+    monkeypatch.setattr('mmhybrid.compat.checkpoint_loader.print_log',
                         lambda text, logger, level: warned.append((level, text)))
     cfg = shrink(Config.fromfile(CONFIGS / f'{name}.py'))
     model = trained(cfg, tmp_path / f'{kind}.pth')
