@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mmhybrid import hook_file
+
 # Found, not imported: pip, setuptools and distutils are particular about their order.
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('pip', 'setuptools', 'wheel')),
@@ -139,7 +141,7 @@ def test_wheel_ships_the_mim_extension(wheel):
     wanted |= {'model-index.yml'} if (ROOT / 'model-index.yml').exists() else set()
     assert 'configs/cascade_mambavision_t_coco.py' in wanted
     assert shipped == wanted
-    assert 'mmhybrid_config_scheme.pth' in names
+    assert not [n for n in names if n.endswith('.pth')]  # nothing runs when Python starts
     package = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / 'mmhybrid').rglob('*')
@@ -163,16 +165,20 @@ def test_wheel_names_no_distribution_of_the_mm_packages(wheel):
     assert 'License-File: LICENSE' in lines
 
 
-def test_start_up_line_is_one_cheap_line(wheel):
-    text = zipfile.ZipFile(wheel).read('mmhybrid_config_scheme.pth').decode()
+def test_start_up_line_is_one_cheap_line():
+    text = hook_file.line()
     assert text.startswith('import sys; ') and text.count('\n') == 1 and text.endswith('\n')
     code = text + '\nprint(sorted(set(sys.modules) - before))'
     before = 'import sys; before = set(sys.modules)\n'
     assert run([sys.executable, '-S', '-c', before + code]).strip() == '[]'
 
 
+def command(python):
+    return python.parent / ('mmhybrid.exe' if os.name == 'nt' else 'mmhybrid')
+
+
 def test_command_is_installed(installed_python):
-    assert (installed_python.parent / ('mmhybrid.exe' if os.name == 'nt' else 'mmhybrid')).exists()
+    assert 'install-hook' in run([command(installed_python), '--help'], env=clean_environment())
 
 
 FOREIGN_CONFIG = "_base_ = 'mmhybrid::cascade_mambavision_t_coco.py'\nwork_dir = 'mine'\n"
@@ -185,7 +191,48 @@ def project(tmp_path):
     return tmp_path
 
 
-def test_prefix_works_from_another_project(installed_python, project):
+@pytest.fixture
+def hooked(installed_python):
+    """The hook is there while a test runs."""
+    wrote = run([command(installed_python), 'install-hook'], env=clean_environment())
+    path = Path(wrote.removeprefix('wrote ').strip())
+    assert path.name == 'mmhybrid_config_scheme.pth' and path.is_file()
+    assert run([command(installed_python), 'install-hook'], env=clean_environment()) == wrote
+    yield installed_python
+    gone = run([command(installed_python), 'uninstall-hook'], env=clean_environment())
+    assert gone == f'removed {path}\n' and not path.exists()
+    again = run([command(installed_python), 'uninstall-hook'], env=clean_environment())
+    assert again == 'there is no hook\n'
+
+
+READ = "from mmengine.config import Config; print(Config.fromfile('{}').model.type)"
+
+
+def test_without_the_hook_only_mmengine_speaks(installed_python, project):
+    """docs/patches.md quotes both messages; nothing of ours has been imported."""
+    page = ' '.join((ROOT / 'docs/patches.md').read_text().split())
+    (project / 'deep.py').write_text("_base_ = 'mmhybrid::folder/config.py'\n")
+    for name in ('mine', 'deep'):
+        done = subprocess.run(
+            [installed_python, '-c', READ.format(f'{name}.py')], cwd=project, text=True,
+            capture_output=True, env=clean_environment())  # fmt: skip
+        last = done.stderr.strip().splitlines()[-1].replace('`', '')
+        assert done.returncode == 1 and last.partition(', just like')[0] in page, done.stderr
+
+
+def test_ways_without_the_hook(wheel_python, project):
+    (project / 'call.py').write_text(
+        "_base_ = __import__('mmhybrid').config_path('cascade_mambavision_t_coco.py')\n")
+    command_line = [command(wheel_python), 'config', 'cascade_mambavision_t_coco']
+    (project / 'whole.py').write_text(run(command_line, env=clean_environment()))
+    (project / 'script.py').write_text(READ.format('mine.py'))
+    for words in (['-c', READ.format('call.py')], ['-c', READ.format('whole.py')],
+                  ['-m', 'mmhybrid', 'run', 'script.py']):  # fmt: skip
+        output = run([wheel_python, *words], cwd=project, env=clean_environment())
+        assert output.strip().splitlines()[-1] == 'CascadeRCNN', words
+
+
+def test_prefix_works_from_another_project(hooked, project):
     """As stock tools do: nothing imports mmhybrid before the config is parsed."""
     code = """
         import sys
@@ -200,7 +247,7 @@ def test_prefix_works_from_another_project(installed_python, project):
         print(mmhybrid.__file__)
     """
     output = run(
-        [installed_python, '-c', textwrap.dedent(code)], cwd=project, env=clean_environment()
+        [hooked, '-c', textwrap.dedent(code)], cwd=project, env=clean_environment()
     )
     assert str(ROOT) != str(Path(output.strip().splitlines()[-1]).parents[1])
 
@@ -219,7 +266,7 @@ def test_editable_install_sees_edits(editable_python, source_tree, project):
     marker = source_tree / 'configs' / 'only_in_the_clone.py'
     marker.write_text('value = 17\n')
     (project / 'edited.py').write_text("_base_ = 'mmhybrid::only_in_the_clone.py'\n")
-    code = "from mmengine.config import Config; print(Config.fromfile('edited.py').value)"
+    code = f'import mmhybrid; {READ.format("edited.py").replace("model.type", "value")}'
     try:
         output = run([editable_python, '-c', code], cwd=project, env=clean_environment())
     finally:
