@@ -35,12 +35,12 @@ def run(args):
     path = _shipped(args.tool)
     if path is not None:
         return _run_file(path, args.arguments)
+    sys.path.insert(0, os.getcwd())  # as python -m does
     if not _is_module(args.tool):
         from mmhybrid.engine.errors import UserError
 
         raise UserError(f'{args.tool} cannot be run: {_reason(args.tool)}')
     sys.argv = [args.tool, *args.arguments]
-    sys.path.insert(0, os.getcwd())  # as python -m does
     runpy.run_module(args.tool, run_name='__main__', alter_sys=True)
 
 
