@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,30 @@ def begin_cases():
     if DEVICE == 'cuda':
         torch.set_default_device(DEVICE)
         torch.backends.cudnn.allow_tf32 = False  # the cases compare with float64
+    else:
+        quicken_interpreter()
+
+
+def quicken_interpreter():
+    """Do once what the interpreter does at every call of a device function and at every value.
+
+    It goes through all of Triton's language to replace what computes, and lists all dtypes to name
+    one: more than half of its time with the small blocks of tests.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={'tl': tl, 'core': tl.core}))
+    # what newer Tritons put back after a launch is empty, and stays replaced
+    interpreter._patch_lang = lambda fn: scope and type(scope)()
+    find, known = interpreter._get_np_dtype, {}
+
+    def np_dtype(dtype):
+        if dtype.name not in known:
+            known[dtype.name] = find(dtype)
+        return known[dtype.name]
+
+    interpreter._get_np_dtype = np_dtype
 
 
 def generator(seed):
