@@ -13,7 +13,7 @@ _base_ = [
 data_root = 'data/mini_coco/'
 side = 160
 width = 48
-epochs = 7
+epochs = 12
 norm = dict(type='GN', num_groups=8, requires_grad=True)
 
 box_heads = [

@@ -29,7 +29,7 @@ from mmhybrid.ops.layer_norm import fused as fused_norm
 ROOT = Path(__file__).resolve().parents[2]
 ON_GPU = DEVICE == 'cuda'
 STEPS = 300 if ON_GPU else 3
-#: A mask AP that the mini detector must pass in its ten epochs: low, for it tells training from
+#: A mask AP that the mini detector must pass in its epochs: low, for it tells training from
 #: none; what it reaches on a GPU has not been measured.
 AP = 0.05
 
