@@ -18,13 +18,8 @@ CASES = Path(__file__).parent / 'triton_cases.py'
 
 
 @pytest.mark.gpu
-def test_values_and_gradients():
-    assert run_cases(CASES, '-m', 'not slow', '-k', 'pairwise') >= 20
-
-
-@pytest.mark.gpu
-def test_properties_and_operators():
-    assert run_cases(CASES, '-m', 'not slow', '-k', 'not pairwise') >= 15
+def test_values_gradients_and_operators():
+    assert run_cases(CASES, '-m', 'not slow') >= 50
 
 
 @pytest.mark.slow

@@ -9,15 +9,10 @@ CASES = Path(__file__).with_name('walk_cases.py')
 
 
 @pytest.mark.gpu
-def test_one_map_in_many_directions():
-    assert run_cases(CASES, '-m', 'not slow', '-k', 'cross_scan') == 10
-
-
-@pytest.mark.gpu
-def test_mixers_and_their_convolution():
-    assert run_cases(CASES, '-m', 'not slow', '-k', 'not cross_scan') >= 16
+def test_directions_mixers_and_their_convolution():
+    assert run_cases(CASES, '-m', 'not slow') >= 45
 
 
 @pytest.mark.slow
-def test_all_directions_in_learned_shares():
-    assert run_cases(CASES, '-m', 'slow') == 1
+def test_all_directions_and_larger_maps():
+    assert run_cases(CASES, '-m', 'slow') >= 8
