@@ -10,19 +10,21 @@ root that all of them share: registries look upward to their parents, never side
 """
 from __future__ import annotations
 
+from mmengine.registry import DATA_SAMPLERS as ROOT_DATA_SAMPLERS
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import OPTIMIZERS as ROOT_OPTIMIZERS
 from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import Registry
 
 from . import compat
 
-__all__ = ['DATASETS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIM_WRAPPERS',
-           'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS']
+__all__ = ['DATASETS', 'DATA_SAMPLERS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIMIZERS',
+           'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS']
 
 
 class SharedRegistry(Registry):
@@ -52,14 +54,17 @@ def _child(root: Registry, location: str) -> SharedRegistry:
 
 MODELS = _child(ROOT_MODELS, 'mmhybrid.models')
 HOOKS = _child(ROOT_HOOKS, 'mmhybrid.engine')
-# Not shared: our AmpOptimWrapper must not take the name of mmengine's.
+# Not shared: our AmpOptimWrapper must not take the name of mmengine's, nor Lamb another package's.
 OPTIM_WRAPPERS = Registry(
     ROOT_OPTIM_WRAPPERS.name, parent=ROOT_OPTIM_WRAPPERS, scope='mmhybrid',
     locations=['mmhybrid.engine'])
+OPTIMIZERS = Registry(
+    ROOT_OPTIMIZERS.name, parent=ROOT_OPTIMIZERS, scope='mmhybrid', locations=['mmhybrid.engine'])
 METRICS = _child(ROOT_METRICS, 'mmhybrid.engine')
 DATASETS = _child(ROOT_DATASETS, 'mmhybrid.engine')
 TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.engine')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
+DATA_SAMPLERS = _child(ROOT_DATA_SAMPLERS, 'mmhybrid.engine')
 
 # Whoever builds something of ours comes through here, mmengine's own look-ups included.
 compat.install()

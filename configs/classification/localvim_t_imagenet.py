@@ -1,4 +1,5 @@
-# LocalVim-T on ImageNet with the published directions.
+# LocalVim-T on ImageNet with the published directions; published weights: localvim-t. The paper
+# averages weights (0.9999), the released settings do not.
 _base_ = [
     '../_base_/models/image_classifier.py',
     '../_base_/datasets/imagenet.py',

@@ -2,7 +2,13 @@
 from mmhybrid import models  # noqa: F401  registers them
 
 from .amp import AmpOptimWrapper
-from .classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
+from .classification import (
+    ImageFolder,
+    LoadPicture,
+    RepeatedAugmentSampler,
+    TimmTransform,
+    TopAccuracy,
+)
 from .dump import DumpSegmentation
 from .errors import UserError
 from .faster import CompileHook, CudaGraphsHook
@@ -19,6 +25,7 @@ from .stop_signals import StopSignalHook
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'CompileHook', 'CudaGraphsHook',
     'DirectionSearchHook', 'DumpSegmentation', 'FiniteLossHook', 'HybridOptimWrapperConstructor',
-    'ImageFolder', 'LoadPicture', 'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook',
-    'StopSignalHook', 'TimmTransform', 'TopAccuracy', 'UserError', 'use_cuda_graphs',
+    'ImageFolder', 'LoadPicture', 'ProgressHook', 'RandomStateHook', 'RepeatedAugmentSampler',
+    'ResumeSettingsHook', 'StopSignalHook', 'TimmTransform', 'TopAccuracy', 'UserError',
+    'use_cuda_graphs',
 ]

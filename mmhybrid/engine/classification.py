@@ -1,20 +1,25 @@
-"""Images in one folder per class: data set, transforms and accuracy, with mmengine alone."""
+"""Images in one folder per class: data, transforms, optimizer and accuracy, with mmengine alone."""
 from __future__ import annotations
 
+import math
 import os
 import os.path as osp
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from mmengine.dataset import BaseDataset
+from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import print_log
 from PIL import Image
+from torch.utils.data import Sampler
 
-from ..registry import DATASETS, METRICS, TRANSFORMS
+from ..registry import DATA_SAMPLERS, DATASETS, METRICS, OPTIMIZERS, TRANSFORMS
 from .errors import UserError
 
-__all__ = ['ImageFolder', 'LoadPicture', 'TimmTransform', 'TopAccuracy']
+__all__ = ['ImageFolder', 'LoadPicture', 'RepeatedAugmentSampler', 'TimmTransform', 'TopAccuracy',
+           'lamb']
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.ppm', '.tif', '.tiff')
 
@@ -100,6 +105,8 @@ class TimmTransform:
         re_prob: probability of random erasing.
         re_mode: 'const', 'rand' or 'pixel'.
         crop_pct: side of the test crop over the short side of the resized picture.
+        crop_mode: 'center'; 'squash' resizes to a square before the test crop; 'border' adds a
+            border where the resized picture is smaller than the crop.
         scale: range of the random crop's share of the picture's area.
 
     The result (3, input_size, input_size) is float32, with ImageNet's mean and spread removed.
@@ -108,22 +115,84 @@ class TimmTransform:
     def __init__(self, input_size: int = 224, is_training: bool = False,
                  auto_augment: str | None = None, interpolation: str = 'bicubic',
                  re_prob: float = 0.0, re_mode: str = 'pixel', crop_pct: float = 0.875,
-                 scale: Sequence[float] = (0.08, 1.0)):
+                 scale: Sequence[float] = (0.08, 1.0), crop_mode: str = 'center'):
         try:
             from timm.data import create_transform
         except ImportError as error:
             raise UserError('The transforms of classification come from timm, which cannot be '
                             f'imported ({error}). Run: pip install timm') from error
+        if crop_mode not in ('center', 'squash', 'border'):
+            raise ValueError(f"got crop_mode={crop_mode!r}, expected 'center', 'squash' or "
+                             "'border'")
         self.transform = create_transform(
             input_size, is_training=is_training, auto_augment=auto_augment,
             interpolation=interpolation, re_prob=re_prob, re_mode=re_mode, crop_pct=crop_pct,
-            scale=tuple(scale))
+            crop_mode=crop_mode, scale=tuple(scale))
 
     def __call__(self, results: dict) -> dict:
         """Replace the picture by the tensor."""
         results = dict(results)
         results['inputs'] = self.transform(results.pop('img'))
         return {key: results[key] for key in ('inputs', 'labels', 'img_path')}
+
+
+@DATA_SAMPLERS.register_module()
+class RepeatedAugmentSampler(Sampler):
+    """Each image several times in a row, spread over the processes, as DeiT's trainings have it.
+
+    An epoch has as many samples as without repeats, so it sees a part of the images.
+
+    Args:
+        dataset: what is sampled.
+        seed: of the order; None for one that all processes agree on.
+        repeats: how often an image comes.
+    """
+
+    def __init__(self, dataset, seed: int | None = None, repeats: int = 3):
+        if not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f'got repeats={repeats!r}, expected a positive integer such as 3')
+        self.dataset = dataset
+        self.seed = sync_random_seed() if seed is None else seed
+        self.repeats = repeats
+        self.rank, self.world_size = get_dist_info()
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator)
+        order = order.repeat_interleave(self.repeats)
+        # padded from its start, so that all processes have the same number
+        order = torch.cat([order, order[:self.world_size]])
+        return iter(order[self.rank::self.world_size][:len(self)].tolist())
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+
+@OPTIMIZERS.register_module(name='Lamb')
+def lamb(params, lr: float, betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-6,
+         weight_decay: float = 0.01, max_grad_norm: float | None = 1.0) -> torch.optim.Optimizer:
+    """LAMB of timm.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decay of the averages of gradients and their squares.
+        eps: added to the root of the latter.
+        weight_decay: share of the weights that is added to the update.
+        max_grad_norm: norm to which gradients of all parameters are cut together; None for none.
+    """
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise UserError(f'The optimizer LAMB comes from timm, which cannot be imported ({error}). '
+                        'Run: pip install timm') from error
+    return Lamb(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay,
+                max_grad_norm=max_grad_norm)
 
 
 @METRICS.register_module()

@@ -119,7 +119,7 @@ def _check_optimizer(wrapper, scope) -> None:
         raise UserError('optim_wrapper.optimizer must be a dict with a type, such as '
                         f'dict(type="AdamW", lr=1e-4), got {optimizer!r}.')
     kind = optimizer['type']
-    if isinstance(kind, str) and _class(optimizer, OPTIMIZERS, scope) is None:
+    if isinstance(kind, str) and _registered(optimizer, OPTIMIZERS, scope) is None:
         near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
         raise UserError(f'optim_wrapper.optimizer.type is {kind!r}, which is not registered.'
                         + (f' Did you mean {near[0]!r}?' if near else ''))
@@ -213,6 +213,12 @@ def _train_loop(train_cfg: dict, scope):
 
 def _class(node, registry, scope):
     """The class that a dict names; None if it is unknown, which building it will tell."""
+    kind = _registered(node, registry, scope)
+    return kind if isinstance(kind, type) else None
+
+
+def _registered(node, registry, scope):
+    """The class or function that a dict names; None if it is unknown."""
     kind = node.get('type') if isinstance(node, dict) else None
     if isinstance(kind, str):
         try:
@@ -220,4 +226,4 @@ def _class(node, registry, scope):
                 kind = inner.get(kind)
         except (KeyError, ImportError, AttributeError):
             return None
-    return kind if isinstance(kind, type) else None
+    return kind

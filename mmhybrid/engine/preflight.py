@@ -33,7 +33,7 @@ from ..datasets.coco_file import AnnotationError
 from ..datasets.coco_records import Records, forget_records, load_records
 from ..datasets.label_images import IGNORED, check_label_images, pair_files
 from ..models.backbones.base import DenseBackbone
-from ..models.checkpoints import check_windows, fit_weights
+from ..models.checkpoints import LoadReport, check_windows, fit_weights
 from ..registry import HOOKS
 from .coco_reading import read_coco_alike
 from .config import is_remote
@@ -515,6 +515,8 @@ class CheckpointCheckHook(Hook):
         strict: False starts a new training from whatever fits.
     """
 
+    priority = 'ABOVE_NORMAL'  # before EMAHook, which takes the weights from state_dict
+
     def __init__(self, strict: bool = True):
         self.strict = strict
 
@@ -522,14 +524,24 @@ class CheckpointCheckHook(Hook):
         """Compare names and shapes."""
         if isinstance(runner._train_loop, BaseLoop) and not runner._resume:
             self._start(runner, checkpoint)
+        elif not runner._resume and _is_classifier_alone(runner.model, checkpoint):
+            self._whole_classifier(runner, checkpoint)
         else:
             self._continue(runner, checkpoint)
 
-    def _start(self, runner, checkpoint: dict) -> None:
+    def _whole_classifier(self, runner, checkpoint: dict) -> None:
+        report = self._start(runner, checkpoint)
+        missing = report.comparison.missing
+        if missing:
+            raise UserError(f'{runner._load_from} lacks {len(missing)} tensors of '
+                            f'{report.module}:\n  ' + '\n  '.join(_first(missing))
+                            + '\nA test needs all of them.')
+
+    def _start(self, runner, checkpoint: dict) -> LoadReport | None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         backbone = getattr(model, 'backbone', None)
         if not isinstance(backbone, DenseBackbone):
-            return  # mmengine's report in the log is all there is
+            return None  # mmengine's report in the log is all there is
         weights, report = fit_weights(backbone, checkpoint, str(runner._load_from),
                                       strict=self.strict)
         runner.logger.info(str(report))
@@ -540,6 +552,7 @@ class CheckpointCheckHook(Hook):
             checkpoint['state_dict'] = {f'backbone.{name}': t for name, t in weights.items()}
             if meta is not None:
                 checkpoint['meta'] = meta
+        return report
 
     def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
@@ -549,6 +562,16 @@ class CheckpointCheckHook(Hook):
         if extra:
             runner.logger.warning(f'{len(extra)} tensors of the checkpoint have no place in the '
                                   f'model and are left out: {", ".join(_first(extra))}')
+
+
+def _is_classifier_alone(model: torch.nn.Module, checkpoint: dict) -> bool:
+    """Whether a file has a network with its head, as published, and the model is a shell of one."""
+    backbone = getattr(model.module if is_model_wrapper(model) else model, 'backbone', None)
+    if not isinstance(backbone, DenseBackbone) or kind_of(
+            backbone.state_dict()) != 'classification':
+        return False
+    names = unwrap(checkpoint)[0]
+    return kind_of(names) == 'classification' and not any('backbone.' in name for name in names)
 
 
 def _align(checkpoint: dict, model: torch.nn.Module) -> None:

@@ -154,7 +154,7 @@ def test_published_recipe(name, parameters, epochs):
     assert cfg.train_cfg.max_epochs == epochs
     warm_up, cosine = cfg.param_scheduler
     assert (warm_up.end, cosine.begin, cosine.end, cosine.T_max, cosine.eta_min) == (
-        20, 20, epochs, epochs - 20, 1e-6)
+        21, 20, epochs, epochs - 20, 1e-6)
     assert cfg.optim_wrapper.optimizer.lr * warm_up.start_factor == pytest.approx(1e-7)
     assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 1024
     assert cfg.model.label_smoothing == 0.1

@@ -4,8 +4,8 @@ val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
-    # from 1e-7, one step per epoch
-    dict(type='LinearLR', start_factor=1e-4, by_epoch=True, begin=0, end=20),
+    # from 1e-7, one step per epoch, to the full rate of epoch 20, which the cosine starts from
+    dict(type='LinearLR', start_factor=1e-4, by_epoch=True, begin=0, end=21),
     dict(
         type='CosineAnnealingLR', by_epoch=True, begin=20, end=300, T_max=280, eta_min=1e-6,
         convert_to_iter_based=True),

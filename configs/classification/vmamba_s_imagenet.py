@@ -1,0 +1,4 @@
+# VMamba-S[s2l15] on ImageNet; published weights: vmamba-s-s2l15.
+_base_ = './vmamba_t_imagenet.py'
+
+model = dict(backbone=dict(arch='small_s2l15', drop_path_rate=0.3))

@@ -1,0 +1,4 @@
+# VMamba-S[s1l20] on ImageNet; published weights: vmamba-s-s1l20.
+_base_ = './vmamba_t_imagenet.py'
+
+model = dict(backbone=dict(arch='small_s1l20', drop_path_rate=0.3))
