@@ -17,7 +17,8 @@ model = dict(
         type='mmhybrid.Vim', arch='tiny', img_size=1024, out_indices=(23,), pyramid=False,
         rope=True, divide=False, dropped_row='first', drop_path_rate=0.1),
     neck=dict(backbone_channel=192))
-train_dataloader = dict(batch_size=16)  # on 4 GPUs
+train_dataloader = dict(  # on 4 GPUs; detectron2 leaves no small image out
+    batch_size=16, dataset=dict(filter_cfg=dict(min_size=0)))
 optim_wrapper = dict(
     # Only the position embedding is spared: norms, A_log, D and biases decay.
     paramwise_cfg=dict(

@@ -16,7 +16,7 @@ model = dict(
         type='mmhybrid.Vim', arch='tiny', img_size=1024, out_indices=(23,), pyramid=False,
         rope=True, divide=False, dropped_row='first', drop_path_rate=0.1),
     neck=dict(backbone_channel=192))
-train_dataloader = dict(batch_size=16)
+train_dataloader = dict(batch_size=16, dataset=dict(filter_cfg=dict(min_size=0)))
 optim_wrapper = dict(
     paramwise_cfg=dict(
         layer_decay=0.837, custom_keys={'backbone.pos_embed': dict(decay_mult=0.0)}),

@@ -1,4 +1,5 @@
-# UperNet with VMamba-S[s2l15] on ADE20K.
+# UperNet with VMamba-S[s2l15] on ADE20K. The release has configs with crops of 640 and 896, too,
+# but no results of them.
 _base_ = './upernet_vmamba_t_ade20k.py'
 
 published_checkpoint = dict(

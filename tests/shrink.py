@@ -63,7 +63,10 @@ def _shrink_backbone(backbone, side):
         backbone.window_size = (8, 8, side // 16, side // 32)
     if 'img_size' in backbone:
         backbone.img_size = side
-    if family == 'TimmFeatures':
+    if family == 'TimmFeatures' and 'deit' in backbone.name:
+        backbone.settings = dict(depth=BLOCKS + 1, img_size=side)
+        backbone.out_indices = tuple(range(4)) if len(backbone.out_indices) == 4 else (BLOCKS,)
+    elif family == 'TimmFeatures':
         backbone.settings = dict(depths=STAGES)
     elif family == 'SwinTransformer':
         backbone.depths = STAGES

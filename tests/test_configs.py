@@ -26,6 +26,9 @@ KEYS = ROOT / 'tests/data'
 
 OURS = ('MambaVision', 'VMamba', 'LocalVMamba', 'LocalVim', 'Vim', 'TimmFeatures')
 PEERS = ('SwinTransformer', 'VisionTransformer', 'ResNet', 'ResNetV1c')
+# Of a size or a release whose like is trained in the default run.
+LARGER = (r'(swin|convnext)_[sb]_|vmamba_(t_s2l5|v0_[sb]|v0_t_3x)_|deit_s_(vim|coco)|cascade_r101'
+          r'|upernet_r50|vim_b_|decay07')
 BATCH_NORM = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -77,6 +80,16 @@ def test_the_promised_configs_exist():
             (f'mask_rcnn_{peer}', 'coco'), (f'cascade_{peer}', 'coco'),
             (f'upernet_{peer}', 'ade20k'))),
         'upernet_deit_s_ade20k', 'mask_rcnn_r50_coco', 'upernet_r101_ade20k',
+        *(f'{heads}_{peer}_{size}_{data}' for peer, sizes in (
+            ('swin', 'sb'), ('convnext', 'sb')) for size in sizes for heads, data in (
+            ('cascade', 'coco'), ('upernet', 'ade20k'))),
+        'cascade_r50_coco', 'cascade_r101_coco', 'upernet_r50_ade20k',
+        *(f'cascade_deit_{size}_coco' for size in ('ti', 's')),
+        *(f'upernet_deit_{size}_vim_ade20k' for size in ('ti', 's')),
+        *(f'{heads}_vmamba_{size}_{data}' for size in ('t_s2l5', 'v0_t', 'v0_s', 'v0_b')
+          for heads, data in (('mask_rcnn', 'coco'), ('upernet', 'ade20k'))),
+        *(f'mask_rcnn_vmamba_{size}_3x_coco' for size in ('t_s2l5', 'v0_t', 'v0_s')),
+        'cascade_vim_b_coco', 'cascade_vim_ti_decay07_coco',
     }
 
 
@@ -198,6 +211,10 @@ def test_recipe(path):
 @pytest.mark.parametrize('name', ['cascade_vim_ti_coco', 'mask_rcnn_localvim_t_coco'])
 def test_large_scale_jittering(name):
     cfg = load(ROOT / f'configs/{name}.py')
+    assert cfg.train_cfg.dynamic_intervals == [(180001, 184375)], 'the end is validated, too'
+    # detectron2 leaves no small image out
+    assert cfg.train_dataloader.dataset.filter_cfg == dict(
+        filter_empty_gt=True, min_size=32 if 'localvim' in name else 0)
     steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
     assert (steps['RandomResize'].scale, steps['RandomResize'].ratio_range) == (
         (1024, 1024), (0.1, 2.0))
@@ -213,7 +230,7 @@ def test_large_scale_jittering(name):
 
 
 @pytest.mark.parametrize('path', by_name([
-    path for path in CONFIGS if re.match('cascade_(local)?vim_(?!mini_)', path.stem)]))
+    path for path in CONFIGS if re.match('cascade_(localvim|vim|deit)_(?!mini_)', path.stem)]))
 def test_the_cascade_of_vitdet(path):
     model = load(path).model
     assert model.roi_head.type == 'mmhybrid.OneMaskCascadeRoIHead'
@@ -324,7 +341,7 @@ def test_the_full_model_has_the_official_keys(path):
         return
     if path.stem == 'cascade_vim_ti_coco':
         assert len(state) == 523
-    elif re.match('cascade_(local)?vim_', path.stem):
+    elif re.match('cascade_(localvim|vim|deit)_', path.stem):
         like = full_model(ROOT / 'configs/cascade_vim_ti_coco.py').state_dict()
         assert others == {name for name in like if not name.startswith('backbone.')}
     elif path.stem.startswith('cascade'):
@@ -483,7 +500,9 @@ def upernet_head_keys():
 # --- the small model, doing everything ------------------------------------------------------------
 
 
-@every_config
+@pytest.mark.parametrize('path', [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * bool(re.search(LARGER, path.stem)))
+    for path in CONFIGS])
 def test_shrunk_it_trains_a_step_and_predicts(path):
     cfg = shrink(load(path))
     torch.manual_seed(0)
@@ -510,7 +529,7 @@ def test_shrunk_it_trains_a_step_and_predicts(path):
     kernels = [name for name, p in model.backbone.named_parameters()
                if p.requires_grad and p.ndim == 4]
     stem = next(name for name in kernels if trained[f'backbone.{name}'].grad.abs().max() > 0)
-    assert kernels.index(stem) == (3 if path.stem == 'mask_rcnn_r50_coco' else 0)
+    assert kernels.index(stem) == (3 if cfg.model.backbone.get('frozen_stages') == 1 else 0)
 
     before = {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
     wrapper.step()
@@ -546,9 +565,11 @@ def test_rates_and_decays_of_the_groups_are_the_published_rule(path):
     for name, parameter in trained.items():
         longest = max((key for key in recipe['custom'] if key in name), key=len, default=None)
         lr_mult, decay_mult = recipe['custom'].get(longest, [None, None])
-        if recipe['layer_decay']:  # Vim's rule: blocks count from the last, the embedding is 25
-            block = re.match(r'backbone\.layers\.(\d+)', name)
-            depth = 24 - int(block[1]) if block else 25 * name.startswith('backbone.')
+        if recipe['layer_decay']:  # blocks count from the last one, the embedding follows them
+            block = re.match(r'backbone\.(layers|net\.model\.blocks)\.(\d+)', name)
+            blocks = 12 if 'deit' in path.stem else 24
+            depth = blocks - int(block[2]) if block else (
+                blocks + 1) * name.startswith('backbone.')
             lr_mult = recipe['layer_decay'] ** depth
         if decay_mult is None:
             decay_mult = {
@@ -769,7 +790,7 @@ def test_peers_have_the_results_and_weights_of_their_own_package(package):
             assert model['Weights'].rpartition('/')[2] == entry['Weights'].rpartition('/')[2]
             assert model['Weights License'] == 'not stated (Apache-2.0 repository)'
         checked.append(model['Name'])
-    assert len(checked) == {'mmdet': 3, 'mmseg': 4}[package]
+    assert len(checked) == {'mmdet': 4, 'mmseg': 9}[package]
 
 
 def test_mmengine_finds_a_config_and_its_weights_through_the_index(tmp_path):

@@ -1,6 +1,9 @@
 # AdamW for 184 375 iterations on COCO, a batch of 64: 100 epochs of ViTDet's recipe.
 # A config on top of this file states the weight decay and what the learning rates depend on.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=184375, val_interval=5000)
+# Released runs exchanged gradients between GPUs in float16; these keep their type.
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=184375, val_interval=5000,
+    dynamic_intervals=[(180001, 184375)])  # after the last full interval, validate at the end
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
