@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN with ResNet-50 on COCO, 36 epochs at many scales, with heads and optimizer of the
-# other peers; mmdet's own has smaller heads and SGD. It starts from torchvision://resnet50.
+# Cascade Mask R-CNN with ResNet-50 on COCO, 36 epochs at many scales, with heads and optimizer of
+# the other peers; mmdet's own has smaller heads and SGD. It starts from torchvision://resnet50.
 _base_ = './cascade_swin_t_coco.py'
 
 model = dict(
