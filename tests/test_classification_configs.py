@@ -29,6 +29,10 @@ FOLDER = ROOT / 'configs/classification'
 ROWS = json.loads((ROOT / 'tests/data/classification.json').read_text())
 CONFIGS = sorted(path for path in FOLDER.glob('*.py') if not re.search('mini|search', path.stem))
 every_config = pytest.mark.parametrize('name', ROWS)
+# Whole networks of the larger sizes are built in the slow run only.
+every_model = pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.slow] * bool(
+        re.search('_21k_|mambavision_l|s1l20|_b_|v0_s|stride8', name))) for name in ROWS])
 
 
 def load(name):
@@ -61,7 +65,7 @@ def test_a_config_says_only_its_difference(name):
     assert re.findall(r'published weights: ([\w-]+)\b', comment) == ([short] if short else [])
 
 
-@every_config
+@every_model
 def test_the_network_is_the_published_one(name):
     cfg, row = load(name), ROWS[name]
     model = network(name)
@@ -122,11 +126,16 @@ def test_recipe(name):
     start = cfg.get('published_checkpoint')
     assert (start and start.name) == (row['start'] and RELEASED[row['start']].file)
     assert cfg.pretrained is None and cfg.load_from is None
+    assert (optimizer.weight_decay, cfg.model.backbone.drop_path_rate) == (
+        row['weight_decay'], row['drop_path'])
 
-    model = network(name)
+
+@every_model
+def test_what_decays_and_what_is_dropped(name):
+    cfg, row, model = load(name), ROWS[name], network(name)
     rates = [module.rate for module in model.modules() if isinstance(module, DropPath)]
     assert max(rates, default=0.0) == pytest.approx(row['drop_path'])
-    groups = build_optim_wrapper(model, _plain(wrapper))
+    groups = build_optim_wrapper(model, _plain(cfg.optim_wrapper))
     decays = {id(p): group['weight_decay'] for group in groups.optimizer.param_groups
               for p in group['params']}
     exempt = ('.bias', 'pos_embed', 'cls_token') if row['optimizer'] == 'AdamW' else '.bias'

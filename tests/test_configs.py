@@ -42,10 +42,18 @@ def by_name(paths):
     return [pytest.param(path, id=path.stem) for path in paths]
 
 
+def built(paths):
+    """For tests that build whole models: larger ones in the slow run only."""
+    return [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * bool(
+        re.search(LARGER, path.stem))) for path in paths]
+
+
 every_config = pytest.mark.parametrize('path', by_name(CONFIGS))
+every_model = pytest.mark.parametrize('path', built(CONFIGS))
 # The mini and tight configs are our own: they have no published recipe to be equal to.
 PUBLISHED = [path for path in CONFIGS if not re.search('_(mini|tight)_', path.stem)]
 published_config = pytest.mark.parametrize('path', by_name(PUBLISHED))
+published_model = pytest.mark.parametrize('path', built(PUBLISHED))
 
 
 def build_on_meta(cfg):
@@ -325,7 +333,7 @@ def sizes(loader, key):
 # --- the whole model, without memory --------------------------------------------------------------
 
 
-@every_config
+@every_model
 def test_the_full_model_has_the_official_keys(path):
     state = {name: list(tensor.shape) for name, tensor in full_model(path).state_dict().items()}
     backbone = {name[len('backbone.'):]: shape for name, shape in state.items()
@@ -374,7 +382,7 @@ def test_the_full_model_has_the_official_keys(path):
         assert backbone == official
 
 
-@published_config
+@published_model
 def test_parameter_count(path):
     count = sum(p.numel() for p in full_model(path).parameters())
     assert count == RECIPES[path.stem]['parameters']
@@ -386,7 +394,7 @@ def drop_path_rates(backbone):
             for module in backbone.modules() if type(module).__name__ == 'DropPath']
 
 
-@every_config
+@every_model
 def test_drop_path_really_is_what_the_published_models_used(path):
     cfg = load(path)
     rates = drop_path_rates(full_model(path).backbone)
@@ -500,9 +508,7 @@ def upernet_head_keys():
 # --- the small model, doing everything ------------------------------------------------------------
 
 
-@pytest.mark.parametrize('path', [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * bool(re.search(LARGER, path.stem)))
-    for path in CONFIGS])
+@every_model
 def test_shrunk_it_trains_a_step_and_predicts(path):
     cfg = shrink(load(path))
     torch.manual_seed(0)
@@ -554,7 +560,7 @@ def test_shrunk_it_trains_a_step_and_predicts(path):
         assert found.masks.shape == (len(found), height, width)
 
 
-@published_config
+@published_model
 def test_rates_and_decays_of_the_groups_are_the_published_rule(path):
     cfg, model, recipe = load(path), full_model(path), RECIPES[path.stem]
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
