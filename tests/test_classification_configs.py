@@ -1,7 +1,9 @@
 """Configs of classifiers: whole networks, recipes, published numbers, and tests of their files."""
 import json
 import math
+import pickle
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -333,6 +335,38 @@ def test_files_that_lack_something_are_refused(tmp_path, images, capfd):
     assert 'holds another family, MambaVision' in refused(weights('MambaVision'))
     backbone = {key: value for key, value in weights('VMamba').items() if 'classifier' not in key}
     assert 'tensors are not in the file' in refused(backbone)
+
+
+def test_averaged_weights_of_a_file(tmp_path, images):
+    """As the page says: plain weights are read, and the converter takes averaged ones."""
+    argv = toy_config('VMamba', tmp_path, images)
+    state = weights('VMamba')
+    torch.save(dict(model={key: torch.full_like(value, torch.nan) for key, value in state.items()},
+                    model_ema=state), tmp_path / 'both.pth')
+    sys.path.insert(0, str(ROOT / 'tools'))
+    import convert_checkpoint
+    convert = [str(tmp_path / 'both.pth'), str(tmp_path / 'averaged.pth'), '--key', 'model_ema']
+    assert run_command(convert_checkpoint.main, convert) in (None, 0)
+    found = [run_test([argv[0], str(tmp_path / f'{name}.pth'), *argv[1:], '--out',
+                       str(tmp_path / f'{name}.pkl')]) for name in ('both', 'averaged')]
+    assert found[0] == {'accuracy/top1': 0.0}  # nan is right nowhere
+    scores = pickle.loads((tmp_path / 'averaged.pkl').read_bytes())
+    assert all(np.isfinite(sample['scores']).all() for sample in scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['MambaVision', 'Vim'])
+def test_averages_and_order_go_on_where_they_were(family, tmp_path, images):
+    argv = toy_config(family, tmp_path, images)
+    options = ['--cfg-options', 'custom_hooks.1.momentum=0.5', 'randomness.seed=3']
+    run_train([*argv, *options])
+    run_train([*argv[:-1], str(tmp_path / 'again'), '--resume', str(tmp_path / 'w/epoch_1.pth'),
+               *options])
+    whole, resumed = (torch.load(tmp_path / f'{name}/epoch_2.pth', weights_only=False)
+                      for name in ('w', 'again'))
+    for part in ('state_dict', 'ema_state_dict'):
+        for key, value in whole[part].items():
+            assert torch.equal(value, resumed[part][key]), (part, key)
 
 
 @pytest.mark.parametrize('family', [
