@@ -335,6 +335,9 @@ def test_files_that_lack_something_are_refused(tmp_path, images, capfd):
     assert 'holds another family, MambaVision' in refused(weights('MambaVision'))
     backbone = {key: value for key, value in weights('VMamba').items() if 'classifier' not in key}
     assert 'tensors are not in the file' in refused(backbone)
+    others = {key: value[:2] if 'classifier.head' in key else value
+              for key, value in weights('VMamba').items()}
+    assert 'is a classifier of 2 classes, expected 3; set num_classes=2' in refused(others)
 
 
 def test_averaged_weights_of_a_file(tmp_path, images):

@@ -274,8 +274,10 @@ def _two_stages(model: nn.Module, images: Tensor, positive: float | None) -> Ten
     train = model.train_cfg.rcnn
     for stage in range(stages):
         about = train[stage] if isinstance(train, (list, tuple)) else train
-        boxes = about.sampler.num
-        share = about.sampler.get('pos_fraction', 1) if positive is None else positive
+        if 'num' in about.sampler:  # others relabel what an earlier stage has sampled
+            sampler = about.sampler
+        boxes = sampler.num
+        share = sampler.get('pos_fraction', 1) if positive is None else positive
         for part, count in (('bbox', boxes), ('mask', int(boxes * share))):
             if getattr(head, f'with_{part}'):
                 loss = loss + _on_regions(head, part, stage, maps, count * len(images))

@@ -343,6 +343,11 @@ def _refusal(module: nn.Module, shapes: Mapping[str, tuple], result: Comparison,
         hint = f'set arch={theirs.variant!r}, or ' if theirs.variant else ''
         return (f'{source} holds another variant, {_in_full(theirs)}, expected {_in_full(ours)}; '
                 f'{hint}give a file of this variant{_files(ours)}')
+    if result.disagreeing and all(re.match(_HEAD, name) for name in result.disagreeing):
+        classes, wanted = (shapes[0] for shapes in next(iter(result.disagreeing.values())))
+        return (f'{source} is a classifier of {classes} classes, expected {wanted}; set '
+                f'num_classes={classes}, or start a training from it, which leaves its last layer '
+                'out (--pretrained)')
     return (f'{source} does not fit {type(module).__name__}: {result}; compare its settings, or '
             'load whatever fits with strict=False')
 

@@ -86,6 +86,15 @@ def test_whole_trainings(config, size, positive, measured):
     assert found.peak.bytes / MIB == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
+def test_a_cascade_that_samples_once():
+    """Its later stages relabel the regions of the first, whose number counts for them."""
+    source = find_model(str(CONFIGS / 'cascade_vim_ti_coco.py'))
+    peaks = [memory.predict(source, memory.step_of(source, 1), share).peak.bytes
+             for share in (0.0, 0.25)]
+    assert peaks[0] < peaks[1] < 4 << 30
+
+
 def followed(module, size):
     """Peak of a step in float32, and what holds it."""
     found = Memory()
