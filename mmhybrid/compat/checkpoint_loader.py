@@ -39,7 +39,7 @@ def _inert(checkpoint: object, name: str) -> object:
     if not isinstance(checkpoint, dict):
         return checkpoint
     name = printable(shown(name))
-    _check_entries(checkpoint, name)
+    check_entries(checkpoint, name)
     meta = checkpoint.get('meta') or {}
     meta.pop('config', None)
     hub = checkpoint.get('message_hub') or {}
@@ -51,7 +51,7 @@ def _inert(checkpoint: object, name: str) -> object:
     return checkpoint
 
 
-def _check_entries(checkpoint: dict, name: str) -> None:
+def check_entries(checkpoint: dict, name: str) -> None:
     meta, hub = checkpoint.get('meta'), checkpoint.get('message_hub')
     entries = {'meta': meta, 'message_hub': hub, 'state_dict': checkpoint.get('state_dict')}
     for key, holder in (('meta', meta), ('message_hub', hub)):

@@ -41,7 +41,7 @@ from .errors import UserError
 from .pipeline_guard import expect_labels
 
 __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data',
-           'check_whole']
+           'check_whole', 'classes_of', 'num_classes_of']
 
 LOADERS = {'train': ('train_dataloader',), 'val': ('val_dataloader', 'val_evaluator'),
            'test': ('test_dataloader', 'test_evaluator')}
@@ -165,10 +165,10 @@ def check_classes(cfg, splits, facts: list[str] | None = None) -> list[str]:
 
 def _check_splits(cfg, splits, facts: list[str]) -> list[str]:
     notes, from_folders = [], {}
-    heads = dict(_num_classes(cfg.get('model')))
+    heads = dict(num_classes_of(cfg.get('model')))
     for split in splits:
         for dataset in _datasets(cfg.get(f'{split}_dataloader')):
-            classes = _classes(dataset, cfg.get('default_scope'))
+            classes = classes_of(dataset, cfg.get('default_scope'))
             if classes is None:
                 continue
             if hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes'):
@@ -189,7 +189,8 @@ def _check_splits(cfg, splits, facts: list[str]) -> list[str]:
     return notes
 
 
-def _num_classes(node, path='model'):
+def num_classes_of(node, path='model'):
+    """Yield the dotted names of a model's parts that tell the set's classes apart, and how many."""
     if isinstance(node, dict):
         for key, value in node.items():
             here = f'{path}.{key}'
@@ -198,10 +199,10 @@ def _num_classes(node, path='model'):
             # The region proposal network tells objects from background, whatever the classes; a
             # semantic head beside a detector, a loss or an assigner may count in its own way.
             elif key not in OWN_CLASSES and 'loss' not in key:
-                yield from _num_classes(value, here)
+                yield from num_classes_of(value, here)
     elif isinstance(node, (list, tuple)):
         for index, item in enumerate(node):
-            yield from _num_classes(item, f'{path}.{index}')
+            yield from num_classes_of(item, f'{path}.{index}')
 
 
 def _kind(dataset, scope):
@@ -229,7 +230,8 @@ def _check_folders(seen: dict, split: str, classes: tuple) -> None:
             'their folders, so both need the same.')
 
 
-def _classes(dataset, scope) -> tuple | None:
+def classes_of(dataset, scope) -> tuple | None:
+    """Names of the classes of a data set's settings, or None where nothing tells."""
     described = dataset.get('metainfo') or {}
     if not isinstance(described, dict):
         return None  # building it tells what is wrong
@@ -377,7 +379,7 @@ def _check_evaluator_files(cfg, split) -> list[str]:
     paths = [_coco_file(dataset, cfg) for dataset in datasets]
     if None in paths or not paths or not _is_first_of_node():
         return []
-    classes = _classes(datasets[0], cfg.get('default_scope'))
+    classes = classes_of(datasets[0], cfg.get('default_scope'))
     for key, evaluator in _coco_metrics(cfg, split).items():
         other = evaluator['ann_file']
         if is_remote(other) or {osp.realpath(other)} == {*map(osp.realpath, paths)}:

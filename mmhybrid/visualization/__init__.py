@@ -1,5 +1,5 @@
 """Pictures: predictions next to ground truth, and what a search for directions found."""
 from .directions import draw_directions
-from .pictures import draw_instances, draw_regions, side_by_side
+from .pictures import class_colors, draw_instances, draw_regions, side_by_side
 
-__all__ = ['draw_directions', 'draw_instances', 'draw_regions', 'side_by_side']
+__all__ = ['class_colors', 'draw_directions', 'draw_instances', 'draw_regions', 'side_by_side']
