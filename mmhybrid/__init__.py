@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 __version__ = '0.1.0'
-__all__ = ['__version__', 'config_path']
+__all__ = ['__version__', 'config_path', 'load']
 
 
 def config_path(name):
@@ -28,6 +28,15 @@ def config_path(name):
     from . import config_scheme
 
     return config_scheme.resolve(name)
+
+
+def __getattr__(name):
+    """``load``, which needs all of the package, at its first use."""
+    if name == 'load':
+        from .engine.prediction import load
+
+        return load
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def _imported_for_a_part():

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
     'plugin': {'models', 'engine'},
-    '__init__': {'plugin', 'config_scheme'},
+    '__init__': {'plugin', 'config_scheme', 'engine'},
 }
 # The start-up hook names config_scheme in a string that runs later.
 WITHOUT_MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'torchvision')

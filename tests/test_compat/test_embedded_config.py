@@ -6,30 +6,13 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import save_checkpoint, weights_to_cpu
+from mmengine.runner.checkpoint import save_checkpoint
 from shrink import shrink
+from trained import trained
 
 import mmhybrid.plugin  # noqa: F401  (its import installs what is tested)
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-
-
-def trained(cfg, path):
-    """What Runner.save_checkpoint writes, with random weights; returns the model."""
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    hub = MessageHub.get_instance(path.stem)
-    hub.update_info('cfg', cfg.pretty_text)
-    hub.update_info('iter', 5)
-    hub.update_scalar('train/loss', 1.5)
-    meta = dict(epoch=1, iter=5, cfg=cfg.pretty_text, seed=0, experiment_name='x', time='x',
-                mmengine_version='x', dataset_meta=dict(
-                    classes=('a', 'b', 'c'), palette=[(1, 2, 3), (4, 5, 6), (7, 8, 9)]))
-    save_checkpoint(dict(meta=meta, state_dict=weights_to_cpu(model.state_dict()),
-                         message_hub=hub.state_dict()), str(path))
-    return model
 
 
 @pytest.mark.parametrize(('name', 'kind'), [

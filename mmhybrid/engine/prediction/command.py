@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UserError, explain
 from ..options import check_given
-from .files import KINDS, Results, free_folder
+from .files import KINDS, NotWritten, Results, free_folder
 from .predictor import Picture, Predictor, Wanted, load
 from .results import Detection, Result
 from .sources import Frames, Item, fetched, find_items
@@ -127,7 +127,7 @@ class _Job:
             return
         try:
             self.results.close()
-        except UserError as second:
+        except NotWritten as second:
             if error is None:
                 raise
             print(f'\nERROR: {second}', file=sys.stderr)
@@ -166,6 +166,8 @@ class _Job:
                     self._pictures(waiting)
                     waiting = []
                     self._video(item, local)
+            except NotWritten:
+                raise
             except (UserError, MemoryError) as error:
                 self._leave_out(item, error)
             if len(waiting) == self.wanted.batch:

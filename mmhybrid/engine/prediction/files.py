@@ -19,10 +19,14 @@ from .outlines import joined, outlines
 from .results import Detection, Result, Segmentation, decoded
 from .sources import RESULTS
 
-__all__ = ['KINDS', 'Results', 'free_folder']
+__all__ = ['KINDS', 'NotWritten', 'Results', 'free_folder']
 
 #: What ``--write`` takes, beside the JSON that is always there.
 KINDS = ('pictures', 'masks', 'yolo', 'labelme')
+
+
+class NotWritten(UserError):
+    """A file of results cannot be written, so that going on makes no sense."""
 
 
 def free_folder(name: str) -> Path:
@@ -76,7 +80,7 @@ class Results:
             source: path of the picture, if it is a file.
 
         Raises:
-            UserError: if a file cannot be written.
+            NotWritten: if a file cannot be written.
         """
         if 'pictures' in self.kinds:
             drawn = result.plot(image, enlarge=film is None)
@@ -102,7 +106,7 @@ class Results:
         """End videos, and write what belongs to all pictures.
 
         Raises:
-            UserError: if that is not possible.
+            NotWritten: if that is not possible.
         """
         films, self._films = self._films, {}
         problems = [problem for problem in map(_Film.close, films.values()) if problem]
@@ -115,13 +119,13 @@ class Results:
             annotations=self.annotations, categories=[
                 dict(id=number, name=name) for number, name in enumerate(self.names, start=1)])))
         if problems:
-            raise UserError(' '.join(problems))
+            raise NotWritten(' '.join(problems))
 
     def end_film(self, stem: str) -> None:
         """End one video; see :meth:`close`."""
         problem = self._films.pop(stem).close() if stem in self._films else None
         if problem:
-            raise UserError(problem)
+            raise NotWritten(problem)
 
     def _film(self, stem: str, rate: float, image: np.ndarray) -> None:
         if stem not in self._films:
@@ -158,7 +162,7 @@ class _told:
             advice = ('Free some space, or write elsewhere with --out FOLDER.'
                       if error.errno in (*NO_WRITING, errno.EFBIG) else
                       'Correct its permissions, or write elsewhere with --out FOLDER.')
-            raise UserError(f'{self.path} could not be written: {error.strerror or error}. '
+            raise NotWritten(f'{self.path} could not be written: {error.strerror or error}. '
                             f'{advice}') from error
 
 

@@ -180,13 +180,21 @@ class Predictor:
             TypeError: if it is something else.
         """
         if isinstance(image, (str, os.PathLike)):
-            path = os.fspath(image)
-            data = self._loader(dict(img_path=path, img_id=0))
-            if data is None:
-                raise UserError(f'{path} cannot be read.')
-            return Picture(path, data)
+            return self._read_file(os.fspath(image))
         image = _array(image)
         return self.take(np.ascontiguousarray(_swapped(image)))
+
+    def _read_file(self, path: str) -> Picture:
+        if '://' not in path and not os.path.lexists(path):
+            raise UserError(f'There is no picture {path}.')
+        try:
+            data = self._loader(dict(img_path=path, img_id=0))
+        except UserError as error:
+            raise UserError(str(error).replace('remove it from the data set', 'leave it out')
+                            ) from error
+        if data is None:  # a loader told to ignore them
+            raise UserError(f'{path} is empty or cannot be decoded. Fetch it again.')
+        return Picture(path, data)
 
     def take(self, image: np.ndarray, name: str = '') -> Picture:
         """Take an array as OpenCV gives it: (H, W), (H, W, 3) BGR or (H, W, 4) BGRA."""

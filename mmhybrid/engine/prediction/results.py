@@ -197,10 +197,10 @@ def annotation(label: int, image_id: int, box: Sequence[float], rle: dict | None
         rle: compressed run lengths of the mask, if there is one.
         score: how sure the model is.
     """
-    left, top, right, bottom = (round(float(side), 2) for side in box)
-    width, height = round(right - left, 2), round(bottom - top, 2)
+    left, top, right, bottom = (round(float(side), 3) for side in box)
+    width, height = round(right - left, 3), round(bottom - top, 3)
     found = dict(image_id=image_id, category_id=int(label) + 1, bbox=[left, top, width, height],
-                 area=round(width * height, 2), iscrowd=0)
+                 area=round(width * height, 3), iscrowd=0)
     if rle is not None:
         from pycocotools import mask as coco
         counts = rle['counts']
@@ -209,7 +209,7 @@ def annotation(label: int, image_id: int, box: Sequence[float], rle: dict | None
                 size=list(rle['size']),
                 counts=counts.decode() if isinstance(counts, bytes) else counts))
     if score is not None:
-        found['score'] = round(score, 4)
+        found['score'] = round(score, 6)
     return found
 
 
