@@ -201,5 +201,6 @@ def _placed(mask: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dic
     columns, lines = np.nonzero((rows[1:] != rows[:-1]).T)
     changes, times = np.unique((columns + left) * size[0] + lines + top, return_counts=True)
     changes = changes[times == 1]  # down to the end of one column and on at the top of the next
-    runs = np.diff(np.concatenate([[0], changes, [size[0] * size[1]]]))
+    end = size[0] * size[1]
+    runs = np.diff(np.concatenate([[0], changes[changes < end], [end]]))
     return coco.frPyObjects(dict(counts=runs.tolist(), size=list(size)), *size)
