@@ -157,7 +157,9 @@ class Segmentation:
         if self.map.dtype != np.uint8:
             return Image.fromarray(self.map)
         image = Image.fromarray(self.map)
-        image.putpalette([value for color in self.palette for value in color])
+        # With all 256 entries: for fewer, Pillow writes numbers of fewer bits, and 255 is lost.
+        palette = [value for color in self.palette[:255] for value in color]
+        image.putpalette(palette + [0] * (768 - len(palette)))
         return image
 
     def to_coco(self, image_id: int = 1) -> list[dict]:
