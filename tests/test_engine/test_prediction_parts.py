@@ -12,7 +12,12 @@ import pytest
 from PIL import Image
 
 from mmhybrid.engine import UserError
-from mmhybrid.engine.prediction.files import NotWritten, Results, free_folder
+from mmhybrid.engine.prediction.files import (
+    NotWritten,
+    Results,
+    check_apart,
+    new_folder,
+)
 from mmhybrid.engine.prediction.outlines import joined, outlines
 from mmhybrid.engine.prediction.results import Detection, Segmentation, encoded
 from mmhybrid.engine.prediction.sources import Frames, Item, fetched, find_items
@@ -205,19 +210,19 @@ def test_a_folder_with_all_that_lies_about(folder):
 
 def test_patterns_lists_and_files(folder, tmp_path, monkeypatch):
     (folder / 'sub' / 'loop').unlink()
-    found, _ = find_items([f'{folder}/**/b*'], 'x')
+    found, _ = find_items([f'{folder}/**/b*'])
     assert [item.name for item in found] == ['b9.png', 'b10.JPG', 'predictions/pictures/b9.jpg']
     (tmp_path / 'list.txt').write_text('data/b9.png\n\ndata/sub/a.tif\nhttps://host/x/y.png?a=1\n')
-    found, _ = find_items([str(tmp_path / 'list.txt')], 'x')
+    found, _ = find_items([str(tmp_path / 'list.txt')])
     assert [(item.name, item.kind) for item in found] == [
         ('b9.png', 'image'), ('sub/a.tif', 'image'), ('y.png', 'address')]
     monkeypatch.chdir(tmp_path)
     (folder / 'list.lst').write_text('data/b9.png\nmissing.png\n')  # from where the command runs
-    assert [item.path for item in find_items(['data/list.lst'], 'x')[0]] == [
+    assert [item.path for item in find_items(['data/list.lst'])[0]] == [
         'data/b9.png', 'missing.png']
     (tmp_path / 'odd[1].png').touch()  # a name that looks like a pattern
-    assert [item.name for item in find_items(['odd[1].png'], 'x')[0]] == ['odd[1].png']
-    assert [item.kind for item in find_items(['0', 'rtsp://host/x'], 'x')[0]] == ['camera'] * 2
+    assert [item.name for item in find_items(['odd[1].png'])[0]] == ['odd[1].png']
+    assert [item.kind for item in find_items(['0', 'rtsp://host/x'])[0]] == ['camera'] * 2
 
 
 @pytest.mark.parametrize(('source', 'message'), [
@@ -231,7 +236,7 @@ def test_sources_that_lead_to_nothing(source, message, tmp_path, monkeypatch):
     Path('empty').mkdir(), Path('texts').mkdir(), Path('texts/a.doc').touch()
     Path('none.txt').write_text('\n'), Path('bytes.txt').write_bytes(b'\xff\xfe\x00')
     with pytest.raises(UserError, match=message):
-        find_items([source], 'x')
+        find_items([source])
 
 
 @pytest.fixture
@@ -260,7 +265,7 @@ def server(tmp_path):
 def test_addresses(server, tmp_path):
     (tmp_path / 'a.png').write_bytes(b'content')
     (tmp_path / 'b.mp4').write_bytes(b'film')
-    item = find_items([f'{server}/a.png?key=secret'], 'x')[0][0]
+    item = find_items([f'{server}/a.png?key=secret'])[0][0]
     local = fetched(item, tmp_path)
     assert local.kind == 'image' and Path(local.path).read_bytes() == b'content'
     assert 'secret' not in str(item) and local.name == 'a.png'
@@ -406,10 +411,19 @@ def test_a_film_that_the_disk_has_cut(tmp_path):
     assert (tmp_path / 'out/predictions.json').is_file()
 
 
-def test_earlier_predictions_stay(tmp_path, monkeypatch):
+def test_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert free_folder('predictions') == Path('predictions')
-    (tmp_path / 'predictions').mkdir()
-    assert free_folder('predictions') == Path('predictions')
-    (tmp_path / 'predictions/a').touch()
-    assert free_folder('predictions') == Path('predictions-2')
+    assert [str(new_folder('x')) for _ in range(3)] == ['x', 'x-2', 'x-3']
+    (tmp_path / 'file').touch()
+    with pytest.raises(NotWritten, match='y could not be written: Not a directory'):
+        new_folder('file/y')
+
+
+def test_results_do_not_replace_pictures(tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'pictures')
+    items = [Item(str(tmp_path / 'link' / 'a.jpg'), 'a.jpg', 'image')]
+    with pytest.raises(UserError, match=r'a\.jpg lies where --out .* would write'):
+        check_apart(tmp_path, items)
+    check_apart(tmp_path / 'out', items)
+    check_apart(tmp_path, [Item('0', 'camera0', 'camera'),
+                           Item(str(tmp_path / 'a.jpg'), 'a.jpg', 'image')])

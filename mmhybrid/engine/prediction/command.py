@@ -7,14 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from ..errors import UserError, explain
 from ..options import check_given
-from .files import KINDS, NotWritten, Results, free_folder
+from .files import KINDS, NotWritten, Results, check_apart, new_folder
 from .predictor import Picture, Predictor, Wanted, load
 from .results import Detection, Result
 from .sources import Frames, Item, fetched, find_items
@@ -39,6 +39,8 @@ def predict(args: argparse.Namespace) -> int:
     check_given(args, 'weights', 'config', 'out', 'device')
     folder = _folder(args)
     items, notes = find_items(args.source, folder)
+    if folder is not None:
+        check_apart(folder, items)
     wanted = Wanted(args.score, args.classes, args.tile, args.overlap, args.batch)
     predictor = load(args.weights, args.config, device=args.device, tta=args.tta, trust=args.trust,
                      options=args.cfg_options)
@@ -46,12 +48,18 @@ def predict(args: argparse.Namespace) -> int:
     kinds = _kinds(args.write, predictor)
     for note in notes + predictor.notes:
         print(f'note: {note.rstrip(".")}.', file=sys.stderr)
-    return _Job(predictor, wanted, Results(folder, kinds, predictor.names), len(items)).run(items)
+    folder = folder or new_folder('predictions')
+    try:
+        return _Job(predictor, wanted, Results(folder, kinds, predictor.names), len(items)
+                    ).run(items)
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # nothing could be used
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def _folder(args: argparse.Namespace) -> Path | None:
     if args.out is None:
-        return free_folder('predictions')
+        return None
     folder = Path(args.out).expanduser()
     if folder.is_file():
         raise UserError(f'--out {args.out} is a file; expected a folder.')

@@ -17,9 +17,9 @@ from mmhybrid import __version__
 from ..errors import NO_WRITING, UserError
 from .outlines import joined, outlines
 from .results import Detection, Result, Segmentation, decoded
-from .sources import RESULTS
+from .sources import PLACES, RESULTS, Item
 
-__all__ = ['KINDS', 'NotWritten', 'Results', 'free_folder']
+__all__ = ['KINDS', 'NotWritten', 'Results', 'check_apart', 'new_folder']
 
 #: What ``--write`` takes, beside the JSON that is always there.
 KINDS = ('pictures', 'masks', 'yolo', 'labelme')
@@ -29,14 +29,28 @@ class NotWritten(UserError):
     """A file of results cannot be written, so that going on makes no sense."""
 
 
-def free_folder(name: str) -> Path:
-    """The folder of that name, or with a number behind it, that is empty or not there yet."""
+def new_folder(name: str) -> Path:
+    """Make a folder of that name, or with a number behind it; no other process gets the same.
+
+    Raises:
+        NotWritten: if none can be made.
+    """
     number = 1
     while True:
         folder = Path(name if number == 1 else f'{name}-{number}')
-        if not osp.lexists(folder) or folder.is_dir() and not any(folder.iterdir()):
+        with _told(folder), suppress(FileExistsError):
+            folder.mkdir()
             return folder
         number += 1
+
+
+def check_apart(folder: Path, items: Sequence[Item]) -> None:
+    """Raise UserError if results would take the place of what is looked at."""
+    ours = [osp.join(osp.realpath(folder), name, '') for name in PLACES]
+    for item in items:
+        if item.kind in ('image', 'video') and osp.realpath(item.path).startswith(tuple(ours)):
+            raise UserError(f'{item} lies where --out {folder} would write, so that results could '
+                            'take its place. Name another folder.')
 
 
 class Results:

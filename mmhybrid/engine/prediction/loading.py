@@ -288,7 +288,8 @@ def _names(cfg: Config, checkpoint: dict) -> tuple[tuple[str, ...], list[str]]:
     heads = [count for _, count in num_classes_of(cfg.model)]
     wanted = max(heads, default=0)
     names = _meta(checkpoint).get('classes')
-    if not isinstance(names, (list, tuple)) or not all(isinstance(each, str) for each in names):
+    if not isinstance(names, (list, tuple)) or not names or not all(
+            isinstance(each, str) for each in names):
         dataset = _innermost((cfg.get('test_dataloader') or cfg.get('val_dataloader'))['dataset'])
         names = classes_of(dataset, cfg.default_scope) or ()
     names = tuple(names)

@@ -18,14 +18,14 @@ from mmhybrid.weights.transfer import Interrupted, ask, read_some
 
 from ..errors import UserError
 
-__all__ = ['Frames', 'Item', 'fetched', 'find_items']
+__all__ = ['PLACES', 'RESULTS', 'Frames', 'Item', 'fetched', 'find_items']
 
 IMAGES = frozenset('.jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .webp .ppm .pgm .pbm .pnm .jp2 '
                    '.gif .avif .sr .ras .hdr .exr'.split())
 VIDEOS = frozenset('.mp4 .avi .mov .mkv .webm .m4v .mpg .mpeg .wmv .flv .ts .mts .m2ts .3gp .ogv'
                    .split())
 RESULTS = 'predictions.json'  # a folder with this file and one of the others holds results of ours
-_BESIDE = ('pictures', 'masks', 'labels', 'labelme', 'videos')
+PLACES = ('pictures', 'masks', 'labels', 'labelme', 'videos')
 _STREAMS = ('rtsp://', 'rtsps://', 'rtmp://', 'udp://')
 _ADDRESSES = ('http://', 'https://')
 _LARGEST = 2**31  # bytes of a picture or video from an address
@@ -50,12 +50,13 @@ class Item:
             shown(self.path))
 
 
-def find_items(sources: Sequence[str], results: str | os.PathLike) -> tuple[list[Item], list[str]]:
+def find_items(sources: Sequence[str], results: str | os.PathLike | None = None
+               ) -> tuple[list[Item], list[str]]:
     """Find what there is to look at.
 
     Args:
         sources: of the command line.
-        results: folder that results go to, which is not looked into.
+        results: folder that results go to, which is not looked into; None for a new one.
 
     Returns:
         The items in a natural order, and what was left out.
@@ -119,12 +120,12 @@ def _natural(path: str) -> list:
     return [(int(part), part) if place % 2 else (0, part) for place, part in enumerate(parts)]
 
 
-def _in_folder(folder: str, results: str | os.PathLike, notes: list[str]) -> list[Item]:
+def _in_folder(folder: str, results: str | os.PathLike | None, notes: list[str]) -> list[Item]:
     others, items, seen, failed = [], [], set(), []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=failed.append):
         real = osp.realpath(place)
-        skip = real in seen or real == osp.realpath(results)
-        if not skip and RESULTS in names and set(_BESIDE) & set(folders):
+        skip = real in seen or results is not None and real == osp.realpath(results)
+        if not skip and RESULTS in names and set(PLACES) & set(folders):
             notes.append(f'{place} holds predictions and is left out')
             skip = True
         if skip:
