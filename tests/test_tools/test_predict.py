@@ -84,7 +84,7 @@ def test_a_folder_by_a_checkpoint_alone(weights, photos, capsys):
     assert [each['file_name'] for each in found['images']] == ['a.jpg', 'b.png', 'z.png',
                                                                'sub/a.jpg']
     assert len(found['annotations']) == 20 and len(found['categories']) == 80
-    assert '20 objects of 4 pictures are in predictions/' in capsys.readouterr().out
+    assert '20 objects of 4 pictures in predictions/' in capsys.readouterr().out
 
 
 def test_what_is_asked_for_is_written(predict, photos, capsys):
@@ -197,7 +197,7 @@ def test_a_full_disk_keeps_what_is_done(predict, photos, capsys, monkeypatch):
     assert predict(photos) == 1
     err = capsys.readouterr().err
     assert 'predictions/pictures/z.jpg could not be written: No space left on device.' in err
-    assert '2 pictures are done; they are in predictions/' in err and 'Traceback' not in err
+    assert '2 pictures done, in predictions/' in err and 'Traceback' not in err
     assert written() == ['pictures/a.jpg', 'pictures/b.jpg', 'predictions.json']
 
 
@@ -205,7 +205,7 @@ def test_nothing_is_found(predict, photos, capsys):
     assert predict(photos, '--score', '0.9') == 0
     out = capsys.readouterr().out
     assert '0 objects of 4 pictures' in out
-    assert '4 of them hold no object with a score of 0.9' in out
+    assert '4 pictures without an object of score 0.9' in out
     assert content()['annotations'] == [] and 'pictures/z.jpg' in written()
 
 

@@ -141,25 +141,25 @@ class _Job:
             print(f'\nERROR: {second}', file=sys.stderr)
         else:
             if error is not None:
-                print(f'{done} pictures are done; they are in {self.results.folder}/.',
+                print(f'{_many(done, "picture")} done, in {self.results.folder}/.',
                       file=sys.stderr)
 
     def _tell(self, code: int) -> None:
         done, results = len(self.results.images), self.results
         if code:
-            print(f'Stopped after {done} pictures.')
+            print(f'Stopped after {_many(done, "picture")}.')
         if self.unused:
             print(f'{self.unused} of {self.total} could not be used (named above).')
         if not done:
             return
-        what = f'{self.found} objects' if not self.predictor.finds_regions else 'the regions'
-        print(f'{what} of {done} pictures are in {results.folder}/: predictions.json'
+        what = 'Regions' if self.predictor.finds_regions else _many(self.found, 'object')
+        print(f'{what} of {_many(done, "picture")} in {results.folder}/: predictions.json'
               + ''.join(f', {name}/' for name in sorted(
                   each.name for each in results.folder.iterdir() if each.is_dir())))
         if self.empty:
-            print(f'{self.empty} of them hold no object with a score of '
+            print(f'{_many(self.empty, "picture")} without an object of score '
                   f'{0.3 if self.wanted.score is None else self.wanted.score:g} or more '
-                  '(--score lowers it).')
+                  '(--score lowers that).')
 
     # --- items ---
 
@@ -250,6 +250,10 @@ class _Job:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [self._looked([picture])[0] for picture in pictures]
+
+
+def _many(count: int, what: str) -> str:
+    return f'{count} {what}{"" if count == 1 else "s"}'
 
 
 def _reason(picture: Picture, error: Exception) -> UserError:

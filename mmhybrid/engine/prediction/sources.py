@@ -145,12 +145,12 @@ def _in_folder(folder: str, results: str | os.PathLike | None, notes: list[str])
         notes.append(f'{error.filename} cannot be looked into: {error.strerror}')
     listed = f'{", ".join(others[:3])}{", ..." if len(others) > 3 else ""}'
     if not items:
-        there = f' It holds {len(others)} other files: {listed}.' if others else ' It is empty.'
+        there = f' It holds other files: {listed}.' if others else ' It is empty.'
         more = ''.join(f' {each}.' for each in notes)
         raise UserError(f'The folder {folder} holds no picture and no video.{there}{more}')
     if others:
-        notes.append(f'{len(others)} files in {folder} are no pictures or videos by their suffix '
-                     f'and are left out: {listed}')
+        notes.append(f'left out of {folder}, by their suffix no pictures or videos '
+                     f'({len(others)}): {listed}')
     return items
 
 
