@@ -65,3 +65,30 @@ def test_side_by_side_keeps_both():
     assert (sheet == (255, 0, 0)).all(axis=2).sum() == 30 * 40
     assert (sheet == (0, 0, 255)).all(axis=2).sum() == 50 * 20
     assert sheet.shape[1] > 80
+
+
+def test_regions_of_a_picture_of_many_rows():
+    labels = np.zeros((1100, 20), np.uint8)
+    labels[520:], labels[1090:] = 1, 255
+    picture = np.asarray(draw_regions(_gray(1100, 20), labels, ['', ''], [(250, 0, 0), (0, 250, 0)],
+                                      enlarge=False))
+    assert picture.shape == (1100, 20, 3)
+    for rows, color in ((slice(0, 500), (201, 51, 51)), (slice(540, 780), (51, 201, 51)),
+                        (slice(1092, None), (128, 128, 128))):
+        assert np.median(picture[rows].reshape(-1, 3), axis=0).tolist() == list(color)
+
+
+def test_given_colors_and_large_pictures():
+    boxes = np.array([[300., 300., 2000., 1500.]])
+    picture = np.asarray(draw_instances(_gray(2000, 2800), boxes, ['x'], colors=[(9, 8, 7)]))
+    assert (picture[1000, 300:304] == (9, 8, 7)).all()  # lines twice as thick
+    assert (picture[1000, 310] == 128).all()
+
+
+def test_labels_keep_apart():
+    boxes = np.array([[20., 100., 60., 140.], [22., 101., 62., 141.], [24., 102., 64., 142.]])
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    one, three = (np.asarray(draw_instances(_gray(200, 200), boxes[:n], ['name'] * n,
+                                            colors=colors[:n], enlarge=False)) for n in (1, 3))
+    count = [(one == (255, 0, 0)).all(axis=2).sum(), (three == (255, 0, 0)).all(axis=2).sum()]
+    assert count[1] > 0.7 * count[0]  # the first label is hardly covered
