@@ -1,15 +1,14 @@
 """Tiles, outlines, sources and files of predictions; no model is needed."""
 import errno
-import http.server
 import json
 import os
-import threading
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from served import served
 
 from mmhybrid.engine import UserError
 from mmhybrid.engine.prediction.files import (
@@ -241,25 +240,8 @@ def test_sources_that_lead_to_nothing(source, message, tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=str(tmp_path))
-
-        def log_message(self, *args):
-            pass
-
-        def do_GET(self):
-            if 'short' not in self.path:
-                return super().do_GET()
-            self.send_response(200)
-            self.send_header('Content-Length', '100')
-            self.end_headers()
-            self.wfile.write(b'x' * 10)
-
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
+    with served(tmp_path) as address:
+        yield address
 
 
 def test_addresses(server, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from PIL import Image
+from served import served
 from shrink import shrink
 from trained import trained
 
@@ -121,6 +122,27 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(predict, photos, caps
     assert 'data set' not in err and 'Traceback' not in err
     assert '3 of 6 could not be used' in out
     assert [each['file_name'] for each in content()['images']] == ['a.jpg', 'z.png', 'sub/a.jpg']
+
+
+def test_addresses_in_a_list(predict, photos, tmp_path, capsys):
+    (photos / 'text.png').write_text('hello')
+    (photos / 'film.mp4').write_text('hello')
+    with served(photos) as address:
+        names = ('a.jpg?key=secret', 'text.png', 'film.mp4', 'absent.png', 'short.png')
+        (tmp_path / 'list.txt').write_text('\n'.join(f'{address}/{name}' for name in names))
+        assert predict('list.txt', '--write', 'labelme') == 1
+    err = capsys.readouterr().err
+    for name in names[1:]:
+        (line,) = [line for line in err.splitlines() if 'NOT USED' in line and name in line]
+        assert line.startswith(f'NOT USED: {address}/{name}')
+    assert 'mmhybrid-' not in err and 'secret' not in err
+    assert [each['file_name'] for each in content()['images']] == ['a.jpg']
+    assert json.loads(Path('predictions/labelme/a.json').read_text())['imagePath'] == 'a.jpg'
+
+
+def test_a_camera_that_is_not_there(predict, capsys):
+    assert predict('63') == 1
+    assert 'NOT USED: camera 63 cannot be opened. Is it plugged in' in capsys.readouterr().err
 
 
 def test_nothing_at_all_can_be_read(predict, tmp_path, capsys):

@@ -167,7 +167,9 @@ class _Job:
         waiting: list[tuple[Item, str, Picture]] = []
         for item in items:
             try:
-                local = fetched(item, self.fetched) if item.kind == 'address' else item
+                local = item
+                if item.kind == 'address':
+                    local = fetched(item, self.fetched)
                 if local.kind == 'image':
                     waiting.append((item, local.path, self.predictor.read(local.path)))
                 else:
@@ -177,25 +179,28 @@ class _Job:
             except NotWritten:
                 raise
             except (UserError, MemoryError) as error:
-                self._leave_out(item, error)
+                self._leave_out(item, local.path, error)
             if len(waiting) == self.wanted.batch:
                 self._pictures(waiting)
                 waiting = []
         self._pictures(waiting)
 
-    def _leave_out(self, item: Item, error: BaseException) -> None:
+    def _leave_out(self, item: Item, path: str, error: BaseException) -> None:
+        """Say why an item, which was read from `path`, is not among the results."""
         self.unused += 1
         self.progress.end()
         text = str(error) or type(error).__name__
-        path = '' if item.path in text else f'{item}: '
-        print(f'NOT USED: {path}{text}', file=sys.stderr, flush=True)
+        if item.kind == 'address':  # a copy that nobody knows
+            text = text.replace(path, str(item))
+        named = '' if str(item) in text else f'{item}: '
+        print(f'NOT USED: {named}{text}', file=sys.stderr, flush=True)
 
     def _pictures(self, waiting: list[tuple[Item, str, Picture]]) -> None:
         found = self._looked([picture for _, _, picture in waiting])
         for (item, path, picture), result in zip(waiting, found, strict=True):
             self.done += 1
             if isinstance(result, BaseException):
-                self._leave_out(item, result)
+                self._leave_out(item, path, result)
                 continue
             self._count(result)
             source = path if item.kind == 'image' else None
@@ -216,7 +221,7 @@ class _Job:
             self._frames(item, stem, frames, waiting)
             problem = frames.problem()
             if problem:
-                raise UserError(f'{problem.replace(local.path, str(item))}.')
+                raise UserError(f'{problem}.')
         finally:
             frames.close()
             self.results.end_film(stem)

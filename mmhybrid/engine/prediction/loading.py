@@ -292,7 +292,7 @@ def _names(cfg: Config, checkpoint: dict) -> tuple[tuple[str, ...], list[str]]:
             isinstance(each, str) for each in names):
         dataset = _innermost((cfg.get('test_dataloader') or cfg.get('val_dataloader'))['dataset'])
         names = classes_of(dataset, cfg.default_scope) or ()
-    names = tuple(names)
+    names = tuple(printable(each, 100) for each in names)
     if len(names) >= wanted:
         return names, []
     more = tuple(f'class {number}' for number in range(len(names), wanted))
