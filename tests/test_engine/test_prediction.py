@@ -352,6 +352,24 @@ def test_a_module_of_the_user_needs_trust_or_a_config(files, tmp_path, monkeypat
         assert_same(predictor.predict(PIXELS, score=0)[0], expected)
 
 
+@pytest.mark.parametrize(('text', 'message'), [
+    ("custom_imports = dict(imports=['mine_absent'])", "imported: No module named 'mine_absent'"),
+    ('x = 1 / 0', r'cannot be read\. ZeroDivisionError: division by zero')])
+def test_trusted_configs_that_fail(text, message, tmp_path):
+    with pytest.raises(UserError, match=rf'config inside .*w\.pth .*{message}\.'):
+        mmhybrid.load(write(tmp_path / 'w.pth', text + '\n' + HOME), device='cpu', trust=True)
+
+
+def test_no_temporary_file_is_needed(files, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('tempfile.NamedTemporaryFile', full)
+    mmhybrid.load(files / f'{SEG}.pth', device='cpu')
+    with pytest.raises(UserError, match='want of a temporary file: No space left on device'):
+        mmhybrid.load(write(tmp_path / 'w.pth', 'x = 1 + 1\n' + HOME), device='cpu', trust=True)
+
+
 def test_weights_that_cannot_work(files, tmp_path):
     checkpoint = torch.load(files / f'{SEG}.pth', weights_only=False)
     state = checkpoint['state_dict']

@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from mmhybrid.weights import (
@@ -193,15 +194,30 @@ def _what_instead(checkpoint: dict) -> str:
 
 def _parsed(text: str, name: str) -> Config:
     try:
-        cfg = Config.fromstring(text, '.py')
+        values = plain_config(text)
+        if values is None or '_base_' in values:
+            return Config.fromstring(text, '.py')
+        # No file is needed for that, as mmengine does.
+        if values.get('custom_imports'):
+            import_modules_from_strings(**values['custom_imports'])
+        return Config(values, cfg_text=text)
     except ImportError as error:
-        cause = error.__cause__.__context__ if error.__cause__ else error
-        raise UserError(f'The config inside {name} needs a module that cannot be imported: {cause}.'
-                        ' Install it, or set PYTHONPATH to its folder.') from error
+        raise UserError(f'The config inside {name} needs a module that cannot be imported: '
+                        f'{_cause(error)}. Install it, or set PYTHONPATH to its folder.') from error
+    except OSError as error:
+        raise UserError(f'The config inside {name} was not read, for want of a temporary file: '
+                        f'{error.strerror or error}. Make room, or name another folder with the '
+                        'environment variable TMPDIR.') from error
     except Exception as error:  # a trusted text may raise anything
         raise UserError(f'The config inside {name} cannot be read. {type(error).__name__}: '
                         f'{printable(error)}. Give the config file: --config FILE.') from error
-    return cfg
+
+
+def _cause(error: ImportError) -> BaseException:
+    """mmengine's own text about ``custom_imports`` lists all of ``sys.path``."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 # --- building -------------------------------------------------------------------------------------
