@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import cv2
@@ -270,6 +271,15 @@ def test_mistakes_end_before_anything_is_written(predict, photos, capsys, argume
     assert predict(*arguments) == 1
     err = capsys.readouterr().err
     assert message in err and 'Traceback' not in err
+    assert not Path('predictions').exists()
+
+
+def test_without_pycocotools(predict, photos, capsys, monkeypatch):
+    """mmseg does not bring it along."""
+    monkeypatch.setitem(sys.modules, 'pycocotools', None)
+    assert predict(photos, kind='seg') == 1
+    err = capsys.readouterr().err
+    assert 'pip install pycocotools' in err and 'Traceback' not in err
     assert not Path('predictions').exists()
 
 

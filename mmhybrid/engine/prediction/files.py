@@ -16,7 +16,7 @@ from mmhybrid import __version__
 
 from ..errors import NO_WRITING, UserError
 from .outlines import joined, outlines
-from .results import Detection, Result, Segmentation, decoded
+from .results import Detection, Result, Segmentation, decoded, run_lengths
 from .sources import PLACES, RESULTS, Item
 
 __all__ = ['KINDS', 'NotWritten', 'Results', 'check_apart', 'new_folder']
@@ -60,9 +60,13 @@ class Results:
         folder: where everything goes; made when the first file is written.
         kinds: some of :data:`KINDS`.
         names: of all classes.
+
+    Raises:
+        UserError: without the package pycocotools.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str], names: Sequence[str]):
+        run_lengths()  # rather now than after the first picture
         self.folder, self.kinds, self.names = folder, kinds, names
         self.images: list[dict] = []
         self.annotations: list[dict] = []

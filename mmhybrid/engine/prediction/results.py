@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ...visualization import class_colors, draw_instances, draw_regions
+from ..errors import UserError
 
 __all__ = ['Detection', 'Result', 'Segmentation']
 
@@ -204,10 +205,9 @@ def annotation(label: int, image_id: int, box: Sequence[float], rle: dict | None
     found = dict(image_id=image_id, category_id=int(label) + 1, bbox=[left, top, width, height],
                  area=round(width * height, 3), iscrowd=0)
     if rle is not None:
-        from pycocotools import mask as coco
         counts = rle['counts']
         found.update(
-            area=float(coco.area(rle)), segmentation=dict(
+            area=float(run_lengths().area(rle)), segmentation=dict(
                 size=list(rle['size']),
                 counts=counts.decode() if isinstance(counts, bytes) else counts))
     if score is not None:
@@ -217,14 +217,26 @@ def annotation(label: int, image_id: int, box: Sequence[float], rle: dict | None
 
 def encoded(mask: np.ndarray) -> dict:
     """A mask (H, W) bool as COCO's compressed run lengths."""
-    from pycocotools import mask as coco
-    return coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return run_lengths().encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
 def decoded(rle: dict) -> np.ndarray:
     """Compressed run lengths as a mask (H, W) bool."""
-    from pycocotools import mask as coco
-    return coco.decode(rle).astype(bool)
+    return run_lengths().decode(rle).astype(bool)
+
+
+def run_lengths():
+    """The functions for masks of pycocotools.
+
+    Raises:
+        UserError: without that package, which mmdet brings along, but mmseg does not.
+    """
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise UserError("Masks in COCO's format need the package pycocotools, which cannot be "
+                        f'imported ({error}); run: pip install pycocotools') from error
+    return mask
 
 
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:

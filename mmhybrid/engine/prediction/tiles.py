@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .results import Detection, Segmentation, decoded
+from .results import Detection, Segmentation, decoded, run_lengths
 
 __all__ = ['Tile', 'merge_detections', 'merge_segmentations', 'tiles_of']
 
@@ -196,11 +196,10 @@ def _joined(parts: list[tuple[dict, Tile]], size: tuple[int, int]) -> dict:
 
 def _placed(mask: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict:
     """Run lengths of a mask within a picture that is much larger, without making it as large."""
-    from pycocotools import mask as coco
     rows = np.pad(mask, ((1, 1), (0, 0)))
     columns, lines = np.nonzero((rows[1:] != rows[:-1]).T)
     changes, times = np.unique((columns + left) * size[0] + lines + top, return_counts=True)
     changes = changes[times == 1]  # down to the end of one column and on at the top of the next
     end = size[0] * size[1]
     runs = np.diff(np.concatenate([[0], changes[changes < end], [end]]))
-    return coco.frPyObjects(dict(counts=runs.tolist(), size=list(size)), *size)
+    return run_lengths().frPyObjects(dict(counts=runs.tolist(), size=list(size)), *size)
