@@ -16,10 +16,10 @@ MARKER = 'mini_set.json'
 Progress = Callable[[int, int], None]
 
 
-def existing_recipe(folder: Path) -> dict | None:
+def existing_recipe(folder: Path, marker: str = MARKER) -> dict | None:
     """Return the recipe of the generated set in `folder`, None when it holds no complete one."""
     try:
-        recipe = json.loads((folder / MARKER).read_text())
+        recipe = json.loads((folder / marker).read_text())
     except (OSError, ValueError):
         return None
     return recipe if isinstance(recipe, dict) else None
@@ -59,12 +59,13 @@ def needs_writing(folder: Path, recipe: dict, force: bool = False) -> bool:
 
 
 @contextmanager
-def atomic_folder(folder: Path, recipe: dict):
+def atomic_folder(folder: Path, recipe: dict, marker: str = MARKER):
     """Give a temporary folder that becomes `folder` only when the body finishes.
 
     Args:
         folder: Final place; what is there is replaced at the end.
         recipe: Written as the marker file, last.
+        marker: Name of that file.
 
     Yields:
         The temporary folder, on the same file system.
@@ -73,7 +74,7 @@ def atomic_folder(folder: Path, recipe: dict):
     work = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         yield work
-        (work / MARKER).write_text(json.dumps(recipe, indent=1, sort_keys=True) + '\n')
+        (work / marker).write_text(json.dumps(recipe, indent=1, sort_keys=True) + '\n')
         work.chmod(0o755)  # mkdtemp makes private folders
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.old.', dir=folder.parent))

@@ -1,0 +1,230 @@
+"""The command ``mmhybrid init``."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import os.path as osp
+import re
+import shlex
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from mmhybrid.datasets.exports import ExportError, Questions, read_export
+from mmhybrid.datasets.exports.common import MARKER
+from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
+from mmhybrid.datasets.storage import atomic_folder, existing_recipe
+from mmhybrid.visualization.data_report import report_html
+from mmhybrid.weights import WeightsError, is_known_source
+from mmhybrid.weights.released import find_released
+
+from ..amp import has_accelerator
+from ..config import is_remote
+from ..errors import UserError
+from .config_text import config_text
+from .heads import default_head, find_head
+from .models import Backbone, backbone_names, find_backbone, named_weights
+from .plan import default_backbone, make_plan
+
+__all__ = ['main']
+
+FOLDER = 'mmhybrid'  # in the data folder
+_ANSWERS = ('format', 'annotations', 'crowd', 'classes', 'ignore', 'group')
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write annotations, a split, a report and a config for a folder of data.
+
+    Args:
+        args: of the command line; :mod:`mmhybrid.cli` lists them.
+
+    Raises:
+        UserError: for everything that the user can put right.
+    """
+    data, out = _places(args)
+    try:
+        questions = _questions(args)
+        say(f'Reading {data} ...')
+        export = read_export(data, questions, args.task)
+        prepared = prepare(export, questions, args.task, args.val_fraction, args.seed)
+        backbone, why = _backbone(args, prepared)
+        head = find_head(args.head or default_head(prepared.task, backbone.name), prepared.task)
+    except ExportError as error:
+        raise UserError(str(error)) from error
+    plan = make_plan(prepared, backbone, args.weights, has_accelerator())
+    stem = re.sub(r'\W+', '_', osp.basename(data)).strip('_') or 'data'
+    config = out / f'{stem}.py'
+    recipe = _recipe(args, prepared, backbone.name, head.name)
+    if _is_there(out, recipe):
+        say(f'{out} holds the same already, and nothing was changed.')
+        return _next(config)
+    inside = out.parent == Path(data)
+    text = config_text(prepared, backbone, head, plan, f'{data}/',
+                       f'{out.name}/' if inside else f'{out}/', args.weights,
+                       f'{head.title} with {backbone.name} for {stem}: '
+                       f'{_counted(prepared)}, {len(prepared.classes)} classes.')
+    facts = [f'{head.title} with {backbone.name}' + (f' ({why})' if why else ''), *plan.why]
+    try:
+        with atomic_folder(out, recipe, MARKER) as work:
+            write(prepared, work, _progress)
+            (work / config.name).write_text(text, encoding='utf-8')
+            (work / 'report.html').write_text(report_html(
+                prepared, stem, questions.told, facts, args.seed), encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'{out} could not be written: {error.strerror or error}. Nothing is left '
+                        'there. Free some space, or write elsewhere: --out FOLDER.') from error
+    _tell(prepared, questions, facts, args.weights, backbone)
+    _next(config)
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _progress(done: int, total: int) -> None:
+    if done % max(1, total // 10) == 0 and total > 100:
+        say(f'label images: {done} of {total}')
+
+
+def _places(args: argparse.Namespace) -> tuple[str, Path]:
+    for name in ('data', 'out', 'model', 'head', 'weights', *_ANSWERS):
+        value = getattr(args, name)
+        if isinstance(value, str) and not value.strip():
+            option = 'DATA' if name == 'data' else f'--{name}'
+            raise UserError(f'{option} is empty. Leave the option out if it is not needed. (Is a '
+                            'variable of the shell not set?)')
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f'--val-fraction is {args.val_fraction:g}; expected a part of the pictures '
+                        'between 0 and 1, such as 0.2.')
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f'--seed is {args.seed}; expected a whole number from 0 to {2**32 - 1}.')
+    data = osp.abspath(osp.expanduser(args.data))
+    out = Path(osp.abspath(osp.expanduser(args.out))) if args.out else Path(data, FOLDER)
+    if str(out) == data:
+        raise UserError(f'--out {args.out} is the data folder itself; expected a new folder, in it '
+                        'or elsewhere.')
+    return data, out
+
+
+def _questions(args: argparse.Namespace) -> Questions:
+    given = {name: getattr(args, name) for name in _ANSWERS if getattr(args, name) is not None}
+    ask = input if sys.stdin is not None and sys.stdin.isatty() and not args.yes else None
+    return Questions(given, args.yes, ask)
+
+
+def _backbone(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, str]:
+    named = _named(args.weights) if args.weights else None
+    if args.model:
+        backbone = find_backbone(args.model)
+        if named and named != (backbone.family, backbone.arch):
+            raise UserError(f'--weights {args.weights} are of {named[0]} {named[1]!r}, and --model '
+                            f'{args.model} is {backbone.family} {backbone.arch!r}. Give a pair, or '
+                            'leave --model out.')
+        return backbone, ''
+    if named:
+        fits = next(found for found in map(find_backbone, backbone_names())
+                    if (found.family, found.arch) == named)
+        return fits, 'that of the weights'
+    name, why = default_backbone(prepared, has_accelerator() or bool(args.weights))
+    return find_backbone(name), why
+
+
+def _named(weights: str) -> tuple[str, str] | None:
+    try:
+        find_released(weights)
+        known = is_known_source(weights)
+    except WeightsError as error:
+        raise UserError(f'--weights: {error}.') from error
+    if not known and not is_remote(weights) and not osp.isfile(osp.expanduser(weights)):
+        raise UserError(f'--weights {weights} is neither a file nor the short name of published '
+                        'weights, such as mambavision-t-1k or vmamba-t-s1l8.')
+    return named_weights(weights)
+
+
+def _recipe(args: argparse.Namespace, prepared: Prepared, backbone: str, head: str) -> dict:
+    """What decides about everything that is written."""
+    digest = hashlib.sha256()
+    for split, pictures in sorted(prepared.splits.items()):
+        for one in pictures:
+            digest.update(repr((split, one)).encode('utf-8', 'surrogateescape'))
+    for one in (one for found in prepared.splits.values() for one in found if one.labels):
+        status = os.stat(osp.join(prepared.export.root, one.labels))
+        digest.update(repr((status.st_size, status.st_mtime_ns)).encode())
+    return dict(kind='init', version=1, task=prepared.task, model=backbone, head=head,
+                weights=args.weights, seed=args.seed, val_fraction=args.val_fraction,
+                group=args.group, classes=prepared.classes, data=digest.hexdigest())
+
+
+def _is_there(out: Path, recipe: dict) -> bool:
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return False
+    found = existing_recipe(out, MARKER)
+    if found == recipe:
+        return True
+    if found is None:
+        raise UserError(f'{out} exists and was not made by mmhybrid init; nothing was changed. '
+                        'Choose another folder with --out.')
+    changed = ', '.join(key for key in recipe if found.get(key) != recipe[key])
+    raise UserError(f'{out} was made from something else ({changed} differ), and its config may '
+                    'have been edited since; nothing was changed. Choose another folder with '
+                    '--out, or remove this one.')
+
+
+def _counted(prepared: Prepared) -> str:
+    return ' + '.join(f'{len(found)} {split}' for split, found in prepared.splits.items())
+
+
+def _tell(prepared: Prepared, questions: Questions, facts: list[str], weights: str | None,
+          backbone: Backbone) -> None:
+    export = prepared.export
+    say(f'{export.form}: {_counted(prepared)} pictures, {len(prepared.classes)} classes '
+        f'({", ".join(prepared.classes[:6])}{", ..." if len(prepared.classes) > 6 else ""}), task '
+        f'{prepared.task}')
+    for title, texts in (('decided', questions.told), ('data', export.notes),
+                         ('worth a look', prepared.suspicious), ('config', facts)):
+        for text in texts:
+            say(f'  {title}: {text.rstrip(".")}')
+    say(f'  weights: {_weights_text(weights, backbone)}')
+
+
+def _weights_text(weights: str | None, backbone: Backbone) -> str:
+    if weights is None:
+        name = backbone.released()
+        return 'random ones' + (f'; published ones start much better: --weights {name} '
+                                f'({_licence_and_size(name)})' if name else '')
+    if not is_known_source(weights) and not is_remote(weights):
+        return f'{weights} ({osp.getsize(osp.expanduser(weights)) / 1e6:.0f} MB)'
+    return f'{weights} ({_licence_and_size(weights)}), fetched when training starts'
+
+
+def _licence_and_size(weights: str) -> str:
+    try:
+        row = find_released(weights)
+    except WeightsError:
+        row = None
+    licence = f'licence {row.licence}, ' if row else ''
+    return licence + _size_of(row.address if row else weights)
+
+
+def _size_of(address: str) -> str:
+    """Size of a file on a server, without fetching it."""
+    if address.startswith('hf://'):
+        organisation, repository, *file = address[5:].partition('@')[0].split('/')
+        address = f'https://huggingface.co/{organisation}/{repository}/resolve/main/' + '/'.join(
+            file)
+    try:
+        request = urllib.request.Request(address, method='HEAD')
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return f'{int(answer.headers["Content-Length"]) / 1e6:.0f} MB'
+    except (OSError, ValueError, TypeError, urllib.error.URLError):
+        return 'size not known without a connection'
+
+
+def _next(config: Path) -> None:
+    shown = shlex.quote(osp.relpath(config) if not osp.relpath(config).startswith('..')
+                        else str(config))
+    print(f'\nLook at {shlex.quote(str(config.with_name("report.html")))}, then\n'
+          f'    mmhybrid train {shown}')
