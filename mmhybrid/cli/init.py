@@ -28,8 +28,8 @@ def add_arguments(parser):
     parser.add_argument('--val-fraction', type=float, default=0.2, metavar='PART',
                         help='of the pictures for validation, where the data have no split '
                              '(default: %(default)s)')  # fmt: skip
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='of this split '
-                                                                         '(default: 0)')  # fmt: skip
+    parser.add_argument('--seed', type=int, default=0, metavar='N',
+                        help='of this split (default: 0)')  # fmt: skip
     parser.add_argument('--group', metavar='PATTERN',
                         help='regular expression; pictures for which it finds the same text stay '
                              "together, e.g. '(.*)_frame' for frames of one video")  # fmt: skip

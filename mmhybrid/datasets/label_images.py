@@ -98,7 +98,7 @@ def pair_files(images: str, labels: str | None, image_suffix: str, label_suffix:
             return Pairs(problems=[
                 f'{osp.join(folder, listing.loops[0])} is a link to a folder that it lies in, so '
                 'the files would be listed again and again. Remove the link'])
-    if not image_suffix:
+    if not image_suffix and listed is None:
         return Pairs(problems=[f'img_suffix of the data in {images} is empty; expected the end of '
                                'the names, such as ".jpg"'])
     if listed is None:
@@ -151,7 +151,7 @@ def _not_there(stems, folder, suffix, there, listed, key) -> str | None:
         return f'Line {number} of {listed} is empty; expected one name in a line. Remove it'
     path = osp.join(folder, stem + suffix)
     what = 'is no file' if osp.exists(path) else 'does not exist'
-    if stem.endswith(suffix):
+    if suffix and stem.endswith(suffix):
         hint = f'names stand without suffix there, since {key}={suffix!r} is added'
     else:
         hint = f'remove the names, add the files, or set {key} and data_prefix'

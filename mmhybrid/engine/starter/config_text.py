@@ -29,14 +29,14 @@ def config_text(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, 
     semantic = prepared.task == 'semantic'
     base, whole = base_of(head, backbone, prepared.task)
     runtime = f"mmhybrid::_base_/runtime_{'seg' if semantic else 'det'}.py"
-    delete = '_delete_=True, ' if whole else ''
+    delete = '_delete_=True,' if whole else ''
     bases = f"'{base}'" if whole else f"['{base}', '{runtime}']"
     lines = [f'# {title}', '# Written by mmhybrid init; change what you like.', f'_base_ = {bases}',
              '', f'work_dir = {f"work_dirs/{_stem(title)}"!r}', f'data_root = {data!r}',
              f'classes = {_wrapped(tuple(prepared.classes))}']
     if weights:
         lines.append(f'pretrained = {weights!r}')
-    lines += ['', *_model(prepared, backbone, head, plan, whole)]
+    lines += ['', *_model(prepared, backbone, head, plan)]
     lines += [''] + (_semantic_data(prepared, plan, annotations, delete) if semantic
                      else _detection_data(prepared, plan, annotations, delete))
     lines += [''] + _schedule(prepared, backbone, head, plan, delete)
@@ -63,11 +63,19 @@ def _wrapped(value, indent: str = '    ') -> str:
     return brackets[0] + '\n' + ''.join(f'{indent}{row}\n' for row in rows) + brackets[1]
 
 
-def _backbone(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, whole: bool
-              ) -> str:
-    parts = [f"type='mmhybrid.{backbone.family}'", f'arch={backbone.arch!r}']
+def _backbone(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan) -> str:
+    base, _ = base_of(head, backbone, prepared.task)
+    long = plan.scale[0]
+    if backbone.name == MINI:
+        # One window for the whole map, as in the base config.
+        windows = f'window_size=(8, 8, {-(-long // 16)}, {-(-long // 32)})'
+        if base.startswith('mmhybrid::upernet') or base.startswith('mmhybrid::cascade'):
+            return f'backbone=dict({windows}),'
+    else:
+        windows = "window_size=(8, 8, 112, 56), windows='tight'"
+    parts = [f"type='mmhybrid.{backbone.family}'", f'arch={_as_dict(backbone.arch)}']
     if backbone.family == 'MambaVision':
-        parts += [f'window_size={(8, 8, 112, 56)}', "windows='tight'"]
+        parts.append(windows)
     if backbone.plain:
         parts.append(f'img_size={plan.scale[-1]}')
     if head.maps != (0, 1, 2, 3) and not backbone.plain:
@@ -75,17 +83,22 @@ def _backbone(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, wh
     if plan.frozen_norms:
         parts.append('norm_eval=True')
     parts.append(f'drop_path_rate={0.0 if backbone.name == MINI else 0.1}')
-    replaced = '_delete_=True, ' if not base_of(head, backbone, prepared.task)[0].startswith(
-        'mmhybrid::_base_') else ''
+    replaced = '' if base.startswith('mmhybrid::') else '_delete_=True, '
     return f'backbone=dict({replaced}{", ".join(parts)}),'
 
 
-def _model(prepared, backbone, head, plan, whole) -> list[str]:
-    lines = [_backbone(prepared, backbone, head, plan, whole)]
+def _as_dict(arch: str | dict) -> str:
+    if isinstance(arch, str):
+        return repr(arch)
+    return f'dict({", ".join(f"{key}={value!r}" for key, value in arch.items())})'
+
+
+def _model(prepared, backbone, head, plan) -> list[str]:
+    lines = [_backbone(prepared, backbone, head, plan)]
     if prepared.task == 'semantic':
         side = plan.scale[1]
         lines.append(f'data_preprocessor=dict(size=({side}, {side})),')
-    lines += head.model(backbone, len(prepared.classes), prepared.task)
+    lines += head.model(backbone, len(prepared.classes), prepared.task, plan.tokens)
     lines[-1] += ')'
     return ['model = dict(', *(f'    {line}' for line in _folded(lines))]
 
@@ -120,8 +133,9 @@ def _detection_data(prepared: Prepared, plan: Plan, annotations: str, delete: st
         return [
             "    dataset=dict(type='CocoDataset', data_root=data_root, "
             'metainfo=dict(classes=classes),',
-            f"    ann_file={f'{annotations}{split}.json'!r}, data_prefix=dict(img=''),",
-            f'    {extra}pipeline={"test" if test else "train"}_pipeline))']
+            f"                 ann_file={f'{annotations}{split}.json'!r},",
+            "                 data_prefix=dict(img=''),",
+            f'                 {extra}pipeline={"test" if test else "train"}_pipeline))']
 
     lines += [f'train_dataloader = dict({delete}', *_loader(plan.batch, True),
               "    batch_sampler=dict(type='AspectRatioBatchSampler'),", *data('train', False),
@@ -133,11 +147,15 @@ def _detection_data(prepared: Prepared, plan: Plan, annotations: str, delete: st
     def score(split: str) -> str:
         path = repr(f'{annotations}{split}.json')
         path = path if osp.isabs(annotations) else f'data_root + {path}'
-        return (f"dict({delete}type='CocoMetric', metric={metric!r},\n"
+        return (f"dict({_spaced(delete)}type='CocoMetric', metric={metric!r},\n"
                 f'    ann_file={path}, classwise=True)')
 
     return [*lines, f'val_evaluator = {score("val")}', 'test_evaluator = '
             + ('val_evaluator' if 'test' not in held else score('test'))]
+
+
+def _spaced(delete: str) -> str:
+    return delete and f'{delete} '
 
 
 def _loader(batch: int, train: bool) -> list[str]:
@@ -176,7 +194,8 @@ def _semantic_data(prepared: Prepared, plan: Plan, annotations: str, delete: str
 
     lines += loader('train', True) + loader('val', False)
     lines += loader('test', False) if 'test' in held else ['test_dataloader = val_dataloader']
-    return [*lines, f"val_evaluator = dict({delete}type='IoUMetric', iou_metrics=['mIoU'])",
+    score = f"dict({_spaced(delete)}type='IoUMetric', iou_metrics=['mIoU'])"
+    return [*lines, f'val_evaluator = {score}',
             'test_evaluator = val_evaluator']
 
 
@@ -195,10 +214,13 @@ def _schedule(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, de
     every = max(1, length // 10)
     unit = dict(semantic=('IterBasedTrainLoop', 'max_iters')).get(
         prepared.task, ('EpochBasedTrainLoop', 'max_epochs'))
-    cosine = (f'begin={warm}, end={length}, T_max={length - warm}, by_epoch=False' if semantic else
-              f'begin=0, end={length}, T_max={length}, by_epoch=True, convert_to_iter_based=True')
+    cosine = (f'by_epoch=False, begin={warm}, end={length}, T_max={length - warm}' if semantic else
+              f'by_epoch=True, begin=0, end={length}, T_max={length},\n'
+              '         convert_to_iter_based=True')
+    best = dict(semantic='mIoU', instance='coco/segm_mAP', detect='coco/bbox_mAP')[prepared.task]
     return [
-        f"train_cfg = dict({delete}type='{unit[0]}', {unit[1]}={length}, val_interval={every})",
+        f"train_cfg = dict({_spaced(delete)}type='{unit[0]}',",
+        f'    {unit[1]}={length}, val_interval={every})',
         "val_cfg = dict(type='ValLoop')", "test_cfg = dict(type='TestLoop')",
         'param_scheduler = [',
         f"    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end={warm}),",
@@ -212,6 +234,6 @@ def _schedule(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, de
         f'auto_scale_lr = dict(enable=False, base_batch_size={plan.batch})',
         f"default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval={every}, "
         f'by_epoch={not semantic},',
-        "    max_keep_ckpts=2, save_best='auto'))",
+        f"    max_keep_ckpts=2, save_best={best!r}, rule='greater'))",
         "custom_hooks = [dict(type='mmhybrid.RandomStateHook')]",
         "custom_imports = dict(imports=['mmhybrid'], allow_failed_imports=False)"]

@@ -22,7 +22,8 @@ class Head:
         tasks: that it can learn.
         base: config that has its model.
         whole: whether that config has data and a schedule, too, which have to go.
-        model: gives the lines of ``model = dict(...)``.
+        model: gives the lines of ``model = dict(...)`` for a backbone, a number of classes, a task
+            and the number of places in the maps at strides 8 to 64 of the smallest image.
         maps: which of the four maps it reads.
         clip: largest norm of the gradients.
     """
@@ -37,14 +38,14 @@ class Head:
     clip: float = 10.0
 
 
-def _rcnn(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _rcnn(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     masks = (f'mask_head=dict(num_classes={classes})' if task == 'instance'
              else 'mask_roi_extractor=None, mask_head=None')
     return [f'neck=dict(in_channels={[*backbone.channels]}),',
             f'roi_head=dict(bbox_head=dict(num_classes={classes}), {masks})']
 
 
-def _cascade(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _cascade(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     masks = (f'mask_head=dict(num_classes={classes})' if task == 'instance'
              else 'mask_roi_extractor=None, mask_head=None')
     neck = [] if backbone.name == MINI else [f'neck=dict(in_channels={[*backbone.channels]}),']
@@ -53,21 +54,25 @@ def _cascade(backbone: Backbone, classes: int, task: str) -> list[str]:
             '               for head in _base_.model.roi_head.bbox_head],', f'    {masks})']
 
 
-def _retinanet(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _retinanet(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     return [f'neck=dict(in_channels={[*backbone.channels]}),',
             f'bbox_head=dict(num_classes={classes})']
 
 
-def _rtmdet(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _rtmdet(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     return [f'neck=dict(in_channels={[*backbone.channels[1:]]}),',
             f'bbox_head=dict(num_classes={classes})']
 
 
-def _dino(backbone: Backbone, classes: int, task: str) -> list[str]:
-    return _rtmdet(backbone, classes, task)
+def _dino(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
+    # Queries start from the best places of four maps, and small images have few places.
+    queries = 900 if tokens >= 1200 else max(10, tokens * 3 // 4)
+    few = [] if queries == 900 else [
+        f'num_queries={queries}, test_cfg=dict(max_per_img={min(300, queries)}),']
+    return [*few, *_rtmdet(backbone, classes, task, tokens)]
 
 
-def _mask2former(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _mask2former(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     if task == 'semantic':
         return [f'decode_head=dict(in_channels={[*backbone.channels]}, num_classes={classes},',
                 f'                 loss_cls=dict(class_weight=[1.0] * {classes} + [0.1]))']
@@ -79,7 +84,7 @@ def _mask2former(backbone: Backbone, classes: int, task: str) -> list[str]:
             'test_cfg=dict(panoptic_on=False, semantic_on=False, instance_on=True)']
 
 
-def _upernet(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _upernet(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     if backbone.name == MINI:
         return [f'decode_head=dict(num_classes={classes}),',
                 f'auxiliary_head=dict(num_classes={classes})']
@@ -87,7 +92,7 @@ def _upernet(backbone: Backbone, classes: int, task: str) -> list[str]:
             f'auxiliary_head=dict(in_channels={backbone.channels[2]}, num_classes={classes})']
 
 
-def _segformer(backbone: Backbone, classes: int, task: str) -> list[str]:
+def _segformer(backbone: Backbone, classes: int, task: str, tokens: int) -> list[str]:
     return [f'decode_head=dict(in_channels={[*backbone.channels]}, num_classes={classes})']
 
 
@@ -102,15 +107,15 @@ HEADS = {head.name: head for head in (
          whole=True, maps=(1, 2, 3)),
     Head('dino', 'DINO', ('detect',), 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', _dino,
          whole=True, maps=(1, 2, 3), clip=0.1),
-    Head('mask2former', 'Mask2Former', ('instance', 'semantic'), '', _mask2former, whole=True,
+    Head('mask2former', 'Mask2Former', ('instance', 'semantic'),
+         'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', _mask2former, whole=True,
          clip=0.01),
     Head('upernet', 'UPerNet', ('semantic',), f'{_OURS}upernet.py', _upernet),
     Head('segformer', "SegFormer's head", ('semantic',),
-         'mmseg::_base_/models/segformer_mit-b0.py', _segformer),
+         f'{_OURS}segformer.py', _segformer),
 )}
-_MASK2FORMER = {
-    'instance': 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
-    'semantic': 'mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py'}
+# mmengine finds no configs of mmseg's fork, whose distribution has another name.
+_MASK2FORMER = f'{_OURS}mask2former_semantic.py'
 _MINIS = {'cascade': 'mmhybrid::cascade_mambavision_mini_coco.py',
           'upernet': 'mmhybrid::upernet_mambavision_mini_ade20k.py'}
 
@@ -145,4 +150,6 @@ def base_of(head: Head, backbone: Backbone, task: str) -> tuple[str, bool]:
     """The config that has the model, and whether it has data and a schedule, too."""
     if backbone.name == MINI and head.name in _MINIS:
         return _MINIS[head.name], True
-    return (_MASK2FORMER[task] if head.name == 'mask2former' else head.base), head.whole
+    if (head.name, task) == ('mask2former', 'semantic'):
+        return _MASK2FORMER, False
+    return head.base, head.whole

@@ -29,6 +29,7 @@ class Plan:
         length: epochs of a detector, iterations of a segmentor.
         rate: learning rate for this batch.
         frozen_norms: keep the statistics of BatchNorm.
+        tokens: places in the maps at strides 8 to 64 of the smallest image.
         why: sentences for people.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     length: int
     rate: float
     frozen_norms: bool
+    tokens: int
     why: list[str]
 
 
@@ -71,7 +73,7 @@ def make_plan(prepared: Prepared, backbone: Backbone, weights: str | None, gpu: 
                f'of {batch}')
     if frozen:
         why.append('so few pictures: BatchNorm keeps the statistics of the weights')
-    return Plan(scale, batch, length, rate, frozen, why)
+    return Plan(scale, batch, length, rate, frozen, _tokens(sizes, scale), why)
 
 
 def _round(value: float, least: int = 64) -> int:
@@ -92,6 +94,13 @@ def _detector_scale(prepared: Prepared, long: float, short: float, why: list[str
                f'objects of {float(np.median(sides)):.0f} pixels: images are enlarged '
                f'{grow:.1f} times')
     return scale
+
+
+def _tokens(sizes: np.ndarray, scale: tuple[int, int]) -> int:
+    long, short = sizes.max(1), sizes.min(1)
+    factor = np.minimum(scale[0] / long, scale[1] / short)
+    sides = np.stack([long, short], 1) * factor[:, None]
+    return int(sum(np.ceil(sides / stride).prod(1) for stride in (8, 16, 32, 64)).min())
 
 
 def _segmentor_scale(long: float, short: float) -> tuple[int, int]:

@@ -51,6 +51,10 @@ def main(args: argparse.Namespace) -> None:
         prepared = prepare(export, questions, args.task, args.val_fraction, args.seed)
         backbone, why = _backbone(args, prepared)
         head = find_head(args.head or default_head(prepared.task, backbone.name), prepared.task)
+        if backbone.plain and len(head.maps) < 4:
+            raise UserError(f'--head {head.name} reads maps at strides 8 to 32, and those of '
+                            f'{backbone.name} come as four. Take another head, or a backbone of '
+                            'MambaVision, VMamba or LocalVMamba.')
     except ExportError as error:
         raise UserError(str(error)) from error
     plan = make_plan(prepared, backbone, args.weights, has_accelerator())
