@@ -5,6 +5,7 @@ All show the same scenes: those of mini COCO, or of mini ADE20K with few classes
 import base64
 import io
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,22 @@ NAMES = [kind.name for kind in mini_coco.KINDS]
 _IDS = {entry['id']: entry['name'] for entry in COCO_CATEGORIES}
 
 
-def scenes(count, split='train'):
-    """Image and annotations (label, box, polygons, mask), without crowds."""
-    photographs = load_photographs(split)
-    for index in range(count):
-        pixels, found, _ = mini_coco.make_scene(index, split, photographs)
-        things = [(_IDS[entry['category_id']], entry['bbox'], entry['segmentation'])
-                  for entry in found if not entry['iscrowd']]
-        yield f'scene_{index:03d}', pixels, things
+def scenes(count):
+    """Name, image and objects (label, box, polygons); no crowds."""
+    return [_scene(index) for index in range(count)]
+
+
+@cache
+def _scene(index):
+    pixels, found, _ = mini_coco.make_scene(index, 'train', _photographs())
+    things = [(_IDS[entry['category_id']], entry['bbox'], entry['segmentation'])
+              for entry in found if not entry['iscrowd']]
+    return f'scene_{index:03d}', pixels, things
+
+
+@cache
+def _photographs():
+    return load_photographs('train')
 
 
 def save(pixels, path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..label_images import IGNORED
 from .common import Export, ExportError, Left, Picture, Questions, Thing
@@ -283,19 +283,14 @@ def label_image(prepared: Prepared, one: Picture) -> np.ndarray:
 
 def thing_mask(thing: Thing, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool: where an object is; its box, if it has no outline."""
-    if isinstance(thing.outlines, dict):
-        return _decoded(thing.outlines)
-    x, y, w, h = thing.box
-    outlines = thing.outlines or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    image = Image.new('1', size)
-    for outline in outlines:
-        ImageDraw.Draw(image).polygon([value - 0.5 for value in outline], fill=1)
-    return np.asarray(image)
-
-
-def _decoded(code: dict) -> np.ndarray:
     from pycocotools import mask as coder
 
-    if isinstance(code['counts'], list):
-        code = coder.frPyObjects(code, *code['size'])
-    return coder.decode(code).astype(bool)
+    width, height = size
+    if isinstance(thing.outlines, dict):
+        code = thing.outlines
+        if isinstance(code['counts'], list):
+            code = coder.frPyObjects(code, height, width)
+        return coder.decode(code).astype(bool)
+    x, y, w, h = thing.box
+    outlines = thing.outlines or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return coder.decode(coder.merge(coder.frPyObjects(outlines, height, width))).astype(bool)

@@ -120,7 +120,8 @@ def _chosen(counts: np.ndarray, fraction: float) -> np.ndarray:
         while True:
             have = counts[chosen, column].sum()
             places = np.flatnonzero(open_ & (counts[:, column] > 0))
-            if not len(places) or have + 0.5 > wanted[column]:
+            full = counts[chosen, -1].sum() >= wanted[-1]
+            if full or not len(places) or have + 0.5 > wanted[column]:
                 break
             # Of the groups with this class the one that adds least where enough is there.
             spare = counts[places] - np.maximum(wanted - counts[chosen].sum(0), 0)

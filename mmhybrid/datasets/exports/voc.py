@@ -69,7 +69,7 @@ def read(files: Files, questions: Questions) -> Export:
 
 def _references(files: Files, reference: str, stem: str):
     if reference:
-        yield reference
+        yield f'JPEGImages/{osp.basename(reference)}'  # found elsewhere too, if it is not there
     for name in files.images:
         if osp.splitext(osp.basename(name))[0] == stem:
             yield name
