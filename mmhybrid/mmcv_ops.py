@@ -4,9 +4,10 @@ A plain install of the maintained mmcv fork, or of ``mmcv-lite``, has no ``mmcv.
 ``mmdet.models`` cannot be imported at all. :func:`install` appends a finder to ``sys.meta_path``.
 It stands last, so a compiled module always wins and is never touched. The stand-in computes what
 Mask R-CNN, Cascade Mask R-CNN and UperNet need in training and testing, on any device that
-torchvision has kernels for: ``nms``, ``roi_align_forward`` and ``roi_align_backward``. Every other
-operator is a callable that explains itself when it is called, because ``mmcv.ops`` insists at its
-import that all are there.
+torchvision has kernels for: ``nms``, ``roi_align_forward`` and ``roi_align_backward``; and what
+RetinaNet, DINO and Mask2Former call on a GPU, in plain PyTorch (:mod:`mmhybrid.torch_ops`): the
+sigmoid focal loss and deformable attention. Every other operator is a callable that explains itself
+when it is called, because ``mmcv.ops`` insists at its import that all are there.
 
 The stand-in does not pretend: ``mmcv._ext.IS_STAND_IN`` is true (a compiled module has no such
 name), it has no ``__file__``, and ``__all__`` and ``dir()`` name only what it computes.
@@ -214,6 +215,75 @@ def roi_align_backward(
     )
 
 
+def sigmoid_focal_loss_forward(input, target, weight, output, gamma, alpha):
+    """Sigmoid focal loss, written into ``output``.
+
+    Args:
+        input (Tensor): (N, C) logits.
+        target (Tensor): (N,) int64 classes; C is the background.
+        weight (Tensor): empty; weights of classes raise :class:`CompiledOpMissing`.
+        output (Tensor): (N, C), overwritten.
+        gamma, alpha (float): of the loss.
+    """
+    from .torch_ops import focal_loss
+
+    _refuse_class_weights(weight)
+    dtype = _working_dtype(input)
+    output.copy_(focal_loss(input.to(dtype), target, gamma, alpha))
+
+
+def sigmoid_focal_loss_backward(input, target, weight, grad_input, gamma, alpha):
+    """Derivative of :func:`sigmoid_focal_loss_forward`, written into ``grad_input`` (N, C)."""
+    from .torch_ops import focal_gradient
+
+    _refuse_class_weights(weight)
+    dtype = _working_dtype(input)
+    grad_input.copy_(focal_gradient(input.to(dtype), target, gamma, alpha))
+
+
+def _refuse_class_weights(weight):
+    if weight.numel():
+        raise CompiledOpMissing(
+            "The focal loss was asked for with a weight for each class, which mmhybrid's stand-in "
+            f'does not have. Leave the weights out, or compile mmcv: {compile_command()}'
+        )
+
+
+def ms_deform_attn_forward(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step
+):
+    """Deformable attention; see :func:`mmhybrid.torch_ops.deformable_attention`.
+
+    Args:
+        level_start_index, im2col_step: used by the compiled operator only.
+
+    Returns:
+        Tensor: (B, Q, H * D).
+    """
+    from .torch_ops import deformable_attention
+
+    return deformable_attention(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_backward(
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, grad_output,
+    grad_value, grad_sampling_loc, grad_attn_weight, im2col_step,
+):
+    """Gradients of :func:`ms_deform_attn_forward`, written into the three ``grad_`` tensors."""
+    import torch
+
+    from .torch_ops import deformable_attention
+
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (
+            value, sampling_locations, attention_weights)]
+        output = deformable_attention(inputs[0], spatial_shapes, *inputs[1:])
+    found = torch.autograd.grad(output, inputs, grad_output)
+    targets = grad_value, grad_sampling_loc, grad_attn_weight
+    for target, gradient in zip(targets, found, strict=True):
+        target.copy_(gradient)
+
+
 def get_compiler_version():
     """What mmcv's own function is asked for in reports; there was no compiler."""
     return "none (mmcv is not compiled; mmhybrid's torchvision stand-in)"
@@ -228,6 +298,10 @@ _OPS = {
     'nms': nms,
     'roi_align_forward': roi_align_forward,
     'roi_align_backward': roi_align_backward,
+    'sigmoid_focal_loss_forward': sigmoid_focal_loss_forward,
+    'sigmoid_focal_loss_backward': sigmoid_focal_loss_backward,
+    'ms_deform_attn_forward': ms_deform_attn_forward,
+    'ms_deform_attn_backward': ms_deform_attn_backward,
 }
 # mmdet's and mmseg's environment reports call these two.
 _INFO = {

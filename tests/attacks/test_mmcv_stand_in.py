@@ -20,7 +20,8 @@ from mmhybrid import mmcv_ops
 
 pytestmark = pytest.mark.skipif(
     mmcv_ops.implementation() == 'compiled', reason='compiled mmcv operators are installed')
-COMPUTED = {'nms', 'roi_align_forward', 'roi_align_backward'}
+COMPUTED = {'nms', 'roi_align_forward', 'roi_align_backward', 'sigmoid_focal_loss_forward',
+            'sigmoid_focal_loss_backward', 'ms_deform_attn_forward', 'ms_deform_attn_backward'}
 REPORTS = {'get_compiler_version', 'get_compiling_cuda_version'}
 
 
