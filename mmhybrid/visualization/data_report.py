@@ -83,7 +83,8 @@ def _classes(prepared: Prepared) -> str:
 def _pixels(prepared: Prepared, pictures: Sequence[Picture]) -> np.ndarray:
     counts = np.zeros(256, np.int64)
     for one in pictures:
-        counts += np.bincount(label_image(prepared, one).ravel(), minlength=256)
+        for value, pixels in one.pixels.items():
+            counts[prepared.export.numbers[value]] += pixels
     return counts / max(counts.sum(), 1)
 
 

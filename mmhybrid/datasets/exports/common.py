@@ -53,6 +53,7 @@ class Picture:
         split: 'train', 'val', 'test' as the export says; None if it does not.
         things: its objects.
         labels: name of its label image, None if there is none.
+        pixels: value of the label image -> number of pixels.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Picture:
     split: str | None = None
     things: list[Thing] = field(default_factory=list)
     labels: str | None = None
+    pixels: dict = field(default_factory=dict)
 
 
 @dataclass

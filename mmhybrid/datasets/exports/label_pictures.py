@@ -5,7 +5,8 @@ import csv
 import os.path as osp
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -60,8 +61,8 @@ class _Values:
     """What label images hold: value -> pixels, and an example of a file for each."""
 
     colours: bool
-    pixels: Counter = field(default_factory=Counter)
-    example: dict = field(default_factory=dict)
+    pixels: Counter
+    example: dict
 
 
 def read(files: Files, questions: Questions) -> Export:
@@ -107,7 +108,8 @@ def _as_colours(path: str) -> np.ndarray:
 
 
 def _codes(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.int64) @ np.array([65536, 256, 1])
+    red, green, blue = np.moveaxis(pixels.astype(np.int32), -1, 0)
+    return red << 16 | green << 8 | blue
 
 
 def _colour(code: int) -> tuple[int, int, int]:
@@ -115,36 +117,43 @@ def _colour(code: int) -> tuple[int, int, int]:
 
 
 def _values(files: Files, pictures: list[Picture], described: dict) -> _Values:
-    """Count the values of all label images; as colours if they, or a label map, have these."""
-    arrays = {}
-    grey, colour = _Values(False), _Values(True)
+    """Count the values of each label image; as colours if they, or a label map, have these."""
     in_colour = any(isinstance(value, tuple) for value in described)
+    examples = {}
     for one in pictures:
         path = files.path(one.labels)
         pixels = _as_colours(path) if in_colour else _open(path)
         if pixels.ndim == 3:
-            if not in_colour and (pixels != pixels[..., :1]).any():
-                arrays.setdefault('colour', one.labels)
-            _count(colour, _codes(pixels), one.labels)
-            _count(grey, pixels[..., 0], one.labels)
+            kind = 'grey in colour' if (pixels == pixels[..., :1]).all() else 'colour'
+            one.pixels = {_colour(code): n for code, n in _counted(_codes(pixels)).items()}
         else:
-            arrays.setdefault('grey', one.labels)
-            _count(grey, pixels, one.labels)
-    if in_colour or len(arrays) == 1 and 'colour' in arrays:
-        colour.pixels = Counter({_colour(code): n for code, n in colour.pixels.items()})
-        colour.example = {_colour(code): name for code, name in colour.example.items()}
-        return colour
-    if 'colour' in arrays:
-        raise ExportError(f'{arrays["colour"]} holds colours and {arrays["grey"]} grey values or '
-                          'palette indices. Export all label images in one way.')
-    return grey
+            kind, one.pixels = 'grey', _counted(pixels)
+        examples.setdefault(kind, one.labels)
+    if {'grey', 'colour'} <= set(examples):
+        raise ExportError(f'{examples["colour"]} holds colours and {examples["grey"]} grey values '
+                          'or palette indices. Export all label images in one way.')
+    colours = in_colour or 'colour' in examples
+    values = _Values(colours, Counter(), {})
+    for one in pictures:
+        if not colours:
+            one.pixels = {value[0] if isinstance(value, tuple) else value: n
+                          for value, n in one.pixels.items()}
+        values.pixels.update(one.pixels)
+        for value in one.pixels:
+            values.example.setdefault(value, one.labels)
+    return values
 
 
-def _count(values: _Values, codes: np.ndarray, name: str) -> None:
-    found, counts = np.unique(codes, return_counts=True)
-    for value, count in zip(found.tolist(), counts.tolist(), strict=True):
-        values.pixels[int(value)] += count
-        values.example.setdefault(int(value), name)
+def _counted(codes: np.ndarray) -> dict[int, int]:
+    if codes.dtype == bool:
+        codes = codes.astype(np.uint8)
+    if codes.min() < 0 or codes.max() >= 2**24:
+        found, counts = np.unique(codes, return_counts=True)
+    else:
+        counts = np.bincount(codes.ravel())
+        found = np.flatnonzero(counts)
+        counts = counts[found]
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
 
 
 def _described(files: Files) -> dict:
@@ -257,10 +266,18 @@ def numbered(path: str, numbers: dict) -> np.ndarray:
     Returns:
         (H, W) uint8.
     """
-    colours = any(isinstance(value, tuple) for value in numbers)
-    pixels = _as_colours(path) if colours else _open(path)
-    codes = _codes(pixels) if colours else (pixels[..., 0] if pixels.ndim == 3 else pixels)
-    found, places = np.unique(codes, return_inverse=True)
-    keys = [_colour(int(code)) if colours else int(code) for code in found]
-    table = np.array([numbers[key] for key in keys], np.uint8)
-    return table[places].reshape(codes.shape)
+    table = _table(tuple(numbers.items()))
+    if len(table) > IGNORED + 1:
+        return table[_codes(_as_colours(path))]
+    pixels = _open(path)
+    return table[(pixels[..., 0] if pixels.ndim == 3 else pixels).astype(np.uint8)]
+
+
+@lru_cache(maxsize=2)
+def _table(numbers: tuple) -> np.ndarray:
+    """Class number of each value: 256 grey ones, or all colours."""
+    colours = any(isinstance(value, tuple) for value, _ in numbers)
+    table = np.full(2**24 if colours else 256, IGNORED, np.uint8)
+    for value, number in numbers:
+        table[_codes(np.array(value)) if colours else value] = number
+    return table

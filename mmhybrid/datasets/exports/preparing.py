@@ -196,11 +196,8 @@ def _held(export: Export) -> dict[str, set[str]]:
     """Classes that each picture holds."""
     if export.form != 'masks':
         return {one.name: {thing.label for thing in one.things} for one in export.pictures}
-    held = {}
-    for one in export.pictures:
-        labels = np.unique(numbered(os.path.join(export.root, one.labels), export.numbers))
-        held[one.name] = {export.classes[label] for label in labels.tolist() if label != IGNORED}
-    return held
+    return {one.name: {export.classes[export.numbers[value]] for value in one.pixels
+                       if export.numbers[value] != IGNORED} for one in export.pictures}
 
 
 def _leaks(splits: Splits, copies: list[list[str]]) -> list[str]:

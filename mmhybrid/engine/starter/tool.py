@@ -7,7 +7,9 @@ import os
 import os.path as osp
 import re
 import shlex
+import shutil
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -31,6 +33,7 @@ from .plan import default_backbone, make_plan
 __all__ = ['main']
 
 FOLDER = 'mmhybrid'  # in the data folder
+ABANDONED = 3600  # seconds after which an unfinished folder is taken for dead
 _ANSWERS = ('format', 'annotations', 'crowd', 'classes', 'ignore', 'group')
 
 
@@ -71,11 +74,13 @@ def main(args: argparse.Namespace) -> None:
                        f'{_counted(prepared)}, {len(prepared.classes)} classes.')
     facts = [f'{head.title} with {backbone.name}' + (f' ({why})' if why else ''), *plan.why]
     try:
+        _remove_left_overs(out)
         with atomic_folder(out, recipe, MARKER) as work:
             write(prepared, work, _progress)
             (work / config.name).write_text(text, encoding='utf-8')
             (work / 'report.html').write_text(report_html(
                 prepared, stem, questions.told, facts, args.seed), encoding='utf-8')
+            _is_there(out, {})  # meanwhile, by another run
     except OSError as error:
         raise UserError(f'{out} could not be written: {error.strerror or error}. Nothing is left '
                         'there. Free some space, or write elsewhere: --out FOLDER.') from error
@@ -115,8 +120,13 @@ def _places(args: argparse.Namespace) -> tuple[str, Path]:
 
 def _questions(args: argparse.Namespace) -> Questions:
     given = {name: getattr(args, name) for name in _ANSWERS if getattr(args, name) is not None}
-    ask = input if sys.stdin is not None and sys.stdin.isatty() and not args.yes else None
+    ask = _ask if sys.stdin is not None and sys.stdin.isatty() and not args.yes else None
     return Questions(given, args.yes, ask)
+
+
+def _ask(text: str) -> str:
+    print(text, end='', file=sys.stderr, flush=True)
+    return sys.stdin.readline()
 
 
 def _backbone(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, str]:
@@ -171,10 +181,17 @@ def _is_there(out: Path, recipe: dict) -> bool:
     if found is None:
         raise UserError(f'{out} exists and was not made by mmhybrid init; nothing was changed. '
                         'Choose another folder with --out.')
-    changed = ', '.join(key for key in recipe if found.get(key) != recipe[key])
+    changed = ', '.join(key for key in found if found[key] != recipe.get(key))
     raise UserError(f'{out} was made from something else ({changed} differ), and its config may '
                     'have been edited since; nothing was changed. Choose another folder with '
                     '--out, or remove this one.')
+
+
+def _remove_left_overs(out: Path) -> None:
+    """Remove what a killed run did not finish."""
+    for folder in out.parent.glob(f'.{out.name}.*'):
+        if time.time() - folder.stat().st_mtime > ABANDONED:
+            shutil.rmtree(folder)
 
 
 def _counted(prepared: Prepared) -> str:
