@@ -321,3 +321,44 @@ def test_suspicious_annotations_are_said_and_kept(tmp_path):
     for part in ('a side of less than 4', 'nearly equal boxes', 'reach out of their picture',
                  'zebra, Zebra differ only', 'fewer than 5 objects'):
         assert part in said, said
+
+
+def test_broken_outlines_are_left_out_with_the_reason(tmp_path):
+    folder = exports.coco(tmp_path)
+    path = folder / 'annotations/instances_default.json'
+    content = json.loads(path.read_text())
+    faults = [dict(counts='garbage\x01', size=[160, 160]), dict(counts=[5, 7], size=[160, 160]),
+              dict(counts=[5, 25595], size=[160, 160]), [[1, 2, 3, 'x', 5, 6]],
+              [[1, 2, float('nan'), 4, 5, 60]]]
+    places = [place for place, entry in enumerate(content['annotations']) if [
+        content['images'][entry['image_id']][key] for key in ('width', 'height')] == [160, 160]]
+    for place, fault in zip(places, faults, strict=False):
+        content['annotations'][place]['segmentation'] = fault
+    path.write_text(json.dumps(content))
+    prepared, _ = read(folder, 'instance', yes=False)
+    notes = ' | '.join(prepared.export.notes)
+    assert notes.count('whose outline cannot be used') == 3, notes
+    assert '1 x box without an outline' in notes
+
+
+def test_names_are_compared_without_case_and_spelling_of_accents(tmp_path):
+    folder = exports.coco(tmp_path)
+    path = folder / 'annotations/instances_default.json'
+    (folder / 'images/scene_001.jpg').rename(folder / 'images/Me\u0301XICO.JPG')
+    path.write_text(path.read_text().replace('scene_001.jpg', 'm\u00e9xico.jpg'))
+    assert len(read_export(str(folder), Questions()).pictures) == 6
+
+
+@pytest.mark.parametrize('name', [b'a\xff.jpg', b'a\nb.jpg'])
+def test_names_that_no_list_can_hold_are_named(name, tmp_path):
+    folder = exports.yolo(tmp_path)
+    with open(bytes(folder) + b'/images/' + name, 'wb'):
+        pass
+    refused(folder, 'line break or is no UTF-8')
+
+
+def test_texts_in_another_encoding_are_named(tmp_path):
+    folder = exports.yolo(tmp_path)
+    (folder / 'data.yaml').unlink()
+    (folder / 'classes.txt').write_bytes('Käfer\nb\nc\nd\ne\n'.encode('cp1252'))
+    refused(folder, 'classes.txt', 'UTF-8', '0xe4')

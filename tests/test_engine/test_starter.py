@@ -3,7 +3,9 @@ import argparse
 import errno
 import hashlib
 import importlib.util
+import json
 import os
+import time
 from pathlib import Path
 
 import exports
@@ -14,6 +16,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from shrink import on_meta
 
+from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.starter.heads import HEADS
@@ -213,6 +216,53 @@ def test_a_full_disk_leaves_nothing(name, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='could not be written: No space left.*--out'):
         init(folder)
     assert set(state(folder)) == before
+
+
+def test_a_stopped_run_leaves_nothing_and_a_killed_one_is_cleared(tmp_path, monkeypatch):
+    folder = exports.yolo(tmp_path)
+    before = set(state(folder))
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr('mmhybrid.engine.starter.tool.report_html', stop)
+        init(folder)
+    assert set(state(folder)) == before
+    for name, age in (('.mmhybrid.killed', 7200), ('.mmhybrid.working', 10)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    init(folder)
+    assert not (folder / '.mmhybrid.killed').exists()
+    assert (folder / '.mmhybrid.working').exists()
+
+
+def test_of_two_at_once_the_first_stays(tmp_path, monkeypatch):
+    folder = exports.yolo(tmp_path)
+    once = iter([True])
+
+    def meanwhile(prepared, work, progress):
+        if next(once, False):
+            init(folder, '--seed', '7')
+        preparing.write(prepared, work, progress)
+
+    monkeypatch.setattr('mmhybrid.engine.starter.tool.write', meanwhile)
+    with pytest.raises(UserError, match='was made from something else'):
+        init(folder)
+    assert json.loads((folder / 'mmhybrid/mmhybrid_init.json').read_text())['seed'] == 7
+    assert not list(folder.glob('.mmhybrid*'))
+
+
+def test_numbered_series_are_pointed_out(tmp_path, capsys):
+    folder = exports.yolo(tmp_path, 16)
+    for path in sorted(folder.rglob('scene_*')):
+        number = int(path.stem[-3:])
+        path.rename(path.with_name(f'video{"ab"[number % 2]}_{number}{path.suffix}'))
+    init(folder)
+    assert "--group '(.*?)\\d+\\.'" in capsys.readouterr().err
+    init(folder, '--out', tmp_path / 'grouped', '--group', r'(.*?)\d+\.')
+    listed = json.loads((tmp_path / 'grouped/val.json').read_text())['images']
+    assert len({image['file_name'][:13] for image in listed}) == 1
 
 
 def test_weights_choose_the_backbone_and_say_their_licence(tmp_path, capsys, monkeypatch):

@@ -165,7 +165,8 @@ def _thing(entry: dict, label: str, crowds: bool) -> Thing | None:
         if isinstance(outlines[0], (int, float)):
             outlines = [outlines]  # one polygon without the list around it
         outlines = [part for part in outlines if isinstance(part, list) and len(part) >= 6
-                    and len(part) % 2 == 0] or None
+                    and len(part) % 2 == 0 and all(isinstance(value, (int, float))
+                                                   for value in part)] or None
     elif not isinstance(outlines, dict) or not {'counts', 'size'} <= set(outlines):
         outlines = None
     box = entry.get('bbox')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os.path as osp
 import re
+import unicodedata
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,16 @@ from PIL import Image
 from ..label_images import IMAGES, UNREADABLE, list_files
 
 __all__ = ['MARKER', 'Export', 'ExportError', 'Files', 'Left', 'Picture', 'Questions', 'Thing',
-           'fitting_size', 'image_size', 'listed_splits', 'outline_box', 'split_in', 'split_of']
+           'fitting_size', 'image_size', 'lines_of', 'listed_splits', 'outline_box', 'split_in',
+           'split_of']
 
 MARKER = 'mmhybrid_init.json'  # in every folder that `mmhybrid init` wrote
 _SPLITS = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
            'dev': 'val', 'test': 'test', 'testing': 'test'}
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _ORIENTATION = 274
+# Label Studio puts eight hexadecimal digits before the name of what was uploaded.
+_PREFIX = re.compile(r'^[0-9a-f]{8}-')
 
 
 class ExportError(ValueError):
@@ -168,13 +172,21 @@ class Files:
         ours = tuple(name[:-len(MARKER)] for name in names if osp.basename(name) == MARKER)
         if '' in ours:
             raise ExportError(f'{root} was written by mmhybrid init. Give the folder of the data.')
+        odd = next((name for name in names if not _is_plain(name)), None)
+        if odd is not None:
+            raise ExportError(f'{root} has a file whose name holds a line break or is no UTF-8: '
+                              f'{odd!r}. Rename it.')
         self.root = root
         self.names = [name for name in names if not name.startswith(ours)
                       and '__MACOSX/' not in name and not re.search(r'(^|/)\.', name)]
         self.images = [name for name in self.names if name.lower().endswith(IMAGES)]
         self._by_base: dict[str, list[str]] = {}
+        self._bare: dict[str, list[str]] = {}
         for name in self.images:
-            self._by_base.setdefault(osp.basename(name).lower(), []).append(name)
+            base = _key(osp.basename(name))
+            self._by_base.setdefault(base, []).append(name)
+            if _PREFIX.match(base):
+                self._bare.setdefault(_PREFIX.sub('', base), []).append(name)
 
     def path(self, name: str) -> str:
         """Where a file is."""
@@ -200,14 +212,12 @@ class Files:
         """
         text = urllib.parse.unquote(reference.replace('\\', '/'))
         text = re.split(r'[?&]d=', text)[-1]  # Label Studio: /data/local-files/?d=path
-        base = osp.basename(text).lower()
-        # Label Studio puts eight hexadecimal digits before the name of what was uploaded.
-        found = (self._by_base.get(base)
-                 or self._by_base.get(re.sub(r'^[0-9a-f]{8}-', '', base))
-                 or self._prefixed(base))
+        base = _key(osp.basename(text))
+        found = (self._by_base.get(base) or self._by_base.get(_PREFIX.sub('', base))
+                 or self._bare.get(base))
         if not found:
             return None
-        wanted = [part for part in text.lower().split('/') if part not in ('', '.', '..')]
+        wanted = [part for part in _key(text).split('/') if part not in ('', '.', '..')]
         folder = osp.dirname(beside)
         ranked = sorted(((_common_end(wanted, name), _common_start(folder, name), name)
                          for name in found), reverse=True)
@@ -218,14 +228,23 @@ class Files:
                 'holds one of them.')
         return ranked[0][2]
 
-    def _prefixed(self, base: str) -> list[str]:
-        return [name for key, names in self._by_base.items() for name in names
-                if re.sub(r'^[0-9a-f]{8}-', '', key) == base and key != base]
+
+def _is_plain(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return '\n' not in name and '\r' not in name
+
+
+def _key(text: str) -> str:
+    """For comparing names: systems differ in case, and in how they spell accents."""
+    return unicodedata.normalize('NFC', text).lower()
 
 
 def _common_end(wanted: list[str], name: str) -> int:
     count = 0
-    for left, right in zip(reversed(wanted), reversed(name.lower().split('/')), strict=False):
+    for left, right in zip(reversed(wanted), reversed(_key(name).split('/')), strict=False):
         if left != right:
             break
         count += 1
@@ -260,11 +279,24 @@ def listed_splits(files: Files) -> dict[str, str]:
     for name in files.ending('.txt'):
         stem = osp.splitext(osp.basename(name))[0].lower()
         if re.search(r'(^|/)ImageSets/(Main/|Segmentation/)?[^/]+$', name) and stem in _SPLITS:
-            with open(files.path(name), encoding='utf-8-sig') as file:
-                for line in file:
-                    if line.strip():
-                        found[osp.basename(line.split()[0])] = _SPLITS[stem]
+            for line in lines_of(files.path(name)):
+                found[osp.basename(line.split()[0])] = _SPLITS[stem]
     return found
+
+
+def lines_of(path: str) -> list[str]:
+    """Lines of a text file that are not blank, without the blanks around them.
+
+    Raises:
+        ExportError: if it is no text in UTF-8.
+    """
+    try:
+        with open(path, encoding='utf-8-sig') as file:
+            return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ExportError(f'{path} is no text in UTF-8: byte {error.start} is '
+                          f'{error.object[error.start]:#04x}. Convert it, for example: iconv -f '
+                          'WINDOWS-1252 -t UTF-8 OLD > NEW.') from error
 
 
 def image_size(path: str) -> tuple[int, int] | None:
@@ -295,11 +327,20 @@ def fitting_size(files: Files, image: str | None, said: tuple, where: str, left:
     size = None if image is None else image_size(files.path(image))
     if size is None:
         left.add('image that is not there or cannot be read: left out', where)
-    elif all(said) and tuple(said) != size:
+        return None
+    said = [_whole(side) for side in said]
+    if all(said) and tuple(said) != size:
         left.add('image whose size is another in its annotations, so that they do not fit it: left '
                  'out', f'{image} has {size[0]}x{size[1]}, {where} says {said[0]}x{said[1]}')
         return None
     return size
+
+
+def _whole(side) -> int | None:
+    try:
+        return int(float(side))
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def outline_box(outlines: Sequence[Sequence[float]]) -> list[float]:

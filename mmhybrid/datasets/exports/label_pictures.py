@@ -20,6 +20,7 @@ from .common import (
     Picture,
     Questions,
     image_size,
+    lines_of,
     listed_splits,
     split_of,
 )
@@ -160,25 +161,23 @@ def _described(files: Files) -> dict:
     """Value -> name, from a labelmap.txt (CVAT), a _classes.csv (Roboflow) or a list of names."""
     for name in files.ending('labelmap.txt'):
         found = {}
-        with open(files.path(name), encoding='utf-8-sig') as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip() or line.startswith('#'):
-                    continue
-                label, _, rest = line.partition(':')
-                colour = rest.partition(':')[0].split(',')
-                if len(colour) != 3 or not all(part.strip().isdigit() for part in colour):
-                    raise ExportError(f'{files.path(name)}, line {number}: {line.strip()!r} is no '
-                                      'NAME:RED,GREEN,BLUE:PARTS:ACTIONS. Correct it.')
-                found[tuple(map(int, colour))] = label.strip()
+        for line in lines_of(files.path(name)):
+            label, _, rest = line.partition(':')
+            colour = rest.partition(':')[0].split(',')
+            if line.startswith('#'):
+                continue
+            if len(colour) != 3 or not all(part.strip().isdecimal() and int(part) < 256
+                                           for part in colour):
+                raise ExportError(f'{files.path(name)}: {line!r} is no NAME:RED,GREEN,BLUE:PARTS:'
+                                  'ACTIONS. Correct it.')
+            found[tuple(map(int, colour))] = label.strip()
         return found
     for name in files.ending('_classes.csv'):
-        with open(files.path(name), encoding='utf-8-sig', newline='') as file:
-            rows = [row for row in csv.reader(file) if len(row) >= 2 and row[0].strip().isdigit()]
+        rows = [row for row in csv.reader(lines_of(files.path(name)))
+                if len(row) >= 2 and row[0].strip().isdecimal()]
         return {int(row[0]): row[1].strip() for row in rows}
     for name in files.ending('classes.txt', 'label_names.txt'):
-        with open(files.path(name), encoding='utf-8-sig') as file:
-            lines = [line.strip() for line in file if line.strip()]
-        return dict(enumerate(lines))
+        return dict(enumerate(lines_of(files.path(name))))
     return {}
 
 

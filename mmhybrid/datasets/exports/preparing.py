@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..coco_records import coco_records
 from ..label_images import IGNORED
 from .common import Export, ExportError, Left, Picture, Questions, Thing
 from .label_pictures import numbered
@@ -115,9 +116,14 @@ def _check_names(export: Export) -> None:
 def _clean(export: Export) -> list[str]:
     """Cut what reaches out of its picture, leave out what has no area; say what looks wrong."""
     left, odd = Left(), Left()
+    faulty = _faulty_outlines(export)
     for one in export.pictures:
         kept = []
         for thing in one.things:
+            if id(thing) in faulty:
+                left.add(f'{thing.label} whose outline cannot be used ({faulty[id(thing)]}): left '
+                         'out', one.name)
+                continue
             if not _cut(thing, one.size, odd, one.name):
                 left.add(f'{thing.label} whose box has no area inside its picture: left out',
                          one.name)
@@ -130,6 +136,21 @@ def _clean(export: Export) -> list[str]:
             odd.add('pictures with two nearly equal boxes of one class', one.name)
     export.notes += left.notes()
     return odd.notes() + _odd_classes(export)
+
+
+def _faulty_outlines(export: Export) -> dict[int, str]:
+    """id() of objects whose outlines COCO's tools would refuse, or crash on -> why."""
+    things = [(place, one, thing) for place, one in enumerate(export.pictures)
+              for thing in one.things if thing.outlines]
+    records, problems = coco_records(dict(
+        images=[dict(id=place, file_name=one.name, width=one.size[0], height=one.size[1])
+                for place, one in enumerate(export.pictures)],
+        categories=[dict(id=0, name='any')],
+        annotations=[dict(id=number, image_id=place, category_id=0, bbox=[0, 0, 1, 1], area=1,
+                          iscrowd=0, segmentation=thing.outlines)
+                     for number, (place, one, thing) in enumerate(things)]))
+    assert not problems, problems
+    return {id(things[number][2]): why for number, why in records.faults.items()}
 
 
 def _cut(thing: Thing, size: tuple[int, int], odd: Left, where: str) -> bool:

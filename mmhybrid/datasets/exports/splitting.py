@@ -62,12 +62,21 @@ def split_pictures(export: Export, held: dict[str, set[str]], copies: list[list[
         questions.told.append(
             f'{len(said["train"])} pictures for training and {len(said["val"])} for validation, '
             f'drawn with --seed {seed} so that each class keeps its share'
-            + (f', in groups by --group {pattern}' if pattern else ''))
+            + (f', in groups by --group {pattern}' if pattern else _series(pool)))
     elif pattern:
         raise ExportError(f'--group {pattern}: the export is already divided into train and val. '
                           'Leave it out, or merge their folders.')
     return {split: sorted(found, key=lambda one: one.name) for split, found in said.items()
             if found}
+
+
+def _series(pool: Sequence[Picture]) -> str:
+    """A hint where names look like the numbered frames of a few videos."""
+    stems = {re.sub(r'\d+$', '', os.path.splitext(one.name)[0]) for one in pool}
+    if not 1 < len(stems) <= len(pool) // 8:
+        return ''
+    return (f'. Their names are {len(stems)} numbered series; if these are frames of videos, '
+            "neighbours are nearly the same: keep them together with --group '(.*?)\\d+\\.'")
 
 
 def _divide(pool: Sequence[Picture], held: dict[str, set[str]], copies: list[list[str]],

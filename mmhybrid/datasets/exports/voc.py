@@ -46,7 +46,7 @@ def read(files: Files, questions: Questions) -> Export:
         reference = (root.findtext('filename') or '').strip()
         image = next(filter(None, (files.find(each, name) for each in _references(
             files, reference, stem))), None)
-        said = [int(float(root.findtext(f'size/{key}') or 0)) for key in ('width', 'height')]
+        said = tuple(root.findtext(f'size/{key}') for key in ('width', 'height'))
         size = fitting_size(files, image, said, f'{reference or stem} of {name}', left)
         if size is None:
             continue

@@ -17,6 +17,7 @@ from .common import (
     Questions,
     Thing,
     image_size,
+    lines_of,
     outline_box,
     split_of,
 )
@@ -97,10 +98,9 @@ def _description(files: Files, questions: Questions) -> tuple[list[str], dict[st
         shape = content.get('kpt_shape') or []
         return (_names(files.path(name), content['names']), _folders(files, name, content),
                 math.prod(shape) if shape else 0)
-    lists = [name for name in files.ending(*_LISTS)]
+    lists = [name for name in files.ending(*_LISTS) if osp.basename(name).lower() in _LISTS]
     if lists:
-        with open(files.path(lists[0]), encoding='utf-8-sig') as file:
-            return [line.strip() for line in file if line.strip()], {}, 0
+        return lines_of(files.path(lists[0])), {}, 0
     return _asked(files, questions), {}, 0
 
 
@@ -128,9 +128,8 @@ def _names(path: str, names) -> list[str]:
 def _asked(files: Files, questions: Questions) -> list[str]:
     highest = -1
     for name in label_files(files).values():
-        with open(files.path(name), encoding='utf-8-sig') as file:
-            highest = max([highest, *(int(line.split()[0]) for line in file
-                                      if _LINE.match(line))])
+        highest = max([highest, *(int(line.split()[0]) for line in lines_of(files.path(name))
+                                  if _LINE.match(line))])
     answer = questions.choose(
         'classes', f'{files.root} has label files of YOLO, but no data.yaml, classes.txt or '
         f'obj.names with the names of its {highest + 1} classes.', None,
@@ -148,9 +147,7 @@ def _folders(files: Files, name: str, content: dict) -> dict[str, str]:
             if place is None:
                 continue
             if osp.isfile(place):
-                with open(place, encoding='utf-8-sig') as file:
-                    listed = [line.strip() for line in file if line.strip()]
-                for line in listed:
+                for line in lines_of(place):
                     image = files.find(line, name)
                     if image is not None:
                         found[image] = split

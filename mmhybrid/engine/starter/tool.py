@@ -14,6 +14,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import torch
+
 from mmhybrid.datasets.exports import ExportError, Questions, read_export
 from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
@@ -60,6 +62,8 @@ def main(args: argparse.Namespace) -> None:
                             'MambaVision, VMamba or LocalVMamba.')
     except ExportError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f'{error.filename or data} cannot be read: {error.strerror}.') from error
     plan = make_plan(prepared, backbone, args.weights, has_accelerator())
     stem = re.sub(r'\W+', '_', osp.basename(data)).strip('_') or 'data'
     config = out / f'{stem}.py'
@@ -249,3 +253,6 @@ def _next(config: Path) -> None:
                         else str(config))
     print(f'\nLook at {shlex.quote(str(config.with_name("report.html")))}, then\n'
           f'    mmhybrid train {shown}')
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        print(f'(batches that fit this GPU: mmhybrid memory {shown} --gpu {memory:.0f})')
