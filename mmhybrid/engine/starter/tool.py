@@ -21,7 +21,7 @@ from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
 from mmhybrid.datasets.storage import atomic_folder, existing_recipe
 from mmhybrid.visualization.data_report import report_html
-from mmhybrid.weights import WeightsError, is_known_source
+from mmhybrid.weights import RELEASED, WeightsError, is_known_source
 from mmhybrid.weights.released import find_released
 
 from ..amp import has_accelerator
@@ -134,7 +134,11 @@ def _ask(text: str) -> str:
 
 
 def _backbone(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, str]:
-    named = _named(args.weights) if args.weights else None
+    named = None
+    if args.weights:
+        named = _named(args.weights)
+        if named is None and not is_remote(args.weights):
+            args.weights = osp.abspath(osp.expanduser(args.weights))  # wherever training starts
     if args.model:
         backbone = find_backbone(args.model)
         if named and named != (backbone.family, backbone.arch):
@@ -218,10 +222,10 @@ def _tell(prepared: Prepared, questions: Questions, facts: list[str], weights: s
 def _weights_text(weights: str | None, backbone: Backbone) -> str:
     if weights is None:
         name = backbone.released()
-        return 'random ones' + (f'; published ones start much better: --weights {name} '
-                                f'({_licence_and_size(name)})' if name else '')
-    if not is_known_source(weights) and not is_remote(weights):
-        return f'{weights} ({osp.getsize(osp.expanduser(weights)) / 1e6:.0f} MB)'
+        return 'random ones' + (f'; published ones start much better: --weights {name} (licence '
+                                f'{RELEASED[name].licence})' if name else '')
+    if osp.isfile(weights):
+        return f'{weights} ({osp.getsize(weights) / 1e6:.0f} MB)'
     return f'{weights} ({_licence_and_size(weights)}), fetched when training starts'
 
 

@@ -5,7 +5,7 @@ Makes a YOLO folder of 40 images from the mini set, then runs three commands on 
 init``, ``train``, ``predict``), and trains configs/cascade_mambavision_mini_coco.py on the same 40
 images for the same time. Both are scored on the 64 held-out images of the mini set.
 
-    python tools/own_data_walk.py --root work_dirs/walk
+    python tools/benchmark/own_data.py --root work_dirs/walk
 """
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # In a clone that is not installed the package is beside this folder.
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from mmhybrid.datasets.mini_coco import KINDS, write_mini_coco  # noqa: E402
@@ -43,12 +44,12 @@ def main() -> None:
     spent = command('train', config, '--work-dir', root / 'own')
     command('predict', root / 'mini_coco/val2017', '--weights', root / 'own', '--out',
             root / 'predictions')
-    own = score(config, newest(root / 'own'), root, 'own', val_of(root))
+    own = score(config, newest(root / 'own'), root, 'own', options=held_out(root))
 
     each = trial(root)
     epochs = max(1, round(spent / each))
     reference(root, 'reference', epochs)
-    other = score(REFERENCE, newest(root / 'reference'), root, 'reference', [], root / 'mini_coco')
+    other = score(REFERENCE, newest(root / 'reference'), root, 'reference', root / 'mini_coco')
     print(f'box AP on {IMAGES} images: init {own:.3f} in {spent:.0f} s, {REFERENCE} {other:.3f} in '
           f'{epochs} epochs of {each:.1f} s')
     sys.exit(own < other - 0.03)
@@ -100,7 +101,7 @@ def reference(root: Path, name: str, epochs: int) -> float:
         f'param_scheduler.1.T_max={epochs}')
 
 
-def val_of(root: Path) -> list[str]:
+def held_out(root: Path) -> list[str]:
     """Options that score a config of ours on the held-out images of the mini set."""
     data = root / 'mini_coco'
     file = data / 'annotations/instances_val2017.json'
@@ -114,8 +115,8 @@ def newest(folder: Path) -> Path:
     return best[-1] if best else max(folder.glob('epoch_*.pth'), key=lambda p: p.stat().st_mtime)
 
 
-def score(config, checkpoint: Path, root: Path, name: str, options: list[str],
-          data: Path | None = None) -> float:
+def score(config, checkpoint: Path, root: Path, name: str, data: Path | None = None,
+          options: Sequence[str] = ()) -> float:
     """Box AP."""
     where = root / f'{name}_test'
     command('test', config, checkpoint, '--work-dir', where,
