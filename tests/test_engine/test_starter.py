@@ -273,6 +273,22 @@ def test_weights_choose_the_backbone_and_say_their_licence(tmp_path, capsys, mon
     assert 'licence MIT, 123 MB' in capsys.readouterr().err
 
 
+def test_a_file_of_weights_chooses_the_backbone(tmp_path, monkeypatch):
+    with on_meta():
+        built = MODELS.build(dict(type='mmhybrid.Vim', arch='tiny'))
+    torch.save(dict(model={name: torch.zeros(tensor.shape) for name, tensor in
+                           built.state_dict().items()}), tmp_path / 'mine.pth')
+    monkeypatch.chdir(tmp_path)
+    text = init(exports.yolo(tmp_path / 'data'), '--weights', 'mine.pth').read_text()
+    assert "type='mmhybrid.Vim', arch='tiny'" in text
+    assert f"pretrained = '{tmp_path / 'mine.pth'}'" in text
+    with pytest.raises(UserError, match='(?s)mine.pth are of Vim.*MambaVision'):
+        init(tmp_path / 'data', '--weights', 'mine.pth', '--model', 'mambavision-t')
+    (tmp_path / 'mine.pth').write_bytes(b'no weights')
+    with pytest.raises(UserError, match='--weights: mine.pth'):
+        init(tmp_path / 'data', '--weights', 'mine.pth')
+
+
 def test_few_pictures_with_weights_keep_batchnorm(tmp_path, monkeypatch):
     monkeypatch.setattr('mmhybrid.engine.starter.tool._size_of', lambda address: '123 MB')
     text = init(exports.yolo(tmp_path), '--weights', 'mambavision-t-1k').read_text()

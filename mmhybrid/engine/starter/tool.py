@@ -21,11 +21,18 @@ from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
 from mmhybrid.datasets.storage import atomic_folder, existing_recipe
 from mmhybrid.visualization.data_report import report_html
-from mmhybrid.weights import RELEASED, WeightsError, is_known_source
+from mmhybrid.weights import (
+    RELEASED,
+    WeightsError,
+    identify,
+    is_known_source,
+    read_file,
+    strip_wrappers,
+    unwrap,
+)
 from mmhybrid.weights.released import find_released
 
 from ..amp import has_accelerator
-from ..config import is_remote
 from ..errors import UserError
 from .config_text import config_text
 from .heads import default_head, find_head
@@ -137,7 +144,7 @@ def _backbone(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, s
     named = None
     if args.weights:
         named = _named(args.weights)
-        if named is None and not is_remote(args.weights):
+        if not is_known_source(args.weights):
             args.weights = osp.abspath(osp.expanduser(args.weights))  # wherever training starts
     if args.model:
         backbone = find_backbone(args.model)
@@ -155,15 +162,23 @@ def _backbone(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, s
 
 
 def _named(weights: str) -> tuple[str, str] | None:
+    """Family and variant of weights; None where that shows only when they are loaded."""
     try:
         find_released(weights)
-        known = is_known_source(weights)
+        if is_known_source(weights):
+            return named_weights(weights)
+        path = osp.expanduser(weights)
+        if not osp.isfile(path):
+            raise UserError(f'--weights {weights} is neither a file nor the short name of '
+                            'published weights, such as mambavision-t-1k or vmamba-t-s1l8.')
+        found = strip_wrappers(unwrap(read_file(path))[0])[0]
     except WeightsError as error:
         raise UserError(f'--weights: {error}.') from error
-    if not known and not is_remote(weights) and not osp.isfile(osp.expanduser(weights)):
-        raise UserError(f'--weights {weights} is neither a file nor the short name of published '
-                        'weights, such as mambavision-t-1k or vmamba-t-s1l8.')
-    return named_weights(weights)
+    identity = identify({name: tuple(tensor.shape) for name, tensor in found.items()})
+    if identity is not None and not identity.ours:
+        raise UserError(f'--weights {weights} are of {identity}, which is no backbone of this '
+                        'package.')
+    return (identity.family, identity.variant) if identity and identity.variant else None
 
 
 def _recipe(args: argparse.Namespace, prepared: Prepared, backbone: str, head: str) -> dict:
