@@ -86,8 +86,9 @@ def _classes(contents: dict[str, dict]) -> tuple[list[str], set[str]]:
                     or 'id' not in entry:
                 raise ExportError(f'{name}: the category {in_json(entry)} has no "id" and "name".')
             names[in_json(entry['id'])] = entry['name'].strip()
-            if entry.get('supercategory') not in ('none', entry['name']):
-                parents.add(entry.get('supercategory'))
+            above = str(entry.get('supercategory'))
+            if above not in ('none', entry['name']):
+                parents.add(above)
             else:
                 roots.add(entry['name'].strip())
         used |= {names.get(in_json(entry.get('category_id')))
@@ -106,7 +107,8 @@ def _crowds(contents: dict[str, dict], questions: Questions) -> bool:
             total += 1
             if isinstance(entry, dict) and entry.get('iscrowd') == 1:
                 crowds += 1
-                cvat += 'occluded' in (entry.get('attributes') or {})
+                extra = entry.get('attributes')
+                cvat += isinstance(extra, dict) and 'occluded' in extra
             elif isinstance(entry, dict) and isinstance(entry.get('segmentation'), dict):
                 coded += 1
     if not crowds:

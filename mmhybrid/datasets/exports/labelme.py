@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import json
 import math
@@ -47,7 +46,9 @@ def read(files: Files, questions: Questions) -> Export:
     left, pictures, labels = Left(), {}, {}
     for name in shape_files(files):
         content = _content(files.path(name))
-        reference = content.get('imagePath') or f'{osp.splitext(osp.basename(name))[0]}.jpg'
+        reference = content.get('imagePath')
+        if not isinstance(reference, str) or not reference:
+            reference = f'{osp.splitext(osp.basename(name))[0]}.jpg'
         image = files.find(reference, name) or _beside(files, name)
         inside = ', which is inside that file only: save it beside' if image is None and \
             content.get('imageData') else ''
@@ -138,7 +139,7 @@ def _mask(shape: dict, label: str, points: np.ndarray, size: tuple[int, int]) ->
     try:
         with Image.open(io.BytesIO(base64.b64decode(shape.get('mask') or ''))) as image:
             part = np.asarray(image.convert('L')) > 0
-    except (*UNREADABLE, binascii.Error):
+    except (*UNREADABLE, TypeError):  # binascii.Error is a ValueError
         return None
     whole = np.zeros(size[::-1], bool)
     x, y = np.maximum(points.min(0).round().astype(int), 0)

@@ -95,9 +95,10 @@ def _description(files: Files, questions: Questions) -> tuple[list[str], dict[st
                           'one, or give a folder further down.')
     if found:
         name, content = found[0]
-        shape = content.get('kpt_shape') or []
+        shape = content.get('kpt_shape')
+        numbers = isinstance(shape, list) and all(type(each) is int for each in shape)
         return (_names(files.path(name), content['names']), _folders(files, name, content),
-                math.prod(shape) if shape else 0)
+                math.prod(shape) if numbers and shape else 0)
     lists = [name for name in files.ending(*_LISTS) if osp.basename(name).lower() in _LISTS]
     if lists:
         return lines_of(files.path(lists[0])), {}, 0
