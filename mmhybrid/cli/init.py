@@ -17,8 +17,9 @@ def add_arguments(parser):
     parser.add_argument('--out', metavar='FOLDER', help='new folder to write (default: '
                                                         'DATA/mmhybrid)')  # fmt: skip
     parser.add_argument('--model', metavar='NAME',
-                        help='backbone, such as mambavision-t, vmamba-s, vim-t or localvmamba-t '
-                             '(default: that of the weights, else by the images)')  # fmt: skip
+                        help='backbone, such as mambavision-t, vmamba-s, vim-t, localvmamba-t or '
+                             'timm:convnext_tiny (default: that of the weights, else by the '
+                             'images)')  # fmt: skip
     parser.add_argument('--head', metavar='NAME',
                         help='mask-rcnn, cascade, faster, retinanet, rtmdet, dino, mask2former, '
                              'upernet or segformer (default: by the task)')  # fmt: skip

@@ -127,7 +127,7 @@ def test_heads_learn_and_predict(head, task, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', ['mambavision-t', 'vmamba-t', 'localvmamba-t', 'vim-t',
-                                   'localvim-t'])
+                                   'localvim-t', 'timm:convnext_atto'])
 def test_backbones_learn_and_predict(model, tmp_path):
     loss, built, _ = one_step(init(exports.coco(tmp_path, 4), '--model', model))
     assert torch.isfinite(loss)
@@ -150,6 +150,8 @@ def boxes(tmp_path_factory):
 
 @pytest.mark.parametrize(('options', 'parts'), [
     (('--model', 'mambavision-x'), ('--model mambavision-x', 'mambavision-')),
+    (('--model', 'timm:nonsense'), ('timm:nonsense',)),
+    (('--model', 'timm:vit_tiny_patch16_224'), ('timm:vit_tiny_patch16_224',)),
     (('--head', 'yolov8'), ('--head yolov8', 'faster', 'dino')),
     (('--head', 'upernet'), ('--task detect', 'upernet learns semantic')),
     (('--head', 'mask-rcnn'), ('--task detect', 'faster')),

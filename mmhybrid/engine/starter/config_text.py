@@ -73,7 +73,8 @@ def _backbone(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan) ->
             return f'backbone=dict({windows}),'
     else:
         windows = "window_size=(8, 8, 112, 56), windows='tight'"
-    parts = [f"type='mmhybrid.{backbone.family}'", f'arch={_as_dict(backbone.arch)}']
+    key = 'name' if backbone.family == 'TimmFeatures' else 'arch'
+    parts = [f"type='mmhybrid.{backbone.family}'", f'{key}={_as_dict(backbone.arch)}']
     if backbone.family == 'MambaVision':
         parts.append(windows)
     if backbone.plain:

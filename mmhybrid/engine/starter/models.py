@@ -7,12 +7,14 @@ from importlib import import_module
 
 from mmhybrid.weights import RELEASED
 
+from ...models.backbones.timm_features import TimmFeatures
 from ..errors import UserError
 
 __all__ = ['MINI', 'Backbone', 'backbone_names', 'find_backbone', 'named_weights']
 
 FAMILIES = ('MambaVision', 'VMamba', 'LocalVMamba', 'Vim', 'LocalVim')
 MINI = 'mambavision-mini'
+TIMM = 'timm:'
 # That of configs/cascade_mambavision_mini_coco.py.
 _MINI = dict(dim=32, stem_width=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 4, 8),
              window_size=(8, 8, 14, 7), mlp_ratio=2)
@@ -72,18 +74,33 @@ def backbone_names() -> list[str]:
 
 
 def find_backbone(name: str) -> Backbone:
-    """Give the backbone of a short name.
+    """Give the backbone of a short name, or of timm: 'timm:convnext_tiny'.
 
     Raises:
         UserError: if there is none; names the nearest.
     """
+    if name.startswith(TIMM):
+        return _of_timm(name)
     table = _table()
     found = table.get(name.lower().replace('_', '-'))
     if found is None:
         near = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.3) or [*table][:3]
         raise UserError(f'--model {name} is no backbone of this package. Did you mean '
-                        f'{" or ".join(near)}? There are {", ".join(table)}.')
+                        f'{" or ".join(near)}? There are {", ".join(table)}, and '
+                        f'{TIMM}NAME for networks of timm.')
     return found
+
+
+def _of_timm(name: str) -> Backbone:
+    try:
+        built = TimmFeatures(name.removeprefix(TIMM))
+    except (ImportError, ValueError, TypeError, AssertionError) as error:
+        raise UserError(f'--model {name}: {error}.') from error
+    if built.out_strides != (4, 8, 16, 32):
+        raise UserError(f'--model {name} has maps at strides {built.out_strides}, and the heads '
+                        'here read 4, 8, 16 and 32. Take another network, such as '
+                        f'{TIMM}convnext_tiny.')
+    return Backbone(name, 'TimmFeatures', name.removeprefix(TIMM), built.out_channels)
 
 
 def named_weights(weights: str) -> tuple[str, str] | None:
