@@ -301,6 +301,18 @@ def test_copies_and_groups_stay_together(tmp_path):
     refused(folder, 'no regular expression', group='(')
 
 
+def test_pictures_for_testing_need_annotations(tmp_path):
+    folder = exports.yolo(tmp_path, 9, split=True)
+    (folder / 'valid').rename(folder / 'test')
+    prepared, _ = read(folder)
+    assert {split: len(found) for split, found in prepared.splits.items()} == {
+        'train': 4, 'val': 2, 'test': 3}
+    shutil.rmtree(folder / 'test/labels')
+    prepared, questions = read(folder)
+    assert set(prepared.splits) == {'train', 'val'}
+    assert any('3 pictures for testing have no annotations' in text for text in questions.told)
+
+
 def test_a_class_of_one_picture_is_trained_on(tmp_path):
     folder = exports.yolo(tmp_path, 10)
     (folder / 'data.yaml').write_text((folder / 'data.yaml').read_text().replace(

@@ -228,7 +228,7 @@ def test_a_stopped_run_leaves_nothing_and_a_killed_one_is_cleared(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr('mmhybrid.engine.starter.tool.report_html', stop)
+        patch.setattr('mmhybrid.engine.starter.tool.write', stop)
         init(folder)
     assert set(state(folder)) == before
     for name, age in (('.mmhybrid.killed', 7200), ('.mmhybrid.working', 10)):

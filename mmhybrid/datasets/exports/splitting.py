@@ -49,6 +49,10 @@ def split_pictures(export: Export, held: dict[str, set[str]], copies: list[list[
     free = []
     for one in export.pictures:
         (said[one.split] if one.split else free).append(one)
+    if said['test'] and not any(held[one.name] for one in said['test']):
+        questions.told.append(f'{len(said["test"])} pictures for testing have no annotations to '
+                              'score: left out')
+        said['test'] = []
     pattern = questions.given.get('group')
     if said['train'] and said['val'] and free:
         raise ExportError(f'{len(free)} pictures belong to no part, such as {free[0].name}, though '

@@ -10,29 +10,31 @@ from .heads import Head, base_of
 from .models import MINI, Backbone
 from .plan import Plan, workers
 
-__all__ = ['config_text', 'palette_of']
+__all__ = ['config_text', 'counted', 'palette_of']
 
 
-def config_text(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, data: str,
-                annotations: str, weights: str | None, title: str) -> str:
+def config_text(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, name: str,
+                data: str, annotations: str, weights: str | None) -> str:
     """A config that trains as it is.
 
     Args:
         prepared: the data.
         backbone, head, plan: what was chosen.
+        name: of the data set, for the work directory.
         data: folder of the images, with '/' at its end.
         annotations: folder of the annotations: absolute, or relative to ``data``; with '/' at its
             end.
         weights: short name, address or file of the backbone's weights; None for random ones.
-        title: words of the first line.
     """
     semantic = prepared.task == 'semantic'
     base, whole = base_of(head, backbone, prepared.task)
     runtime = f"mmhybrid::_base_/runtime_{'seg' if semantic else 'det'}.py"
     delete = '_delete_=True,' if whole else ''
     bases = f"'{base}'" if whole else f"['{base}', '{runtime}']"
-    lines = [f'# {title}', '# Written by mmhybrid init; change what you like.', f'_base_ = {bases}',
-             '', f'work_dir = {f"work_dirs/{_stem(title)}"!r}', f'data_root = {data!r}',
+    title = f'# {head.title} with {backbone.name} for {name}: {counted(prepared)}, ' \
+            f'{len(prepared.classes)} classes.'
+    lines = [title, '# Written by mmhybrid init; change what you like.', f'_base_ = {bases}',
+             '', f'work_dir = {f"work_dirs/{name}"!r}', f'data_root = {data!r}',
              f'classes = {_wrapped(tuple(prepared.classes))}']
     if weights:
         lines.append(f'pretrained = {weights!r}')
@@ -43,8 +45,9 @@ def config_text(prepared: Prepared, backbone: Backbone, head: Head, plan: Plan, 
     return '\n'.join(lines) + '\n'
 
 
-def _stem(title: str) -> str:
-    return title.split(':')[0].rpartition(' ')[2]
+def counted(prepared: Prepared) -> str:
+    """Pictures in each part, in words."""
+    return ' + '.join(f'{len(found)} {split}' for split, found in prepared.splits.items())
 
 
 def _wrapped(value, indent: str = '    ') -> str:

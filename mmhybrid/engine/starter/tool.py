@@ -34,8 +34,8 @@ from mmhybrid.weights.released import find_released
 
 from ..amp import has_accelerator
 from ..errors import UserError
-from .config_text import config_text
-from .heads import default_head, find_head
+from .config_text import config_text, counted
+from .heads import Head, default_head, find_head
 from .models import Backbone, backbone_names, find_backbone, named_weights
 from .plan import default_backbone, make_plan
 
@@ -56,47 +56,54 @@ def main(args: argparse.Namespace) -> None:
         UserError: for everything that the user can put right.
     """
     data, out = _places(args)
+    questions = _questions(args)
+    say(f'Reading {data} ...')
     try:
-        questions = _questions(args)
-        say(f'Reading {data} ...')
-        export = read_export(data, questions, args.task)
-        prepared = prepare(export, questions, args.task, args.val_fraction, args.seed)
-        backbone, why = _backbone(args, prepared)
-        head = find_head(args.head or default_head(prepared.task, backbone.name), prepared.task)
-        if backbone.plain and len(head.maps) < 4:
-            raise UserError(f'--head {head.name} reads maps at strides 8 to 32, and those of '
-                            f'{backbone.name} come as four. Take another head, or a backbone of '
-                            'MambaVision, VMamba or LocalVMamba.')
+        prepared = prepare(read_export(data, questions, args.task), questions, args.task,
+                           args.val_fraction, args.seed)
+        backbone, head, facts = _model(args, prepared)
     except ExportError as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f'{error.filename or data} cannot be read: {error.strerror}.') from error
-    plan = make_plan(prepared, backbone, args.weights, has_accelerator())
-    stem = re.sub(r'\W+', '_', osp.basename(data)).strip('_') or 'data'
-    config = out / f'{stem}.py'
+    name = re.sub(r'\W+', '_', osp.basename(data)).strip('_') or 'data'
     recipe = _recipe(args, prepared, backbone.name, head.name)
     if _is_there(out, recipe):
         say(f'{out} holds the same already, and nothing was changed.')
-        return _next(config)
-    inside = out.parent == Path(data)
-    text = config_text(prepared, backbone, head, plan, f'{data}/',
-                       f'{out.name}/' if inside else f'{out}/', args.weights,
-                       f'{head.title} with {backbone.name} for {stem}: '
-                       f'{_counted(prepared)}, {len(prepared.classes)} classes.')
-    facts = [f'{head.title} with {backbone.name}' + (f' ({why})' if why else ''), *plan.why]
+    else:
+        plan = make_plan(prepared, backbone, args.weights, has_accelerator())
+        facts += plan.why
+        config = config_text(prepared, backbone, head, plan, name, f'{data}/',
+                             f'{out.name}/' if out.parent == Path(data) else f'{out}/',
+                             args.weights)
+        page = report_html(prepared, name, questions.told, facts, args.seed)
+        _write(out, recipe, prepared, {f'{name}.py': config, 'report.html': page})
+        _tell(prepared, questions, facts, args.weights, backbone)
+    _next(out / f'{name}.py')
+
+
+def _model(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, Head, list[str]]:
+    """Backbone and head, and a sentence on why."""
+    backbone, why = _backbone(args, prepared)
+    head = find_head(args.head or default_head(prepared.task, backbone.name), prepared.task)
+    if backbone.plain and len(head.maps) < 4:
+        raise UserError(f'--head {head.name} reads maps at strides 8 to 32, and those of '
+                        f'{backbone.name} come as four. Take another head, or a backbone of '
+                        'MambaVision, VMamba or LocalVMamba.')
+    return backbone, head, [f'{head.title} with {backbone.name}' + (f' ({why})' if why else '')]
+
+
+def _write(out: Path, recipe: dict, prepared: Prepared, texts: dict[str, str]) -> None:
     try:
         _remove_left_overs(out)
         with atomic_folder(out, recipe, MARKER) as work:
             write(prepared, work, _progress)
-            (work / config.name).write_text(text, encoding='utf-8')
-            (work / 'report.html').write_text(report_html(
-                prepared, stem, questions.told, facts, args.seed), encoding='utf-8')
+            for name, text in texts.items():
+                (work / name).write_text(text, encoding='utf-8')
             _is_there(out, {})  # meanwhile, by another run
     except OSError as error:
         raise UserError(f'{out} could not be written: {error.strerror or error}. Nothing is left '
                         'there. Free some space, or write elsewhere: --out FOLDER.') from error
-    _tell(prepared, questions, facts, args.weights, backbone)
-    _next(config)
 
 
 def say(text: str) -> None:
@@ -217,14 +224,10 @@ def _remove_left_overs(out: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _counted(prepared: Prepared) -> str:
-    return ' + '.join(f'{len(found)} {split}' for split, found in prepared.splits.items())
-
-
 def _tell(prepared: Prepared, questions: Questions, facts: list[str], weights: str | None,
           backbone: Backbone) -> None:
     export = prepared.export
-    say(f'{export.form}: {_counted(prepared)} pictures, {len(prepared.classes)} classes '
+    say(f'{export.form}: {counted(prepared)} pictures, {len(prepared.classes)} classes '
         f'({", ".join(prepared.classes[:6])}{", ..." if len(prepared.classes) > 6 else ""}), task '
         f'{prepared.task}')
     for title, texts in (('decided', questions.told), ('data', export.notes),
