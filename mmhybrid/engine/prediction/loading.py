@@ -31,12 +31,12 @@ from mmhybrid.weights import (
     unwrap,
 )
 
+from ...compat.checkpoint_loader import check_entries
+from ...compat.embedded_config import plain_config, settled_text
 from ...models.checkpoints import check_windows
 from ..building import building
-from ..checkpoint_schemes import check_entries
 from ..checkpointing import recorded
 from ..config import apply_tta, load_config
-from ..embedded_config import plain_config, settled_text
 from ..errors import UserError
 from ..options import check_options
 from ..preflight import check_checkpoint_file, check_whole, classes_of, num_classes_of

@@ -4,13 +4,14 @@ The weights are enough: a checkpoint of training holds its config. Writes pictur
 what was found, and predictions.json in COCO's format.
 """
 
+from ._common import add_cfg_options
+
 EXAMPLE = 'mmhybrid predict photos/ --weights work_dirs/mini --score 0.5'
 
 
 def add_arguments(parser):
-    """Describe the command line."""
-    from .engine.options import OptionsAction
-    from .engine.prediction.files import KINDS
+    """Add the options."""
+    from mmhybrid.engine.prediction.files import KINDS
 
     parser.add_argument('source', nargs='+', metavar='SOURCE',
                         help='picture, folder, pattern such as "*/*.jpg", list of paths (.txt), '
@@ -43,13 +44,11 @@ def add_arguments(parser):
     parser.add_argument('--device', help='such as cuda:1 or cpu (default: a GPU if there is one)')
     parser.add_argument('--trust', action='store_true',
                         help='follow all that the checkpoint says, also what could run code')
-    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
-                        help='change the config')
-    parser.add_argument('--traceback', action='store_true', help='show full tracebacks')
+    add_cfg_options(parser)
 
 
 def run(args):
     """Do the work; returns the exit status."""
-    from .engine.prediction.command import predict
+    from mmhybrid.engine.prediction.command import predict
 
     return predict(args)
