@@ -36,6 +36,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason='slow: run with -m slow'))
 
 
+def pytest_runtest_logreport(report):
+    """On a GPU, whose time may end before the tests do, say at once why one failed."""
+    if report.failed and os.environ.get('MMHYBRID_TEST_DEVICE') == 'cuda' and _terminal:
+        _terminal[0].write_line(f'\nFAILED {report.nodeid}\n{report.longreprtext[-4000:]}')
+
+
+_terminal = []
+
+
+def pytest_sessionstart(session):
+    """Where :func:`pytest_runtest_logreport` writes; workers of xdist have no terminal."""
+    found = session.config.pluginmanager.get_plugin('terminalreporter')
+    _terminal[:] = [found] if found and not hasattr(session.config, 'workerinput') else []
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     """Every test starts from the same random state, alone or after others."""

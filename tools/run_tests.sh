@@ -64,16 +64,26 @@ names = "triton mmengine mmcv mmdet mmseg xdist".split()
 print(*(name for name in names if find_spec(name) is None))')"
     [[ -z "$missing" ]] ||
         echo "[tests] not installed: $missing. What needs it does not run; reasons come last." >&2
-    workers=()
-    # Most of the time goes into compiling kernels. A file stays in one process.
-    [[ " $missing " == *" xdist "* ]] || workers=(-n 4 --dist loadfile)
-    files=()
-    while IFS= read -r file; do files+=("$file"); done < <(
-        grep -rl --include='test_*.py' 'mark\.gpu' tests | LC_ALL=C sort)
     export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     export MMHYBRID_TEST_DEVICE=cuda
-    exec "$python" -m pytest -m gpu -rs --durations 15 ${workers[@]+"${workers[@]}"} \
-        "${files[@]}" ${arguments[@]+"${arguments[@]}"}
+    code=0
+    # gpu_pytest NAMES MARKS WORKERS DIST ARGUMENTS...: what the files of these names have for a GPU
+    gpu_pytest() {
+        local names="$1" marks="$2" workers=(-n "$3" --dist "$4") files=() file found=0
+        shift 4
+        [[ " $missing " != *" xdist "* ]] || workers=()
+        while IFS= read -r file; do files+=("$file"); done < <(
+            grep -rl --include="$names" 'mark\.gpu' tests | LC_ALL=C sort)
+        ((${#files[@]})) || return 0
+        "$python" -m pytest -m "$marks" -rs --durations 15 ${workers[@]+"${workers[@]}"} \
+            "${files[@]}" "$@" || found=$?
+        ((found == 0 || found == 5)) || code=$found  # 5: -k has selected none of these
+    }
+    # Cases of the kernels make their tensors on the GPU, so they have processes of their own. Most
+    # of their time goes into compiling; other tests of a file share set-up and stay together.
+    gpu_pytest '*_cases.py' 'gpu and not slow' 10 load ${arguments[@]+"${arguments[@]}"}
+    gpu_pytest 'test_*.py' gpu 4 loadfile ${arguments[@]+"${arguments[@]}"}
+    exit "$code"
 fi
 
 echo "[tests] ruff" >&2

@@ -20,6 +20,7 @@ from mmhybrid.ops.map_conv import conv, map_conv, map_conv_reference
 from mmhybrid.ops.merge_norm import attend, merge, merge_norm, merge_norm_reference
 
 begin_cases()
+pytestmark = pytest.mark.gpu
 
 
 def randn(seed, *shape):

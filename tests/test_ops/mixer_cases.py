@@ -14,6 +14,7 @@ from mmhybrid.ops.selective_scan import passes as scan_passes
 from mmhybrid.ops.selective_scan import plan as plans
 
 begin_cases()
+pytestmark = pytest.mark.gpu
 
 # The interpreter cuts off where a GPU rounds, so one unit in the last place, not half of one.
 STORED = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}

@@ -22,6 +22,7 @@ from mmhybrid.ops import layer_norm as ops
 from mmhybrid.ops.layer_norm import fused, norm_reference, sum_reference
 
 begin_cases()
+pytestmark = pytest.mark.gpu
 
 SLOW = pytest.mark.slow
 HALF, FLOAT, BF16 = torch.float16, torch.float32, torch.bfloat16

@@ -13,7 +13,6 @@ from mmhybrid.ops import layer_norm as ops
 CASES = Path(__file__).with_name('norm_cases.py')
 
 
-@pytest.mark.gpu
 def test_kernels():
     assert run_cases(CASES, '-m', 'not slow') >= 80
 

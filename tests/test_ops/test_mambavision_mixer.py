@@ -13,7 +13,6 @@ from mmhybrid.ops import mambavision_mixer
 CASES = Path(__file__).parent / 'mixer_cases.py'
 
 
-@pytest.mark.gpu
 def test_results_gradients_and_operators():
     assert run_cases(CASES) >= 23
 

@@ -8,7 +8,6 @@ from interpreter import run_cases
 CASES = Path(__file__).with_name('map_cases.py')
 
 
-@pytest.mark.gpu
 def test_convolution_merge_and_mixers():
     assert run_cases(CASES, '-m', 'not slow') >= 25
 

@@ -17,7 +17,6 @@ from mmhybrid.ops.selective_scan import available_backends, choose_backend
 CASES = Path(__file__).parent / 'triton_cases.py'
 
 
-@pytest.mark.gpu
 def test_values_gradients_and_operators():
     assert run_cases(CASES, '-m', 'not slow') >= 50
 

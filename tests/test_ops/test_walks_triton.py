@@ -8,7 +8,6 @@ from interpreter import run_cases
 CASES = Path(__file__).with_name('walk_cases.py')
 
 
-@pytest.mark.gpu
 def test_directions_mixers_and_their_convolution():
     assert run_cases(CASES, '-m', 'not slow') >= 45
 

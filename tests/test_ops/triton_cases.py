@@ -16,6 +16,7 @@ from mmhybrid.ops.selective_scan.ordered import selective_scan_ordered
 from mmhybrid.ops.selective_scan.reference import selective_scan_reference
 
 begin_cases()
+pytestmark = pytest.mark.gpu
 
 FACTORS = {
     'length': (7, 21, 2, 64, 1),

@@ -29,6 +29,7 @@ from mmhybrid.ops.walk_conv import conv, walk_conv
 from mmhybrid.ops.walk_scan import walk_scan
 
 begin_cases()
+pytestmark = pytest.mark.gpu
 
 VMAMBA = ('h', 'v', 'h_flip', 'v_flip')
 

@@ -165,9 +165,9 @@ def test_kernels_are_counted(gpu_run):
 
 
 def test_tables_of_the_summary_have_only_what_was_timed(gpu_run, tmp_path):
-    row = dict.fromkeys(gpu_run.TABLES[3][2], 'x')
+    row = dict.fromkeys(gpu_run.TABLES[4][2], 'x')
     write(tmp_path / 'attention.csv', [row | {'p50_ms': '1.5'}, row | {'shape': 'y', 'p50_ms': ''}])
-    write(tmp_path / 'launches.csv', [dict.fromkeys(gpu_run.TABLES[2][2], 'z')])
+    write(tmp_path / 'launches.csv', [dict.fromkeys(gpu_run.TABLES[3][2], 'z')])
     gpu_run.write_summary(tmp_path, [], {})
     summary = (tmp_path / 'summary.md').read_text()
     assert '| x | x | x | x | 1.5 | x | x |' in summary and '| y |' not in summary
@@ -261,9 +261,9 @@ def test_dry_run(tmp_path):
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()
     for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile',
-                 'attention', 'train'):
+                 'attention', 'train', 'steps'):
         assert f'| {name} | passed, ' in summary
-    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations'):
+    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations', 'steps'):
         with open(out / f'{name}.csv', newline='') as file:
             assert list(csv.DictReader(file)), name
     assert list(out.glob('profile_*.txt'))

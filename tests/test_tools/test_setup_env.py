@@ -166,12 +166,13 @@ def gpu_environment(clone, tmp_path, *, gpu=True, without=''):
     (clone / 'tests').mkdir()
     (clone / 'tests' / 'test_a.py').write_text('pytestmark = pytest.mark.gpu')
     (clone / 'tests' / 'test_b.py').write_text('def test(): pass')
+    (clone / 'tests' / 'a_cases.py').write_text('pytestmark = pytest.mark.gpu')
     return script(tmp_path / 'python', f"""
 case "$*" in
 *is_available*) exit {int(not gpu)} ;;
 *find_spec*) echo "{without}" ;;
 *'import pytest'*) [[ "{without}" != *pytest* ]] ;;
-*'-m pytest'*) printf '%s|' "$@" > "$CALLS" ;;
+*'-m pytest'*) printf '%s|' "$@" >> "$CALLS" ;;
 esac""")
 
 
@@ -181,8 +182,10 @@ def test_gpu_takes_an_environment_as_it_is(clone, tmp_path, bare_path):
     result = bash('tools/run_tests.sh', '--gpu', '-k', 'x or y', cwd=clone, CALLS=str(calls),
                   PYTHON=str(python), PATH=str(bare_path))
     assert result.returncode == 0, result.stderr
-    assert calls.read_text() == ('-m|pytest|-m|gpu|-rs|--durations|15|-n|4|--dist|loadfile|'
-                                 'tests/test_a.py|-k|x or y|')
+    assert calls.read_text() == (
+        '-m|pytest|-m|gpu and not slow|-rs|--durations|15|-n|10|--dist|load|tests/a_cases.py|'
+        '-k|x or y|-m|pytest|-m|gpu|-rs|--durations|15|-n|4|--dist|loadfile|tests/test_a.py|'
+        '-k|x or y|')
     assert not (clone / '.venv').exists() and '[setup]' not in result.stderr
 
 

@@ -62,6 +62,8 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
             'backbone': rows('backbone', *cpu, '--models', 'Vim:tiny', '--choices', 'torch',
                              '--size', '32', '32', '--batch', '1', '--turns', '1',
                              '--check-size', '32'),
+            'steps': rows('steps', '--device', 'cpu', '--small', '--case', 'vmamba_t_seg',
+                          '--turns', '1'),
             'attention': rows('attention', *cpu, '--rounds', '1', '--small', '--only', 'uneven'),
             'train': script('iterations.py', 'configs/upernet_mambavision_mini_ade20k.py',
                             '--small', '--no-amp', '--ways', 'eager',
@@ -78,6 +80,7 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
             'ops': rows('ops', '--rounds', '10', '--seconds', '1'),
             'mixer': rows('mixer', '--rounds', '10', '--seconds', '1'),
             'backbone': rows('backbone', '--dtype', 'bfloat16', '--seconds', '5'),
+            'steps': rows('steps', '--turns', '9', '--seconds', '3'),
             'attention': rows('attention', '--rounds', '5', '--seconds', '1'),
             'train': script('iterations.py', '--seconds', '30', '--ways', 'eager', 'graphs',
                             '--data', str(out / 'data'), '--csv', str(out / 'iterations.csv')),
@@ -90,8 +93,8 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
                         '--minutes', '{minutes}', *jobs),
         'profile': script('gpu_jobs.py', 'profile', '--out', str(out), *jobs),
     }
-    shares = dict(compile=15, tests=25, ops=12, mixer=10, backbone=12, host=4, profile=5,
-                  attention=4, train=12, plans=12)  # fmt: skip
+    shares = dict(compile=15, tests=25, ops=12, mixer=10, steps=10, host=4, profile=5, plans=10,
+                  train=12, backbone=6, attention=4)  # fmt: skip
     plain = ('host',)  # its stub compiles
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
@@ -255,6 +258,8 @@ def target_lines(out: Path) -> list[str]:
 TABLES = (
     ('backbone', 'Backbones',
      ('model', 'pass', 'mode', 'choice', 'p50_ms', 'images_per_s', 'peak_MB')),
+    ('steps', 'Steps of whole backbones, against the official ones eager in an earlier run',
+     ('case', 'pass', 'way', 'p50_ms', 'peak_MB', 'error', 'official_over_this')),
     ('iterations', 'Iterations of tools/train.py',
      ('config', 'way', 'p50_ms', 'data_ms', 'peak_MB', 'eager_over_this', 'graphs')),
     ('launches', 'Kernel launches of a training step',

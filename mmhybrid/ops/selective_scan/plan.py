@@ -122,11 +122,11 @@ def _changed(
 
 
 # Expected of the present kernels; no GPU has run them. The kernels before them, of commit 6bdc1ab,
-# ran a few plans on a GPU, seven of the sweep and those of three more shapes: enough to scale
-# the figures above, no more. Their launches cost 5 and 4 us, their waits and works of N = 8 were
-# 0.68 and 0.69 times those above in the forward pass (RMS of log(model / row) 0.05), 0.4 and 0.65
-# in the backward pass (0.12). Works then follow the instructions of the loops, counted for sm_90, as
-# addresses of 32 bits have changed them: forward 852 to 732 for four tokens of N = 8 and 731 to 611
+# ran a few plans on a GPU, seven of the sweep and those of three more shapes: enough to scale the
+# figures above, no more. Their launches cost 5 and 4 us, their waits and works of N = 8 were 0.68
+# and 0.69 of those above in the forward pass (RMS of log(model / row) 0.05), 0.4 and 0.65 in the
+# backward pass (0.12). Works then follow the instructions of the loops, counted for sm_90, which
+# addresses of 32 bits have made fewer: forward 852 to 732 for four tokens of N = 8 and 731 to 611
 # of N = 1, all backward sweeps 2183 to 2120 and 1326 to 1266. Resident warps follow the registers,
 # of the backward sweeps four at a time, one for each part of a multiprocessor: 128 registers leave
 # 16 warps. Beyond two states the backward sweeps have blocks of 32 channels only.
