@@ -22,9 +22,10 @@ def pytest_configure(config):
 
 
 # Files that take longest come first: with two processes, one that starts late ends alone.
-LONG = ('test_readme', 'test_selective_scan_triton', 'test_distributed', 'test_walks_triton',
-        'test_compile', 'test_configs', 'test_selective_scan_static', 'test_mambavision_mixer',
-        'test_get_flops', 'test_errors', 'test_registry', 'test_doctor', 'test_train_and_test')
+LONG = ('test_distributed', 'test_readme', 'test_compile', 'test_configs',
+        'test_selective_scan_static', 'test_selective_scan_triton', 'test_walks_triton',
+        'test_get_flops', 'test_errors', 'test_registry', 'test_mambavision_mixer', 'test_doctor',
+        'test_train_and_test')
 
 
 def pytest_collection_modifyitems(config, items):

@@ -55,8 +55,9 @@ def quicken_interpreter():
     import triton.language as tl
     from triton.runtime import interpreter
 
-    scope = interpreter._patch_lang(SimpleNamespace(__globals__={'tl': tl, 'core': tl.core}))
-    # what newer Tritons put back after a launch is empty, and stays replaced
+    for module in (tl, tl.core):
+        scope = interpreter._patch_lang(SimpleNamespace(__globals__={'tl': module}))
+    # what newer Tritons put back after a launch is empty now: all stays replaced
     interpreter._patch_lang = lambda fn: scope and type(scope)()
     find, known = interpreter._get_np_dtype, {}
 

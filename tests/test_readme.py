@@ -21,6 +21,7 @@ NOT_HERE = {
     'pip install': 'tests/test_packaging.py installs the package',
     'git clone': 'the tests run in a clone',
     'mmhybrid doctor': 'tests/test_doctor.py runs it on this environment',
+    'python tools/get_flops.py': 'tests/test_tools/test_get_flops.py runs it on the same config',
     'bash tools/dist_test.sh configs/cascade_mambavision_mini_coco.py':
         'tests/test_tools/test_distributed.py compares its metrics with those of one process',
 }
