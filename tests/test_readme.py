@@ -209,10 +209,12 @@ def test_backbone_table_is_measured():
 
 
 def test_config_table_is_measured():
-    """Every config has a row, with the parameter count of tests/data/recipes.json."""
+    """Rows have the parameter counts of tests/data/recipes.json; so many configs have none."""
     recipes = json.loads((ROOT / 'tests/data/recipes.json').read_text())
     rows = dict(re.findall(r'^\| `(\w+)\.py` \| [^|]*\| ([\d,]+) \|', README, re.M))
     names = {path.stem for path in (ROOT / 'configs').glob('*.py')}
-    assert set(rows) == {name for name in names if not re.search('_(mini|tight)_', name)}
+    published = {name for name in names if not re.search('_(mini|tight)_', name)}
+    more, = re.findall(r'(\d+) configs more', README)
+    assert set(rows) < published and len(published - set(rows)) == int(more)
     for name, count in rows.items():
         assert int(count.replace(',', '')) == recipes[name]['parameters'], name
