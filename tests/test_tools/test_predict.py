@@ -164,10 +164,10 @@ def test_a_picture_that_the_model_cannot_take(predict, photos, capsys):
 def test_no_memory_for_one_picture(predict, photos, capsys, monkeypatch):
     run = Predictor.look
 
-    def look(self, pictures, wanted):
+    def look(self, pictures, wanted, progress):
         if any(picture.source.endswith('b.png') for picture in pictures):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-        return run(self, pictures, wanted)
+        return run(self, pictures, wanted, progress)
 
     monkeypatch.setattr(Predictor, 'look', look)
     assert predict(photos, '--batch', '4') == 1
@@ -179,10 +179,10 @@ def test_no_memory_for_one_picture(predict, photos, capsys, monkeypatch):
 def test_a_fault_of_ours_keeps_what_is_done(predict, photos, capsys, monkeypatch):
     run = Predictor.look
 
-    def look(self, pictures, wanted):
+    def look(self, pictures, wanted, progress):
         if pictures[0].source.endswith('z.png'):
             raise RuntimeError('a fault')
-        return run(self, pictures, wanted)
+        return run(self, pictures, wanted, progress)
 
     monkeypatch.setattr(Predictor, 'look', look)
     assert predict(photos) == 1
@@ -193,10 +193,10 @@ def test_a_fault_of_ours_keeps_what_is_done(predict, photos, capsys, monkeypatch
 def test_stopping_keeps_what_is_done(predict, photos, capsys, monkeypatch, number, code):
     run = Predictor.look
 
-    def look(self, pictures, wanted):
+    def look(self, pictures, wanted, progress):
         if pictures[0].source.endswith('z.png'):
             os.kill(os.getpid(), number)
-        return run(self, pictures, wanted)
+        return run(self, pictures, wanted, progress)
 
     monkeypatch.setattr(Predictor, 'look', look)
     before = signal.getsignal(number)
@@ -281,6 +281,21 @@ def test_without_pycocotools(predict, photos, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert 'pip install pycocotools' in err and 'Traceback' not in err
     assert not Path('predictions').exists()
+
+
+def test_progress(capsys, monkeypatch):
+    """Lines of a log come at intervals and at the end; that of the tiles only while they last."""
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(command.time, 'monotonic', lambda: next(clock))
+    for last, lines in ((True, 4), (False, 3)):
+        progress = command._Progress(last)
+        for done in range(10):
+            progress('picture', done + 1, 10)
+        found = capsys.readouterr().err.splitlines()
+        assert len(found) == lines and found[0] == 'picture 3 of 10, 4.00 s each, about 28 s left'
+    progress('camera 0: picture', 3, None)
+    progress('camera 0: picture', 4, None)
+    assert capsys.readouterr().err.splitlines()[0].startswith('camera 0: picture 4, ')
 
 
 def test_help(capsys):

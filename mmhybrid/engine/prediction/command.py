@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 import sys
 import tempfile
@@ -110,7 +111,7 @@ class _Job:
         self.predictor, self.wanted, self.results = predictor, wanted, results
         self.total, self.done, self.unused, self.empty = total, 0, 0, 0
         self.found = 0
-        self.progress = _Progress()
+        self.progress = _Progress(True)
 
     def run(self, items: list[Item]) -> int:
         """Look at all items, and write what was found, whatever happens."""
@@ -248,7 +249,8 @@ class _Job:
     def _looked(self, pictures: list[Picture]) -> list[Result | BaseException]:
         """A result for each picture, or why there is none."""
         try:
-            return self.predictor.look(pictures, self.wanted)
+            return self.predictor.look(pictures, self.wanted, functools.partial(
+                _Progress(False), 'tile'))
         except (UserError, RuntimeError, MemoryError) as error:
             if len(pictures) == 1:
                 return [_reason(pictures[0], error)]
@@ -274,9 +276,14 @@ def _reason(picture: Picture, error: Exception) -> UserError:
 
 
 class _Progress:
-    """How far the work is: one changing line on a screen, few lines in a log."""
+    """How far the work is: one changing line on a screen, few lines in a log.
 
-    def __init__(self):
+    Args:
+        last: whether the end is told too, be it after a moment.
+    """
+
+    def __init__(self, last: bool):
+        self.last = last
         self.screen = sys.stderr.isatty()
         self.start = self.told = time.monotonic()
         self.count, self.open = 0, False
@@ -285,7 +292,7 @@ class _Progress:
         """Show that ``done`` of ``total`` (None: unknown) are done."""
         now = time.monotonic()
         self.count += 1
-        if now - self.told < (0.2 if self.screen else 10) and done != total:
+        if now - self.told < (0.2 if self.screen else 10) and not (self.last and done == total):
             return
         self.told = now
         each = (now - self.start) / self.count

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,8 +212,15 @@ class Predictor:
 
     # --- looking ---
 
-    def look(self, pictures: Sequence[Picture], wanted: Wanted) -> list[Result]:
-        """Results of pictures that have been read; see :meth:`predict`."""
+    def look(self, pictures: Sequence[Picture], wanted: Wanted,
+             progress: Callable[[int, int], None] | None = None) -> list[Result]:
+        """Results of pictures that have been read; see :meth:`predict`.
+
+        Args:
+            pictures: of :meth:`read` or :meth:`take`.
+            wanted: what is asked for.
+            progress: called with the tiles of a picture that are done, and with all of them.
+        """
         if wanted.tile is None:
             return self._batches([(each.source, each.data) for each in pictures], wanted)
         found: list[Result] = []
@@ -221,7 +228,7 @@ class Predictor:
             tiles = tiles_of(picture.size, wanted.tile, wanted.overlap)
             image = picture.data['img']
             parts = self._batches([(picture.source, _cut(picture.data, tile.cut(image)))
-                                   for tile in tiles], wanted)
+                                   for tile in tiles], wanted, progress)
             if len(tiles) > 1:
                 merge = merge_segmentations if self.finds_regions else merge_detections
                 parts = [merge(parts, tiles, self._nothing(picture, parts))]
@@ -236,11 +243,14 @@ class Predictor:
                          None if parts[0].rles is None else [])
 
     @torch.no_grad()
-    def _batches(self, items: list[tuple[str | np.ndarray, dict]], wanted: Wanted) -> list[Result]:
+    def _batches(self, items: list[tuple[str | np.ndarray, dict]], wanted: Wanted,
+                 progress: Callable[[int, int], None] | None = None) -> list[Result]:
         """Inputs of one size go together, so that no result depends on its neighbours."""
         found: list[Result | None] = [None] * len(items)
         groups: dict[tuple, list] = {}
         for place, (source, data) in enumerate(items):
+            if progress is not None:
+                progress(place, len(items))
             packed = self._steps(dict(data))
             if packed is None:
                 raise UserError(f'{data["img_path"] or "A picture"} is left out by the pipeline of '
