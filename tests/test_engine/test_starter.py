@@ -2,7 +2,6 @@
 import argparse
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from shrink import on_meta
 
+from mmhybrid import cli
 from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.errors import UserError
@@ -23,16 +23,13 @@ from mmhybrid.engine.starter.heads import HEADS
 from mmhybrid.engine.starter.models import backbone_names, find_backbone
 from mmhybrid.engine.tools import train
 
-FILE = Path(__file__).resolve().parents[2] / 'mmhybrid/cli/init.py'
 FEW = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False']
 
 
 def init(folder, *options):
     """Run the command; returns the config that it wrote."""
-    spec = importlib.util.spec_from_file_location('init_command', FILE)
-    command = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(command)
+    command = cli.command('init')
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     args = parser.parse_args([str(folder), *map(str, options)])
