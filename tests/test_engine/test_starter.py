@@ -81,10 +81,14 @@ def test_the_config_trains_as_it_is(make, options, given, tmp_path):
         train([str(config), '--work-dir', str(tmp_path / 'work'), '--cfg-options',
                f'train_cfg.{length}', f'train_cfg.val_interval={length[-1]}',
                f'default_hooks.checkpoint.interval={length[-1]}', *FEW])
-    assert list((tmp_path / 'work').glob('best_*.pth'))
+        assert list((tmp_path / 'work').glob('best_*.pth'))
+        picture = next(path for path in folder.rglob('scene_000.*')
+                       if path.suffix in ('.jpg', '.png') and 'mmhybrid' not in path.parts)
+        assert cli.main(['predict', str(picture), '--weights', str(tmp_path / 'work'), '--out',
+                         str(tmp_path / 'found')]) == 0
+    assert list((tmp_path / 'found/pictures').iterdir())
     page = (config.parent / 'report.html').read_text()
-    assert page.count('<img src="data:image/jpeg;base64,') == 6 and 'frisbee' in page or \
-        'class_' in page or 'thing' in page
+    assert page.count('<img src="data:image/jpeg;base64,') == 6
 
 
 def one_step(config):

@@ -274,7 +274,8 @@ def _next(config: Path) -> None:
     shown = shlex.quote(osp.relpath(config) if not osp.relpath(config).startswith('..')
                         else str(config))
     print(f'\nLook at {shlex.quote(str(config.with_name("report.html")))}, then\n'
-          f'    mmhybrid train {shown}')
+          f'    mmhybrid train {shown}\n'
+          f'    mmhybrid predict PICTURES --weights work_dirs/{config.stem}')
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         print(f'(batches that fit this GPU: mmhybrid memory {shown} --gpu {memory:.0f})')
