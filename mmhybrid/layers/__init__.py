@@ -1,7 +1,12 @@
 """Plain ``nn.Module`` building blocks; no registry, no mmengine."""
 from .attention import Attention
 from .conv import ConvBlock, ConvStem, Downsample
-from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
+from .direction_merge import (
+    ChannelAttention,
+    DirectionMixture,
+    SpatialChannelAttention,
+    merge_directions,
+)
 from .directional import LocalVimMixer, VimMixer, prepare_mixers
 from .drop_path import DropPath, draw_together, drop_path_or_identity, dropped
 from .linear import token_linear
@@ -20,7 +25,8 @@ from .window import near_equal, window_partition, window_unpartition, windows_al
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
     'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
-    'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d', 'VimMixer',
+    'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d',
+    'SpatialChannelAttention', 'VimMixer',
     'add_norm', 'at_least_float32', 'casts_weights', 'decay_rates', 'draw_together',
     'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
     'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'rotated_sum', 'token_linear',

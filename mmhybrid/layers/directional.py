@@ -20,7 +20,7 @@ from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ord
 from mmhybrid.ops.walk_conv import walk_conv
 from mmhybrid.ops.walk_scan import takes, walk_scan
 
-from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
+from .direction_merge import DirectionMixture, make_attention, merge_directions
 from .linear import token_linear
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
@@ -355,11 +355,13 @@ class LocalVimMixer(nn.Module):
         dt_rank: R; None for ceil(C / 16).
         depth: blocks of the network; the output projection starts smaller by its root.
         backend: scan implementation, see :func:`mmhybrid.ops.selective_scan`.
+        attention: see :class:`mmhybrid.layers.ss2d.LocalSS2D`.
     """
 
     def __init__(self, dim: int, directions: Sequence[str] | None, *, class_token: bool = False,
                  v_restore: str = 'exact', state_dim: int = 16, conv_size: int = 4,
-                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto'):
+                 dt_rank: int | None = None, depth: int = 20, backend: str = 'auto',
+                 attention: str = 'channel'):
         super().__init__()
         inner = 2 * dim
         R = math.ceil(dim / 16) if dt_rank is None else dt_rank
@@ -383,7 +385,7 @@ class LocalVimMixer(nn.Module):
             init_step_bias_(step.bias)
             self.add_module(f'dt_proj_{k}', step)
         self.multi_scan = None if directions else DirectionMixture(len(self.directions))
-        self.attn = ChannelAttention(inner)
+        self.attn = make_attention(attention, inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(depth)

@@ -17,7 +17,10 @@ from .linear import token_linear
 from .precision import at_least_float32
 from .scan_init import init_decay_, init_step_bias_
 
-__all__ = ['MambaVisionMixer']
+__all__ = ['BRANCHES', 'MambaVisionMixer']
+
+#: What the second half of the channels becomes.
+BRANCHES = ('concat', 'gate', 'linear-gate', 'none')
 
 
 class MambaVisionMixer(nn.Module):
@@ -37,20 +40,23 @@ class MambaVisionMixer(nn.Module):
         fused: True for the kernels of :func:`mmhybrid.ops.mambavision_mixer.fused_mixer`, which
             need a GPU and Triton, False for ordinary layers around the scan, 'auto' for the kernels
             whenever the scan would run in Triton anyway; :meth:`path` tells.  Both compute the same
-            from the same parameters; the kernels can be differentiated only once.
+            from the same parameters; the kernels can be differentiated only once.  They know the
+            mixer with its own ``causal`` and ``branch`` only, any other is plain.
         lean: whether the kernels keep about 4 instead of 7 bytes per token and channel (bfloat16)
             for the backward pass and compute more of it again.
+        causal: whether the convolution before the scan sees no later token, as in Mamba.
+        branch: what the second half of the channels becomes: 'concat' as above; 'gate' for a factor
+            of the scan's result instead; 'linear-gate' for Mamba's own gate, without convolution;
+            'none' for a mixer of one half.
 
     Raises:
-        ValueError: if ``dim`` is odd, ``fused`` is none of its three values, or it contradicts the
-            backend.
+        ValueError: if ``dim`` is odd, ``fused`` or ``branch`` is none of its values, or ``fused``
+            contradicts the backend or the form.
     """
-
-    reads_itself = 'conv1d_x', 'conv1d_z', 'dt_proj.bias'  # in float32, see weight_casts.py
 
     def __init__(self, dim: int, state_dim: int = 8, conv_size: int = 3,
                  dt_rank: int | None = None, backend: str = 'auto', fused: bool | str = 'auto',
-                 lean: bool = False):
+                 lean: bool = False, causal: bool = False, branch: str = 'concat'):
         super().__init__()
         if dim % 2:
             raise ValueError(f'got {dim} channels, expected an even number because one half of '
@@ -60,7 +66,16 @@ class MambaVisionMixer(nn.Module):
         if fused is True and backend not in ('auto', 'triton'):
             raise ValueError(f"got fused=True with backend='{backend}', but the fused mixer brings "
                              "its own scan; use backend='auto', or fused=False")
+        if branch not in BRANCHES:
+            raise ValueError(f"got branch={branch!r}, expected one of {', '.join(BRANCHES)}")
+        # the form that the kernels are written for
+        self.as_published = branch == 'concat' and not causal
+        if fused is True and not self.as_published:
+            raise ValueError(f"got fused=True with causal={causal} and branch='{branch}', but the "
+                             "kernels are written for causal=False and branch='concat'; use "
+                             "fused='auto'")
         half = dim // 2
+        self.causal, self.branch = causal, branch
         self.state_dim = state_dim
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.backend = backend
@@ -69,12 +84,15 @@ class MambaVisionMixer(nn.Module):
 
         self.A_log = nn.Parameter(torch.empty(half, state_dim))
         self.D = nn.Parameter(torch.empty(half))
-        self.in_proj = token_linear(dim, dim, bias=False)
+        self.in_proj = token_linear(dim, half if branch == 'none' else dim, bias=False)
         self.x_proj = token_linear(half, self.dt_rank + 2 * state_dim, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, half)
-        self.out_proj = token_linear(dim, dim, bias=False)
+        self.out_proj = token_linear(dim if branch == 'concat' else half, dim, bias=False)
         self.conv1d_x = nn.Conv1d(half, half, conv_size, groups=half, bias=False)
-        self.conv1d_z = nn.Conv1d(half, half, conv_size, groups=half, bias=False)
+        self.reads_itself = ['dt_proj.bias', 'conv1d_x']  # in float32, see weight_casts.py
+        if branch in ('concat', 'gate'):
+            self.conv1d_z = nn.Conv1d(half, half, conv_size, groups=half, bias=False)
+            self.reads_itself.append('conv1d_z')
         # read by optimizer constructors that spare the dynamics of the state from decay
         self.A_log._no_weight_decay = True
         self.D._no_weight_decay = True
@@ -102,7 +120,7 @@ class MambaVisionMixer(nn.Module):
             RuntimeError: if the fused way was asked for and cannot be gone, with the reason.
         """
         # the meta device, where only shapes are tracked, knows no autocast
-        if self.fused is False or x.numel() == 0 or x.is_meta:
+        if self.fused is False or not self.as_published or x.numel() == 0 or x.is_meta:
             return 'plain'
         state = self.state_dim
         if self.fused == 'auto' and choose_backend(
@@ -117,7 +135,7 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, L, C) in and out."""
-        if self.fused is False:
+        if self.fused is False or not self.as_published:
             return self._forward_plain(x)
         dt_proj = self.dt_proj
         tensors = (
@@ -130,15 +148,8 @@ class MambaVisionMixer(nn.Module):
         return self._forward_plain(x)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        E, R, N = self.D.shape[0], self.dt_rank, self.state_dim
-        # Both halves in one convolution: channels are independent in it.
-        weight = torch.cat([self.conv1d_x.weight, self.conv1d_z.weight])
-        xz_BCL = self.in_proj(x).transpose(1, 2)
-        # A number, not a size of a tensor, which torch.jit.trace would follow.
-        padding = self.conv1d_x.kernel_size[0] // 2
-        xz_BCL = F.silu(F.conv1d(xz_BCL, weight, padding=padding, groups=2 * E))
-        u_BEL, z_BEL = xz_BCL.split(E, dim=1)
-
+        R, N = self.dt_rank, self.state_dim
+        u_BEL, z_BEL = self._branches(self.in_proj(x).transpose(1, 2))
         dt, B, C = torch.matmul(self.x_proj.weight, u_BEL).split([R, N, N], dim=1)
         y_BEL = selective_scan(
             u_BEL,
@@ -151,4 +162,27 @@ class MambaVisionMixer(nn.Module):
             delta_bias=2 * self.dt_proj.bias,
             delta_softplus=True,
             backend=self.backend)
-        return self.out_proj(torch.cat([y_BEL, z_BEL], dim=1).transpose(1, 2))
+        if self.branch == 'concat':
+            y_BEL = torch.cat([y_BEL, z_BEL], dim=1)
+        elif self.branch != 'none':
+            y_BEL = y_BEL * z_BEL
+        return self.out_proj(y_BEL.transpose(1, 2))
+
+    def _branches(self, xz_BCL: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is scanned, and what joins the result."""
+        E, weight = self.D.shape[0], self.conv1d_x.weight
+        # A number, not a size of a tensor, which torch.jit.trace would follow.
+        size = self.conv1d_x.kernel_size[0]
+        if self.as_published:
+            # Both halves in one convolution: channels are independent in it.
+            weight = torch.cat([weight, self.conv1d_z.weight])
+            xz_BCL = F.silu(F.conv1d(xz_BCL, weight, padding=size // 2, groups=2 * E))
+            return xz_BCL.split(E, dim=1)
+        u_BEL, z_BEL = xz_BCL[:, :E], xz_BCL[:, E:]
+        if self.causal:
+            u_BEL = F.conv1d(F.pad(u_BEL, (size - 1, 0)), weight, groups=E)
+        else:
+            u_BEL = F.conv1d(u_BEL, weight, padding=size // 2, groups=E)
+        if self.branch in ('concat', 'gate'):
+            z_BEL = F.conv1d(z_BEL, self.conv1d_z.weight, padding=size // 2, groups=E)
+        return F.silu(u_BEL), None if self.branch == 'none' else F.silu(z_BEL)

@@ -19,7 +19,7 @@ from mmhybrid.ops.map_conv import map_conv, map_conv_reference
 from mmhybrid.ops.merge_norm import Attention, attend_norm, merge_norm
 from mmhybrid.ops.selective_scan import choose_backend
 
-from .direction_merge import ChannelAttention, DirectionMixture, merge_directions
+from .direction_merge import DirectionMixture, make_attention, merge_directions
 from .linear2d import map_linear
 from .norm import LayerNorm, LayerNorm2d
 from .precision import at_least_float32
@@ -204,17 +204,23 @@ class LocalSS2D(SS2D):
         dim: C.
         directions: K scan directions; None for all eight under learned weights, the form in which
             directions are searched.
+        attention: what each direction goes through before the sum: 'channel' as in the published
+            networks, 'channel-spatial' as in the paper, or 'none'.
         **options: of :class:`SS2D`.
     """
 
-    reads_itself = (
-        'conv2d', 'multi_scan.attn.global_reduce', 'multi_scan.attn.channel_select')
-
-    def __init__(self, dim: int, directions: Sequence[str] | None, **options):
+    def __init__(self, dim: int, directions: Sequence[str] | None, attention: str = 'channel',
+                 **options):
         super().__init__(dim, directions=directions or DIRECTIONS, gate=True, channel_first=False,
                          **options)
         self.multi_scan = DirectionMixture(len(self.directions)) if not directions else nn.Module()
-        self.multi_scan.attn = ChannelAttention(self.out_norm.normalized_shape[0])
+        self.multi_scan.attn = make_attention(attention, self.out_norm.normalized_shape[0])
+        # The fused kernel knows this form alone; it reads its layers itself, see weight_casts.py.
+        self.fused_attention = attention == 'channel'
+        self.reads_itself = ['conv2d']
+        if self.fused_attention:
+            self.reads_itself += [
+                'multi_scan.attn.global_reduce', 'multi_scan.attn.channel_select']
 
     def scan(self, x: Tensor, gate: Tensor, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the merged scans, normalised and under the gate."""
@@ -222,7 +228,8 @@ class LocalSS2D(SS2D):
         attention = mixture.attn
         searching = isinstance(mixture, DirectionMixture)
         ys = self.scan_directions(x.permute(0, 3, 1, 2), rates, False, backend)
-        if (backend == 'triton' and len(ys) == 1 and not searching and x.numel()
+        if (backend == 'triton' and self.fused_attention and len(ys) == 1 and not searching
+                and x.numel()
                 and not torch.compiler.is_compiling() and not hooked(norm)):
             parts = attention.norm, attention.global_reduce, attention.channel_select
             if not (hooked(attention) or any(map(hooked, parts))):

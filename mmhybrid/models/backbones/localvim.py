@@ -37,7 +37,8 @@ class LocalVimTrunk(ColumnRestore, PlainBackbone):
     may_differ = r'(norm_f|head|rope|outnorm_\d+)\.|cls_token|layers\.\d+\.norm\.bias'
 
     def __init__(self, arch: str | dict, *, directions, v_restore, norm, img_size, class_token,
-                 rope, drop_path_rate, in_channels, frozen_stages, with_cp, scan_backend, init_cfg):
+                 rope, drop_path_rate, in_channels, frozen_stages, with_cp, scan_backend, init_cfg,
+                 attention):
         arch = checked_architecture(arch, ARCHITECTURES, _REQUIRED, _OPTIONAL)
         check_integers("arch['dim']", [arch['dim']], 4)
         if arch['dim'] % 4:
@@ -52,7 +53,8 @@ class LocalVimTrunk(ColumnRestore, PlainBackbone):
         mixers = [
             LocalVimMixer(arch['dim'], names, class_token=class_token is not None,
                           v_restore=v_restore, state_dim=arch['state_dim'],
-                          dt_rank=arch['dt_rank'], depth=arch['depth'], backend=scan_backend)
+                          dt_rank=arch['dt_rank'], depth=arch['depth'], backend=scan_backend,
+                          attention=attention)
             for names in chosen]
         make_norm = partial(_NORMS[norm], eps=1e-5, feeds_linear=True)
         super().__init__(
@@ -104,6 +106,8 @@ class LocalVim(LocalVimTrunk):
             stay in eval mode and need no gradient.  Output norms are never frozen.
         with_cp: whether to save memory by recomputing blocks in the backward pass.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        attention: what each direction goes through before the sum: 'channel' as in the published
+            networks, 'channel-spatial' as in the paper (scaling tokens too), or 'none'.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -131,12 +135,13 @@ class LocalVim(LocalVimTrunk):
                  frozen_stages: int = -1,
                  with_cp: bool = False,
                  scan_backend: str = 'auto',
+                 attention: str = 'channel',
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, norm=norm, img_size=img_size,
             class_token=None, rope=rope, drop_path_rate=drop_path_rate, in_channels=in_channels,
             frozen_stages=frozen_stages, with_cp=with_cp, scan_backend=scan_backend,
-            init_cfg=init_cfg)
+            attention=attention, init_cfg=init_cfg)
         check_out_indices(out_indices, len(self.layers), '(4, 9, 14, 19)')
         self.out_indices = tuple(out_indices)
         self.out_channels = (self.dim,) * len(self.out_indices)

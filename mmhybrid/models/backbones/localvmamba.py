@@ -59,6 +59,8 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
             in eval mode and need no gradient.  Output norms are never frozen.
         with_cp: whether to save memory by recomputing blocks in the backward pass.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        attention: what each direction goes through before the sum: 'channel' as in the published
+            networks, 'channel-spatial' as in the paper (scaling tokens too), or 'none'.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -83,6 +85,7 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
                  frozen_stages: int = -1,
                  with_cp: bool = False,
                  scan_backend: str = 'auto',
+                 attention: str = 'channel',
                  init_cfg: dict | list[dict] | None = None):
         searched = _SEARCHED.get(arch) if isinstance(arch, str) else None
         arch = checked_vss_architecture(arch, ARCHITECTURES, _OPTIONAL)
@@ -95,7 +98,7 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
             return LocalSS2D(dim, chosen[index], state_dim=arch['state_dim'],
                              ratio=arch['ssm_ratio'], dt_rank=arch['dt_rank'],
                              conv_bias=arch['conv_bias'], float32_scan=arch['float32_scan'],
-                             v_restore=v_restore, backend=scan_backend)
+                             v_restore=v_restore, backend=scan_backend, attention=attention)
 
         super().__init__(arch, mixer, out_indices=out_indices, drop_path_rate=drop_path_rate,
                          in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,

@@ -8,6 +8,7 @@ between stages, tokens are (B * windows, L, C) inside stages 3 and 4.
 """
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,6 +34,7 @@ from mmhybrid.layers import (
     window_unpartition,
     windows_along,
 )
+from mmhybrid.layers.mixer import BRANCHES
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
@@ -49,7 +51,8 @@ from .base import (
     run_blocks,
 )
 
-__all__ = ['ARCHITECTURES', 'ConvStage', 'HybridBlock', 'HybridStage', 'MambaVision']
+__all__ = ['ARCHITECTURES', 'PATTERNS', 'ConvStage', 'HybridBlock', 'HybridStage', 'MambaVision',
+           'attention_blocks']
 
 # Windows are those of the classification networks; dense recipes give larger ones.  Only the last
 # two windows and head counts are used: stages 1 and 2 are convolutional.
@@ -148,6 +151,35 @@ class ConvStage(nn.Module):
         return run_blocks(self.blocks, x, self.with_cp)
 
 
+#: Where a stage has attention in place of a scan, as the paper's ablation names it.
+PATTERNS = ('last-half', 'first-half', 'last-quarter', 'attention-first', 'scan-first', 'random')
+
+
+def attention_blocks(pattern: str, depth: int) -> set[int]:
+    """Indices of a stage's attention blocks.
+
+    Args:
+        pattern: 'last-half' (MMMMSSSS with M for scan and S for attention), 'first-half'
+            (SSSSMMMM), 'last-quarter' (MMMMMMSS), 'attention-first' (SMSMSMSM), 'scan-first'
+            (MSMSMSMS), or 'random' for half of the blocks, drawn once for each depth.
+        depth: number of blocks; of an odd number the half is rounded down.
+
+    Raises:
+        ValueError: for another pattern.
+    """
+    half = depth // 2
+    chosen = {
+        'last-half': range(depth - half, depth),
+        'first-half': range(half),
+        'last-quarter': range(depth - depth // 4, depth),
+        'attention-first': range(0, 2 * half, 2),
+        'scan-first': range(1, depth, 2),
+        'random': random.Random(100 + depth).sample(range(depth), half),
+    }
+    check_choice('pattern', pattern, PATTERNS)
+    return set(chosen[pattern])
+
+
 class HybridStage(nn.Module):
     """Blocks on windows of tokens: scans in the first half, attention in the second.
 
@@ -165,21 +197,23 @@ class HybridStage(nn.Module):
         downsample: whether the stage owns the convolution that leads to the next stage.
         with_cp: whether to recompute blocks in the backward pass.
         mixer: keyword arguments of :class:`mmhybrid.layers.MambaVisionMixer`.
+        pattern: which blocks are attention, see :func:`attention_blocks`.
     """
 
     def __init__(self, dim: int, num_heads: int, window: int, drop_paths: Sequence[float],
                  tight: bool = False, mlp_ratio: float = 4, layer_scale: float | None = None,
-                 downsample: bool = True, with_cp: bool = False, mixer: dict | None = None):
+                 downsample: bool = True, with_cp: bool = False, mixer: dict | None = None,
+                 pattern: str = 'last-half'):
         super().__init__()
         self.window = window
         self.tight = tight
         self.with_cp = with_cp
-        scans = len(drop_paths) - len(drop_paths) // 2
+        attention = attention_blocks(pattern, len(drop_paths))
         self.blocks = nn.ModuleList(
             HybridBlock(
                 dim,
-                MambaVisionMixer(dim, **mixer or {}) if j < scans
-                else Attention(dim, num_heads),
+                Attention(dim, num_heads) if j in attention
+                else MambaVisionMixer(dim, **mixer or {}),
                 mlp_ratio, rate, layer_scale)
             for j, rate in enumerate(drop_paths))
         self.downsample = Downsample(dim, 2 * dim) if downsample else None
@@ -204,7 +238,8 @@ class HybridStage(nn.Module):
         w, (H, W) = self.window, x.shape[-2:]
         last = self.blocks[-1]
         tokens = window_partition(x, w)
-        if H % w == W % w == 0 or not isinstance(last.mixer, Attention):
+        whole = H % w == W % w == 0
+        if whole or len(self.blocks) == 1 or not isinstance(last.mixer, Attention):
             return window_unpartition(self._mix(self.blocks, tokens), w, (H, W))
         pair = self._mix(self.blocks[:-1], tokens, last.norm1)
 
@@ -308,6 +343,14 @@ class MambaVision(StagedBackbone):
         fused_mixer: whether scan blocks use fused kernels: True, False, or 'auto' for where the
             scan runs in Triton, see :class:`mmhybrid.layers.MambaVisionMixer`.
         lean_mixer: whether those kernels keep less memory for the backward pass and compute more.
+        causal_mixer: whether scan blocks convolve causally before the scan, as Mamba does.  This
+            and the next two are settings of the paper's ablations; published weights need their
+            defaults.
+        mixer_branch: second branch of the scan blocks: 'concat', 'gate', 'linear-gate' or 'none',
+            see :class:`mmhybrid.layers.MambaVisionMixer`.
+        pattern: which blocks of stages 3 and 4 are attention: 'last-half', 'first-half',
+            'last-quarter', 'attention-first', 'scan-first' or 'random', see
+            :func:`attention_blocks`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -345,6 +388,9 @@ class MambaVision(StagedBackbone):
                  scan_backend: str = 'auto',
                  fused_mixer: bool | str = 'auto',
                  lean_mixer: bool = False,
+                 causal_mixer: bool = False,
+                 mixer_branch: str = 'concat',
+                 pattern: str = 'last-half',
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(init_cfg=init_cfg)
         arch = _checked_architecture(arch)
@@ -359,7 +405,10 @@ class MambaVision(StagedBackbone):
         _check_layer_scale(layer_scale)
         check_integers('in_channels', [in_channels], 1)
         check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
-        check_flags(norm_eval=norm_eval, with_cp=with_cp, lean_mixer=lean_mixer)
+        check_flags(norm_eval=norm_eval, with_cp=with_cp, lean_mixer=lean_mixer,
+                    causal_mixer=causal_mixer)
+        check_choice('mixer_branch', mixer_branch, BRANCHES)
+        check_choice('pattern', pattern, PATTERNS)
 
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
@@ -371,7 +420,8 @@ class MambaVision(StagedBackbone):
 
         self.patch_embed = ConvStem(in_channels, arch['stem_width'], arch['dim'])
         self.levels = nn.ModuleList()
-        mixer = dict(backend=scan_backend, fused=fused_mixer, lean=lean_mixer)
+        mixer = dict(backend=scan_backend, fused=fused_mixer, lean=lean_mixer,
+                     causal=causal_mixer, branch=mixer_branch)
         rates_of = drop_path_rates(drop_path_rate, arch['depths'])
         for i, (dim, rates) in enumerate(zip(dims, rates_of, strict=True)):
             shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp)
@@ -380,7 +430,7 @@ class MambaVision(StagedBackbone):
             else:
                 self.levels.append(HybridStage(
                     dim, arch['num_heads'][i], window_size[i], rates, windows == 'tight',
-                    arch['mlp_ratio'], layer_scale, mixer=mixer, **shared))
+                    arch['mlp_ratio'], layer_scale, mixer=mixer, pattern=pattern, **shared))
         for i in self.out_indices:
             self.add_module(f'outnorm{i}', _output_norm(out_norm, dims[i]))
         self.freeze()

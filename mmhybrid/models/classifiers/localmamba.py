@@ -33,6 +33,7 @@ class LocalVMambaClassifier(PooledHead, LocalVMamba):
         in_channels: see :class:`LocalVMamba`.
         with_cp: see :class:`LocalVMamba`.
         scan_backend: see :class:`LocalVMamba`.
+        attention: see :class:`LocalVMamba`.
         init_cfg: see :class:`LocalVMamba`.
     """
 
@@ -46,11 +47,12 @@ class LocalVMambaClassifier(PooledHead, LocalVMamba):
                  in_channels: int = 3,
                  with_cp: bool = False,
                  scan_backend: str = 'auto',
+                 attention: str = 'channel',
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, out_indices=(3,),
             drop_path_rate=drop_path_rate, in_channels=in_channels, with_cp=with_cp,
-            scan_backend=scan_backend, init_cfg=init_cfg)
+            scan_backend=scan_backend, attention=attention, init_cfg=init_cfg)
         self.add_head(num_classes)
 
 
@@ -76,6 +78,7 @@ class LocalVimClassifier(LocalVimTrunk):
         in_channels: see :class:`LocalVim`.
         with_cp: see :class:`LocalVim`.
         scan_backend: see :class:`LocalVim`.
+        attention: see :class:`LocalVim`.
         init_cfg: see :class:`LocalVim`.
     """
 
@@ -95,13 +98,14 @@ class LocalVimClassifier(LocalVimTrunk):
                  in_channels: int = 3,
                  with_cp: bool = False,
                  scan_backend: str = 'auto',
+                 attention: str = 'channel',
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, norm=norm, img_size=img_size,
             class_token='middle' if class_token else None,
             rope=not class_token if rope is None else rope, drop_path_rate=drop_path_rate,
             in_channels=in_channels, frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend,
-            init_cfg=init_cfg)
+            attention=attention, init_cfg=init_cfg)
         norms = {'ln': LayerNorm, 'rms': RMSNorm}
         self.norm_f = norms[norm](self.dim, eps=1e-5)
         self.head = token_linear(self.dim, num_classes)

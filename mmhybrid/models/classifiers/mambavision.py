@@ -36,6 +36,9 @@ class MambaVisionClassifier(MambaVision):
         in_channels: see :class:`MambaVision`.
         with_cp: see :class:`MambaVision`.
         scan_backend: see :class:`MambaVision`.
+        causal_mixer: see :class:`MambaVision`.
+        mixer_branch: see :class:`MambaVision`.
+        pattern: see :class:`MambaVision`.
         init_cfg: see :class:`MambaVision`.
     """
 
@@ -52,6 +55,9 @@ class MambaVisionClassifier(MambaVision):
                  in_channels: int = 3,
                  with_cp: bool = False,
                  scan_backend: str = 'auto',
+                 causal_mixer: bool = False,
+                 mixer_branch: str = 'concat',
+                 pattern: str = 'last-half',
                  init_cfg: dict | list[dict] | None = None):
         if drop_path_rate is None:
             name = arch if isinstance(arch, str) else 'tiny'
@@ -59,7 +65,8 @@ class MambaVisionClassifier(MambaVision):
         super().__init__(
             arch, window_size=window_size, windows=windows, out_indices=(3,),
             drop_path_rate=drop_path_rate, layer_scale=layer_scale, in_channels=in_channels,
-            with_cp=with_cp, out_norm=None, scan_backend=scan_backend, init_cfg=init_cfg)
+            with_cp=with_cp, out_norm=None, scan_backend=scan_backend, causal_mixer=causal_mixer,
+            mixer_branch=mixer_branch, pattern=pattern, init_cfg=init_cfg)
         self.norm = nn.BatchNorm2d(self.out_channels[0])
         self.head = token_linear(self.out_channels[0], num_classes)
 
