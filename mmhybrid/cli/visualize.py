@@ -1,4 +1,8 @@
-"""Draw predictions next to ground truth for images of the test set."""
+"""Draw predictions next to ground truth for images of the test set.
+
+With --receptive-field, draw instead which pixels the middle of a backbone's last map depends on
+(the effective receptive fields of the papers), for one network after the other.
+"""
 
 from ._common import add_cfg_options
 
@@ -8,8 +12,8 @@ EXAMPLE = ('mmhybrid visualize configs/cascade_mambavision_mini_coco.py '
 
 def add_arguments(parser):
     """Add the options."""
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('config', nargs='?', help='config file')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint file')
     parser.add_argument('--out-dir', help='folder for the pictures '
                                           '(default: pictures/ beside the checkpoint)')  # fmt: skip
     parser.add_argument('--num', type=int, default=12, help='images, evenly spread over the set')
@@ -18,11 +22,33 @@ def add_arguments(parser):
     parser.add_argument('--data-root', metavar='FOLDER',
                         help="read all data from here instead of "
                              "the config's data_root")  # fmt: skip
+    fields = parser.add_argument_group('effective receptive fields')
+    fields.add_argument('--receptive-field', nargs='*', metavar='BACKBONE',
+                        help='backbones such as VMamba:tiny, or configs; '
+                             'without any one of each family')  # fmt: skip
+    fields.add_argument('--weights', nargs='+', metavar='FILE',
+                        help='one for each backbone: path, address or short name, '
+                             'or - for random weights (default)')  # fmt: skip
+    fields.add_argument('--images', metavar='FOLDER', help='pictures to average over '
+                                                           '(default: noise)')  # fmt: skip
+    fields.add_argument('--size', type=int, default=224, help='side of the images in pixels')
     add_cfg_options(parser)
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args):
     """Draw."""
+    if args.receptive_field is not None:
+        if args.config or args.checkpoint:
+            args.usage_error('--receptive-field takes backbones, and no CONFIG CHECKPOINT before '
+                             'it; weights come from --weights')
+        from mmhybrid.engine.receptive_field_tool import FAMILIES, draw_fields
+
+        args.receptive_field = args.receptive_field or FAMILIES
+        return draw_fields(args)
+    if not args.checkpoint:
+        args.usage_error('the following arguments are required: config, checkpoint '
+                         '(or --receptive-field)')
     from mmhybrid.engine.picture_tool import draw_test_set
 
     draw_test_set(args)

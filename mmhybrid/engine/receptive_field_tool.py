@@ -1,0 +1,101 @@
+"""What ``mmhybrid visualize --receptive-field`` does: pictures of effective receptive fields."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
+
+from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
+from mmhybrid.models.checkpoints import load_backbone
+from mmhybrid.visualization import draw_receptive_fields
+
+from .errors import UserError
+from .preflight import check_checkpoint_file
+from .whole_models import build_model, find_model
+
+__all__ = ['FAMILIES', 'draw_fields']
+
+#: One network of each family.
+FAMILIES = ('MambaVision:tiny', 'VMamba:tiny', 'LocalVMamba:tiny', 'Vim:tiny', 'LocalVim:tiny')
+SHARES = (0.2, 0.5, 0.99)
+_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
+_MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+
+
+def draw_fields(args: argparse.Namespace) -> None:
+    """Draw the fields of the backbones that ``args`` of ``mmhybrid visualize`` name."""
+    if args.num < 1:
+        raise UserError(f'--num is {args.num}; expected at least 1 image.')
+    if args.size < 32:
+        raise UserError(f'--size is {args.size}; expected at least 32 pixels, the largest stride.')
+    weights = args.weights or ['-'] * len(args.receptive_field)
+    if len(weights) != len(args.receptive_field):
+        raise UserError(f'--weights names {len(weights)} files for {len(args.receptive_field)} '
+                        'networks of --receptive-field; give one each, and - for random weights.')
+    for file in set(weights) - {'-'}:
+        check_checkpoint_file(file)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    images = _images(args.images, args.num, args.size).to(device)
+    fields = {}
+    for spec, file in zip(args.receptive_field, weights, strict=True):
+        backbone = _backbone(spec, file, args.size, args.cfg_options).to(device).eval()
+        field = receptive_field(backbone, images)
+        sides = covering_sides(field, SHARES)
+        name = spec if file == '-' else f'{spec}, {Path(file).name}'
+        while name in fields:
+            name += "'"
+        fields[name] = field.numpy()
+        print(f'{name}: ' + ', '.join(f'{share:.0%} within {side} x {side}'
+                                      for share, side in zip(SHARES, sides, strict=True)),
+              flush=True)
+    path = Path(args.out_dir or 'work_dirs/receptive_field') / 'receptive_fields.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = 'noise' if args.images is None else args.images
+    draw_receptive_fields(fields, f'{len(images)} images of {args.size} x {args.size}: {kind}'
+                          ).save(path)
+    print(f'The picture is {path}')
+
+
+def _backbone(spec: str, file: str, size: int, options: dict | None) -> nn.Module:
+    """The network, with the weights of a file unless that is '-'."""
+    source = find_model(spec, options, backbone_only=True)
+    source.cfg.setdefault('drop_path_rate', 0.0)
+    if str(source.cfg.type).rpartition('.')[2] in ('Vim', 'LocalVim'):
+        source.cfg.setdefault('img_size', size)
+    if str(source.cfg.type).rpartition('.')[2] == 'Vim':
+        # the map of the last block itself, not what a pyramid pools from it
+        source.cfg.setdefault('pyramid', False)
+    network = build_model(source, seed=0)
+    if file != '-':
+        load_backbone(network, file)
+    return network
+
+
+def _images(folder: str | None, count: int, size: int) -> Tensor:
+    """Images (count, 3, size, size) as networks see them; noise without a folder."""
+    if folder is None:
+        return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    files = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise UserError(f'--images {folder} has no pictures ({", ".join(sorted(_SUFFIXES))}).')
+    chosen = np.unique(np.linspace(0, len(files) - 1, count).astype(int))
+    return torch.stack([_image(files[i], size) for i in chosen])
+
+
+def _image(path: Path, size: int) -> Tensor:
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.fit(ImageOps.exif_transpose(file).convert('RGB'), (size, size))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f'{path} is no picture that can be read: {error}') from error
+    pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+    return (pixels - _column(_MEAN)) / _column(_SPREAD)
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
