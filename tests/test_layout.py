@@ -33,6 +33,7 @@ MAY_IMPORT = {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
         'visualization', 'analysis', 'compat', 'processes',
     },
+    'papers': {'engine', 'config_scheme'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
     'doctor_probes': {
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     },
     'cli': {
         '__init__', 'plugin', 'compat', 'doctor', 'engine', 'analysis', 'datasets', 'weights',
-        'hook_file',
+        'hook_file', 'papers',
     },
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
