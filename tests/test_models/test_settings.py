@@ -19,12 +19,14 @@ FILE = dict(type='Pretrained', checkpoint='w.pth')
 COMMON = dict(drop_path_rate=0.4, in_channels=5, with_cp=True, scan_backend='torch', init_cfg=FILE)
 DENSE = dict(COMMON, frozen_stages=1)
 VIM = dict(img_size=64, stride=8, class_token='first', rope=True, divide=False)
-LOCAL_VIM = dict(img_size=64, directions=LINES, v_restore='released', norm='rms', rope=False)
-LOCAL = dict(directions=[['w2', 'h']] * 5, v_restore='released')
+LOCAL_VIM = dict(img_size=64, directions=LINES, v_restore='released', norm='rms', rope=False,
+                 attention='none')
+LOCAL = dict(directions=[['w2', 'h']] * 5, v_restore='released', attention='channel-spatial')
+ABLATIONS = dict(causal_mixer=True, mixer_branch='gate', pattern='first-half')
 # class: (settings that build it, another value for each of its arguments)
 SETTINGS = {
     'MambaVision': (dict(arch=HYBRID), dict(
-        DENSE, arch=dict(HYBRID, dim=8), window_size=(8, 8, 6, 3), windows='tight',
+        DENSE, **ABLATIONS, arch=dict(HYBRID, dim=8), window_size=(8, 8, 6, 3), windows='tight',
         out_indices=(1, 3),
         layer_scale=0.5, norm_eval=True, out_norm='bn', fused_mixer=False, lean_mixer=True)),
     'VMamba': (dict(arch=STAGED), dict(
@@ -37,7 +39,7 @@ SETTINGS = {
     'LocalVim': (dict(arch=PLAIN, out_indices=(2,), directions='unsearched'), dict(
         DENSE, **LOCAL_VIM, arch=dict(PLAIN, dim=8), out_indices=(0,))),
     'MambaVisionClassifier': (dict(arch=HYBRID), dict(
-        COMMON, arch=dict(HYBRID, dim=8), num_classes=3, window_size=(8, 8, 6, 3),
+        COMMON, **ABLATIONS, arch=dict(HYBRID, dim=8), num_classes=3, window_size=(8, 8, 6, 3),
         windows='tight', layer_scale=0.5)),
     'VMambaClassifier': (dict(arch=STAGED), dict(
         COMMON, arch=dict(STAGED, dim=8), num_classes=3)),
