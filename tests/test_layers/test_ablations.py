@@ -167,7 +167,7 @@ def test_backbones_take_them(options):
     (MambaVision, dict(mixer_branch='gated'), ValueError, "mixer_branch='gated'; did you mean 'ga"),
     (MambaVision, dict(causal_mixer=1), TypeError, 'causal_mixer'),
     (MambaVision, dict(fused_mixer=True, mixer_branch='gate'), ValueError, 'kernels are written'),
-    (MambaVisionClassifier, dict(patern='x'), TypeError, "did you mean 'pattern'"),
+    (MambaVisionClassifier, dict(pattern_='x'), TypeError, "did you mean 'pattern'"),
     (LocalVMamba, dict(attention='spatial'), ValueError, "attention='spatial', expected one of ch"),
     (LocalVim, dict(attention=None), ValueError, 'attention=None, expected one of channel, '),
     (LocalVMambaClassifier, dict(attention=True), ValueError, 'attention=True, expected one of'),

@@ -131,8 +131,8 @@ def test_the_file_may_be_written_again(tmp_path):
 @pytest.mark.parametrize(('change', 'words'), [
     (lambda claims: claims['table-1']['rows'][0].update(state='runs there'),
      "vim/table-1, row 'Vim-Ti': got state 'runs there', expected one of runs here, "),
-    (lambda claims: claims['table-1']['rows'][0].update(comand='x'),
-     "vim/table-1, row 'Vim-Ti': unknown comand; keys are name, state, "),
+    (lambda claims: claims['table-1']['rows'][0].update(orders='x'),
+     "vim/table-1, row 'Vim-Ti': unknown orders; keys are name, state, "),
     (lambda claims: claims['table-1'].pop('state'),
      "vim/table-1, row 'Vim-Ti': without state; keys are "),
     (lambda claims: claims['table-1'].pop('about'), 'vim/table-1: without about; keys are id, '),

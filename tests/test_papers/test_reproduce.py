@@ -197,7 +197,7 @@ def test_searches_run(name, tmp_path):
                'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
     if '_s_' in name:  # a thumbnail of the published search
         options += ['model.num_classes=5', 'model.backbone.arch.dim=8',
-                    'train_pipeline.1.input_size=32', 'train_dataloader.drop_last=False',
+                    'train_dataloader.batch_size=4',
                     'train_dataloader.dataset.pipeline.1.input_size=32']  # fmt: skip
     with quick():
         assert cli.main(['search', str(ROOT / f'configs/classification/{name}.py'), '--data-root',
