@@ -3,7 +3,6 @@ import json
 import math
 import pickle
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from PIL import Image
 from released_files import FAMILIES, weights
 from shrink import on_meta
 
+from mmhybrid import cli
 from mmhybrid.engine import TimmTransform
 from mmhybrid.engine.classification import RepeatedAugmentSampler
 from mmhybrid.engine.errors import run_command
@@ -346,10 +346,8 @@ def test_averaged_weights_of_a_file(tmp_path, images):
     state = weights('VMamba')
     torch.save(dict(model={key: torch.full_like(value, torch.nan) for key, value in state.items()},
                     model_ema=state), tmp_path / 'both.pth')
-    sys.path.insert(0, str(ROOT / 'tools'))
-    import convert_checkpoint
-    convert = [str(tmp_path / 'both.pth'), str(tmp_path / 'averaged.pth'), '--key', 'model_ema']
-    assert run_command(convert_checkpoint.main, convert) in (None, 0)
+    convert = ['convert', str(tmp_path / 'both.pth'), str(tmp_path / 'averaged.pth')]
+    assert cli.main([*convert, '--key', 'model_ema']) == 0
     found = [run_test([argv[0], str(tmp_path / f'{name}.pth'), *argv[1:], '--out',
                        str(tmp_path / f'{name}.pkl')]) for name in ('both', 'averaged')]
     assert found[0] == {'accuracy/top1': 0.0}  # nan is right nowhere
