@@ -18,5 +18,5 @@ optim_wrapper = dict(
     paramwise_cfg=dict(no_decay='1d'),
     optimizer=dict(type='mmhybrid.Lamb', lr=5e-3, betas=(0.9, 0.999), weight_decay=0.05))
 
-# The released scripts do not say on how many GPUs; the paper's text, not at hand, on 32.
+# The released scripts do not say on how many GPUs; 32 of them are our assumption.
 auto_scale_lr = dict(enable=False, base_batch_size=4096)
