@@ -11,8 +11,6 @@ EXAMPLE = 'mmhybrid predict photos/ --weights work_dirs/mini --score 0.5'
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.engine.prediction.files import KINDS
-
     parser.add_argument('source', nargs='+', metavar='SOURCE',
                         help='picture, folder, pattern such as "*/*.jpg", list of paths (.txt), '
                              'http(s) address, video, or the number of a camera')  # fmt: skip
@@ -26,9 +24,9 @@ def add_arguments(parser):
     parser.add_argument('--overwrite', action='store_true',
                         help='--out may hold files; those of the same names are replaced')
     parser.add_argument('--write', nargs='+', metavar='KIND',
-                        help=f'some of {", ".join(KINDS)} (class numbers as PNG) beside the JSON, '
-                             'or json for nothing else (default: pictures; masks too for a '
-                             'segmentor)')  # fmt: skip
+                        help='some of pictures, masks (class numbers as PNG), yolo, labelme; or '
+                             'json for nothing but predictions.json, which is always there '
+                             '(default: pictures; masks too for a segmentor)')  # fmt: skip
     parser.add_argument('--score', type=float, metavar='S',
                         help='detectors: lowest score of an object (default: 0.3)')
     parser.add_argument('--classes', nargs='+', metavar='NAME', help='leave out all other classes')
