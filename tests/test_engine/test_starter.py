@@ -82,7 +82,7 @@ def test_the_config_trains_as_it_is(make, options, given, tmp_path):
                f'train_cfg.{length}', f'train_cfg.val_interval={length[-1]}',
                f'default_hooks.checkpoint.interval={length[-1]}', *FEW])
         assert list((tmp_path / 'work').glob('best_*.pth'))
-        picture = next(path for path in folder.rglob('scene_000.*')
+        picture = next(path for path in folder.rglob('*scene_000.*')
                        if path.suffix in ('.jpg', '.png') and 'mmhybrid' not in path.parts)
         assert cli.main(['predict', str(picture), '--weights', str(tmp_path / 'work'), '--out',
                          str(tmp_path / 'found')]) == 0
