@@ -5,6 +5,10 @@ Makes a YOLO folder of 40 images from the mini set, then runs three commands on 
 init``, ``train``, ``predict``), and trains configs/cascade_mambavision_mini_coco.py on the same 40
 images for the same time. Both are scored on the 64 held-out images of the mini set.
 
+Measured by hand on a busy machine, one thread, one seed, each command by itself: box AP 0.253 after
+124 s of processor time for the config of init (which trains on 32 of the 40 images), and 0.255
+after 158 s for 40 epochs of the recipe.
+
     python tools/benchmark/own_data.py --root work_dirs/walk
 """
 from __future__ import annotations
