@@ -1,4 +1,4 @@
-"""The README's commands run as they are written; only training is shortened."""
+"""What README and docs show runs as it is written; only training is shortened."""
 import json
 import os
 import re
@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / 'README.md').read_text()
+# In reading order: commands of a page use what those of earlier pages wrote.
+PAGES = ('README', *(f'docs/{name}' for name in (
+    'getting_started', 'train', 'own_data', 'predict', 'weights', 'backbones', 'configs', 'speed',
+    'scan', 'plugin', 'patches', 'measuring', 'papers', 'api', 'extending', 'troubleshooting',
+    'limits')))
+TEXT = {page: (ROOT / f'{page}.md').read_text() for page in PAGES}
+README = TEXT['README']
+ALL = '\n'.join(TEXT.values())
 
 # Run by .ci/run itself (asserted below): they make an environment.
 SET_UP = ('bash tools/quickstart.sh', 'bash tools/run_tests.sh')
@@ -36,10 +43,12 @@ SHORTER = {
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r'```bash\n(.*?)```', README, re.S)
+    """Of all pages, each once."""
+    blocks = re.findall(r'```bash\n(.*?)```', ALL, re.S)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     lines = [re.sub(r'\s+#.*', '', line).strip() for line in lines]
-    return [re.sub(r'\s+', ' ', line) for line in lines if line and not line.startswith('#')]
+    lines = [re.sub(r'\s+', ' ', line) for line in lines if line and not line.startswith('#')]
+    return list(dict.fromkeys(lines))
 
 
 def epochs() -> int:
@@ -48,14 +57,51 @@ def epochs() -> int:
 
 
 def python_block(first_line: str) -> str:
-    for block in re.findall(r'```python\n(.*?)```', README, re.S):
+    for block in re.findall(r'```python\n(.*?)```', ALL, re.S):
         if block.startswith(first_line):
             return block
-    raise AssertionError(f'the README has no python block that starts with {first_line!r}')
+    raise AssertionError(f'no page has a python block that starts with {first_line!r}')
+
+
+def test_every_page_is_read():
+    assert {f'docs/{path.stem}' for path in (ROOT / 'docs').glob('*.md')} == set(PAGES[1:])
+    names = re.findall(r'\bdocs/(\w+)\.md\)', README)
+    assert {f'docs/{name}' for name in names} == set(PAGES[1:])  # README leads to all of them
+
+
+def test_links_lead_somewhere():
+    for page, text in TEXT.items():
+        folder = (ROOT / page).parent
+        for link in re.findall(r'\]\(((?!https?:)[^)\s]+)\)', text):
+            path, _, anchor = link.partition('#')
+            target = folder / path if path else ROOT / f'{page}.md'
+            assert target.exists(), f'{page}.md: {link}'
+            if anchor:
+                heads = re.findall(r'^#+ (.*)$', target.read_text(), re.M)
+                assert anchor in [re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-')
+                                  for head in heads], f'{page}.md: {link}'
+
+
+def test_readme_is_one_screen():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert sum(line.startswith('| `') for line in lines) <= 10
+    for path in (ROOT / 'docs/images').iterdir():
+        assert path.stat().st_size < 300_000 and path.name in ALL
+
+
+def test_a_backbone_in_six_lines():
+    code = python_block('import torch\n')
+    assert len(code.splitlines()) == 6
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-3000:]
+    maps = ['(1, 80, 56, 56)', '(1, 160, 28, 28)', '(1, 320, 14, 14)', '(1, 640, 7, 7)']
+    assert [line for line in done.stdout.splitlines() if line.startswith('(')] == maps
 
 
 def test_the_checkpoint_is_the_last_one():
-    assert set(re.findall(r'epoch_(\d+)\.pth', README)) == {str(epochs())}
+    assert set(re.findall(r'epoch_(\d+)\.pth', ALL)) == {str(epochs())}
 
 
 def test_ci_runs_the_set_up_commands():
@@ -101,12 +147,12 @@ def test_commands_run(clone):
     for tool in ('tools/prepare_data.py', 'tools/train.py', 'tools/test.py', 'tools/dist_test.sh',
                  'tools/visualize.py', 'tools/search_directions.py', 'tools/get_flops.py',
                  'tools/benchmark/model.py'):
-        assert tool in shown, f'the README does not show {tool}'
+        assert tool in shown, f'no page shows {tool}'
 
 
 def test_costs_are_those_of_the_whole_table():
     whole = (ROOT / 'configs/complexity.md').read_text().splitlines()
-    rows = re.findall(r'^\| .* \| (?:yes|.*\*\*no\*\*.*) \| .* \|$', README, re.M)
+    rows = re.findall(r'^\| .* \| (?:yes|.*\*\*no\*\*.*) \| .* \|$', ALL, re.M)
     assert len(rows) > 8
     assert set(rows) <= set(whole)
 
@@ -171,7 +217,7 @@ def test_own_data(tmp_path, monkeypatch, base, task, classes):
             path.write_text(path.read_text().replace('"segmentation"', '"unused"'))
         with pytest.raises(ValueError, match='without a segmentation'):
             check_classes(cfg, ['train'])
-        options = re.search(r'mine.py --cfg-options (.*?)```', README, re.S)[1].replace('\\\n', '')
+        options = re.search(r'mine.py --cfg-options (.*?)```', ALL, re.S)[1].replace('\\\n', '')
         cfg.merge_from_dict(dict(
             (key, {'None': None, 'False': False}.get(value, value))
             for key, value in (option.split('=') for option in options.split())))
@@ -194,7 +240,7 @@ def test_backbone_table_is_measured():
     rows, family = {}, ''
     for name, arch, alias, *facts in re.findall(
             r'^\| (?:`(\w+)`)? ?\| `(\w+)`(?: \(`(\w+)`\))? '
-            r'\| ([\d, ]+) \| ([\d, ]+) \| ([\d,]+) \|$', README, re.M):
+            r'\| ([\d, ]+) \| ([\d, ]+) \| ([\d,]+) \|$', ALL, re.M):
         family = name or family
         for spelling in filter(None, (arch, alias)):
             rows[family, spelling] = facts
@@ -211,10 +257,10 @@ def test_backbone_table_is_measured():
 def test_config_table_is_measured():
     """Rows have the parameter counts of tests/data/recipes.json; so many configs have none."""
     recipes = json.loads((ROOT / 'tests/data/recipes.json').read_text())
-    rows = dict(re.findall(r'^\| `(\w+)\.py` \| [^|]*\| ([\d,]+) \|', README, re.M))
+    rows = dict(re.findall(r'^\| `(\w+)\.py` \| [^|]*\| ([\d,]+) \|', ALL, re.M))
     names = {path.stem for path in (ROOT / 'configs').glob('*.py')}
     published = {name for name in names if not re.search('_(mini|tight)_', name)}
-    more, = re.findall(r'(\d+) configs more', README)
+    more, = re.findall(r'(\d+) configs more', ALL)
     assert set(rows) < published and len(published - set(rows)) == int(more)
     for name, count in rows.items():
         assert int(count.replace(',', '')) == recipes[name]['parameters'], name

@@ -138,8 +138,8 @@ def _mask_problems(records: Records, used, wanted, masks: bool, scored: bool) ->
         problems.append(
             f'has {_count(records, bare)} without a segmentation (a list of polygons, each a list '
             'of six or more numbers, or a run-length code), but the config trains or scores masks. '
-            f'Add them, or remove these annotations{ignore}; for boxes alone "Your own data" in '
-            'the README has a detector without masks')
+            f'Add them, or remove these annotations{ignore}; for boxes alone docs/own_data.md '
+            'has a detector without masks')
     faults = {**records.faults, **(records.partial if scored else {})}
     faulty = [place for place in sorted(faults) if needed[place]]
     if faulty:
