@@ -1,4 +1,5 @@
 """What README and docs show runs as it is written; only training is shortened."""
+import ast
 import json
 import os
 import re
@@ -80,6 +81,23 @@ def test_links_lead_somewhere():
                 heads = re.findall(r'^#+ (.*)$', target.read_text(), re.M)
                 assert anchor in [re.sub(r'[^\w -]', '', head.lower()).replace(' ', '-')
                                   for head in heads], f'{page}.md: {link}'
+
+
+def test_messages_are_those_of_the_code():
+    """Troubleshooting quotes what the package says; '...' is what differs."""
+    said = ['']
+    for path in (ROOT / 'mmhybrid').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    said = '\n'.join(said)
+    messages = re.findall(r'^\| `([^`]+)` \|', TEXT['docs/troubleshooting'], re.M)
+    theirs = {"No module named 'mmcv._ext'", 'is not in the ... registry',
+              'mmengine does not support to load mmhybrid config'}
+    assert theirs < set(messages) and len(messages) > 20
+    for message in set(messages) - theirs:
+        for part in message.split('...'):
+            assert part in said, message
 
 
 def test_readme_is_one_screen():

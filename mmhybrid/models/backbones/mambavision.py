@@ -362,7 +362,7 @@ class MambaVision(StagedBackbone):
         TypeError: for an unknown argument or a value of the wrong type.
         ValueError: for a value out of range.
 
-    Example:
+    Examples:
         >>> maps = MambaVision('tiny', window_size=(8, 8, 64, 32))(torch.rand(1, 3, 511, 511))
         >>> [tuple(m.shape) for m in maps]
         [(1, 80, 128, 128), (1, 160, 64, 64), (1, 320, 32, 32), (1, 640, 16, 16)]
