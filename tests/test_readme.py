@@ -68,6 +68,10 @@ def test_every_page_is_read():
     assert {f'docs/{path.stem}' for path in (ROOT / 'docs').glob('*.md')} == set(PAGES[1:])
     names = re.findall(r'\bdocs/(\w+)\.md\)', README)
     assert {f'docs/{name}' for name in names} == set(PAGES[1:])  # README leads to all of them
+    site = re.findall(r'^ +- (.*)\.md$', (ROOT / 'mkdocs.yml').read_text(), re.M)
+    assert set(PAGES) < set(site)
+    for page in site:
+        assert (ROOT / f'{page}.md').exists(), page
 
 
 def test_links_lead_somewhere():
