@@ -33,7 +33,8 @@ def test_fine_tune(tmp_path, monkeypatch):
     folder = exports.coco(tmp_path / 'parts', 3)
     with small_runs.quick():
         drawn = example('fine_tune').fine_tune(
-            folder, '--model', 'mambavision-mini', '--head', 'retinanet', '--task', 'detect', settings=(
+            folder, '--model', 'mambavision-mini', '--head', 'retinanet', '--task', 'detect',
+            settings=(
                 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1',
                 'default_hooks.checkpoint.interval=1', 'train_dataloader.num_workers=0',
                 'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
