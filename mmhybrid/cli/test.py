@@ -1,6 +1,6 @@
 """Evaluate a checkpoint of a detector, a segmentor or a classifier."""
 
-EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/first/epoch_7.pth '
+EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/first/epoch_12.pth '
            '--show-dir shown')  # fmt: skip
 
 

@@ -7,7 +7,7 @@ With --receptive-field, draw instead which pixels the middle of a backbone's las
 from ._common import add_cfg_options
 
 EXAMPLE = ('mmhybrid visualize configs/cascade_mambavision_mini_coco.py '
-           'work_dirs/first/epoch_7.pth --num 8')  # fmt: skip
+           'work_dirs/first/epoch_12.pth --num 8')  # fmt: skip
 
 
 def add_arguments(parser):
