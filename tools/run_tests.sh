@@ -90,6 +90,8 @@ echo "[tests] ruff" >&2
 "$python" -m ruff check .
 echo "[tests] codespell" >&2
 "$python" -m codespell_lib .
+echo "[tests] mypy" >&2
+"$python" -m mypy
 echo "[tests] pytest ($stack stack)" >&2
 # Two processes of one thread each; a file stays in one process, because its tests share set-up.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

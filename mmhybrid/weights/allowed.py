@@ -88,7 +88,8 @@ class UnfinishedDtype:
     """A numpy dtype whose byte order is still to come."""
 
     def __init__(self, code: str):
-        self.code, self.places = code, []
+        self.code = code
+        self.places: list = []
 
     def finished(self, state: object) -> np.dtype | Unusable:
         """Make the dtype; numpy itself must never see such a state, which describes memory."""

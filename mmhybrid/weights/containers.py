@@ -6,7 +6,7 @@ import re
 import struct
 import zipfile
 import zlib
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import torch
 from torch.serialization import default_restore_location
@@ -91,7 +91,7 @@ def open_archive(file: BinaryIO, size: int) -> zipfile.ZipFile:
     if not any(entry.CRC for entry in entries):
         # torch.serialization.set_crc32_options(False) leaves all of them at 0
         for entry in entries:
-            entry.CRC = None
+            entry.CRC = None  # type: ignore[assignment]  # zipfile compares none then
     return archive
 
 
@@ -157,7 +157,7 @@ def _room(size: int) -> torch.Tensor:
                     'left') from error
 
 
-def _fill(values: torch.Tensor, stream: BinaryIO) -> None:
+def _fill(values: torch.Tensor, stream: IO[bytes]) -> None:
     view, place = memoryview(values.numpy()), 0
     while place < len(view):
         chunk = stream.read(min(_CHUNK, len(view) - place))
@@ -179,7 +179,8 @@ def read_row(file: BinaryIO, size: int, place: Placement) -> object:
                     'could be read safely; expected .pth, .pt, .ckpt or .safetensors')
     for _ in range(2):
         read_pickle(file, size, head)
-    start, found = file.tell(), {}
+    start = file.tell()
+    found: dict[str, tuple] = {}
 
     def noted(key: str, dtype: torch.dtype, count: int, location: str):
         if key not in found:

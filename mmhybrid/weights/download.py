@@ -229,7 +229,7 @@ def _receive(address: Address, part: Path, notes: Path) -> str | None:
     if earlier.have and earlier.have == earlier.size:
         return earlier.sha256  # stopped between the last byte and the checks
     headers = {'Accept-Encoding': 'identity'}
-    if earlier.have:
+    if earlier.tag:  # and so a part of the file
         headers.update({'Range': f'bytes={earlier.have}-', 'If-Range': earlier.tag})
     answer, sha256 = ask(address, headers)
     with answer:

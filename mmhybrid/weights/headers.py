@@ -6,7 +6,7 @@ import math
 import os
 import struct
 from itertools import pairwise
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from .errors import WeightsError, printable
 
@@ -113,6 +113,6 @@ def _problem(entry: dict) -> str | None:
     return None
 
 
-def _are_sizes(values: object) -> bool:
+def _are_sizes(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and len(values) <= 64 and all(
         type(value) is int and 0 <= value < 2**48 for value in values)

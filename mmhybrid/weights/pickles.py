@@ -10,7 +10,7 @@ import argparse
 import pickletools
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -74,7 +74,8 @@ def read_pickle(stream: BinaryIO, size: int, budget: Budget,
 
 def _instructions(stream: BinaryIO, size: int):
     try:
-        yield from pickletools.genops(_Bounded(stream, size))
+        # It takes anything with these two methods, whatever its annotation says.
+        yield from pickletools.genops(_Bounded(stream, size))  # type: ignore[arg-type]
     except ValueError as error:
         place = stream.tell()
         if place >= size:
@@ -102,12 +103,14 @@ class _Machine:
 
     def __init__(self, budget: Budget, storage: Callable | None):
         self.budget, self.storage = budget, storage
-        self.stack, self.below, self.memo = [], [], {}
+        self.stack: list = []
+        self.below: list[list] = []
+        self.memo: dict = {}
 
     def push(self, value: object) -> None:
         self.stack.append(value)
 
-    def pop(self) -> object:
+    def pop(self) -> Any:
         return self.stack.pop()
 
     def mark(self, _) -> None:
@@ -207,7 +210,7 @@ def _finished(value: object, state: object, budget: Budget) -> object:
         # Names of versions, of a state_dict(); any other attribute would hide a method.
         notes = state.get('_metadata') if type(state) is dict else None
         if isinstance(notes, dict) and all(isinstance(note, dict) for note in notes.values()):
-            value._metadata = notes
+            vars(value)['_metadata'] = notes
         return value
     if type(value) is argparse.Namespace and type(state) is dict:
         budget.spend(len(state))
@@ -224,7 +227,7 @@ def _with_curve(buffer, state: object):
     values, counts = state.get('_log_history'), state.get('_count_history')
     most = state.get('max_length')
     arrays = [each for each in (values, counts) if type(each) is np.ndarray and each.ndim == 1]
-    if len(arrays) != 2 or len(values) != len(counts) or type(most) is not int or most < 1:
+    if len(arrays) != 2 or len(arrays[0]) != len(arrays[1]) or type(most) is not int or most < 1:
         raise Damaged('a loss curve has no values that mmengine writes')
     buffer.max_length, buffer._log_history, buffer._count_history = most, values, counts
     return buffer
@@ -235,7 +238,7 @@ def _protocol(machine: _Machine, number: int) -> None:
         raise Refused(f'pickle protocol {number}')
 
 
-_HANDLERS: dict[str, Callable[[_Machine, object], None]] = {
+_HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     'PROTO': _protocol, 'STOP': lambda machine, _: None,
     'GLOBAL': lambda machine, names: machine.push(look_up(*names.split(' ', 1))),
     'MARK': _Machine.mark, 'REDUCE': _Machine.call, 'NEWOBJ': _Machine.call,

@@ -140,7 +140,7 @@ def check_path(path: str | os.PathLike, name: str | None = None) -> None:
         raise WeightsError(f'{name} is a pipe, a device or a socket, expected a file of weights')
 
 
-def _opened(path: str, name: str) -> BinaryIO:
+def _opened(path: str | os.PathLike, name: str) -> BinaryIO:
     try:
         return open(path, 'rb')
     except PermissionError as error:

@@ -62,10 +62,11 @@ def _mambavision() -> list[Released]:
                'l3-512-21k': (8, 8, 32, 16)}
     remarks = {name: 'as a classifier for images of 512 pixels, and with '
                      f'window_size={windows[name]}' for name in ('l2-512-21k', 'l3-512-21k')}
-    found = [(name, arch, 'classification', f'{stem}.pth.tar',
-              f'{hub}{repository}/resolve/main/{stem}.pth.tar', remarks.get(name, ''),
-              windows.get(name, (8, 8, 14, 7)))
-             for name, arch, repository, stem in rows]
+    found: list[tuple] = [
+        (name, arch, 'classification', f'{stem}.pth.tar',
+         f'{hub}{repository}/resolve/main/{stem}.pth.tar', remarks.get(name, ''),
+         windows.get(name, (8, 8, 14, 7)))
+        for name, arch, repository, stem in rows]
     dense = [(f'{short}-cascade-coco', arch, 'detector',
               f'cascade_mask_rcnn_mamba_vision_{arch}_3x_coco')
              for short, arch in (('t', 'tiny'), ('s', 'small'), ('b', 'base'))]
@@ -210,4 +211,4 @@ def _stem(path: str) -> str:
 
 def _repository(address: str) -> str | None:
     found = re.match(r'(?:hf://|https://huggingface\.co/)[^/]+/([^/]+)', address)
-    return found and found[1].lower()
+    return found[1].lower() if found else None

@@ -55,7 +55,7 @@ class HubAddress(NamedTuple):
         """
         found = re.fullmatch(r'hf://([^/@]+/[^/@]+)(?:/([^@]+?))?/?(?:@([^@]+))?', address)
         parts = '/'.join(filter(None, found.groups()[:2] if found else ())).split('/')
-        if not address.isprintable() or {'', '.', '..'} & {*parts}:
+        if not found or not address.isprintable() or {'', '.', '..'} & {*parts}:
             raise WeightsError(f'got {shown(address)}, expected hf://organisation/repository[/file]'
                                '[@revision]')
         return cls(*found.groups())

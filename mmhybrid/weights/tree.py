@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 from collections import Counter, OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ class _Level:
         self.rest = iter(_parts(value) if type(value) in _CONTAINERS else [(key, value)])
 
 
-def _parts(value: object):
+def _parts(value: Any):
     if type(value) is argparse.Namespace:
         return vars(value).items()
     if isinstance(value, dict):

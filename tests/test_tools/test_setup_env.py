@@ -143,7 +143,7 @@ def test_run_tests_passes_its_arguments_on(clone, tmp_path):
     result = bash('tools/run_tests.sh', 'tests/a b', '-k', 'x or y', cwd=clone, CALLS=str(calls))
     assert result.returncode == 0, result.stderr
     lines = calls.read_text().splitlines()
-    assert lines[-3:-1] == ['-m|ruff|check|.|', '-m|codespell_lib|.|']
+    assert lines[-4:-1] == ['-m|ruff|check|.|', '-m|codespell_lib|.|', '-m|mypy|']
     assert lines[-1].startswith('-m|pytest|') and lines[-1].endswith('|tests/a b|-k|x or y|')
 
 
