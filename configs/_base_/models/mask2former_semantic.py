@@ -1,22 +1,15 @@
 # Mask2Former for classes of pixels (Cheng et al. 2022): 100 queries, nine decoder layers.
 # A config on top of this file states `backbone`, `decode_head.in_channels`, `num_classes` and the
 # weight of each class in `loss_cls` (0.1 for "no object", the last).
+_base_ = './encoder_decoder.py'
+
 attention = dict(embed_dims=256, num_heads=8, dropout=0.0, batch_first=True)
 positions = dict(num_feats=128, normalize=True)
 
 ffn = dict(embed_dims=256, num_fcs=2, ffn_drop=0.0, act_cfg=dict(type='ReLU', inplace=True))
 
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        size=(512, 512),
-        pad_val=0,
-        seg_pad_val=255,
-        test_cfg=dict(size_divisor=32)),
+    data_preprocessor=dict(test_cfg=dict(size_divisor=32)),
     decode_head=dict(
         type='Mask2FormerHead',
         strides=[4, 8, 16, 32],

@@ -1,15 +1,8 @@
 # UperNet with an FCN auxiliary head on the stride-16 map, tested on whole images.
 # A config on top of this file states `backbone` and both heads' `in_channels`.
+_base_ = './encoder_decoder.py'
+
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        size=(512, 512),  # training only: a crop smaller than this is padded; tests never pad
-        pad_val=0,
-        seg_pad_val=255),
     decode_head=dict(
         type='UPerHead',
         in_index=[0, 1, 2, 3],
