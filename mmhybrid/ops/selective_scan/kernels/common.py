@@ -40,7 +40,7 @@ def token_step(stride, WIDE: tl.constexpr):
     """A stride over tokens, by which the index of a token is multiplied in 32 or 64 bits.
 
     Of the 86 instructions that a token of eight states cost a sweep in 64 bits, ten were for
-    addresses that 32 bits can hold, ``passes.is_wide`` says when they cannot.
+    addresses that 32 bits can hold; ``passes.is_wide`` says when they cannot.
     """
     if WIDE:
         return tl.cast(stride, tl.int64)
