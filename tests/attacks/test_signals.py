@@ -365,10 +365,11 @@ def test_other_errors_are_not_hidden(tmp_path):
 
 WORKER = """
 import os, signal, sys, time, torch, toy
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmhybrid.engine.distributed import prepare_launch
+from mmhybrid.engine.distributed import leave_process_group, prepare_launch
 from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.stop_signals import Stopped, stop_signals
 folder = sys.argv[1]
@@ -423,6 +424,9 @@ except UserError as error:
              ['In process 1: The loss was not finite in 3', 'loss, which the model computes'])
     assert all(part in text for part in parts), text
 print('agreed')
+del whole, resumed  # what they hold keeps gloo's threads, and one may abort a process that ends
+leave_process_group()
+assert not dist.is_initialized()
 """
 
 
