@@ -2,8 +2,8 @@
 import numpy as np
 from mmengine.config import Config
 
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.preflight import check_classes
+from mmhybrid.errors import UserError
 
 CLASSES = ('cat', 'dog')
 

@@ -13,7 +13,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from yapf.yapflib import yapf_api
 
-from mmhybrid.engine.errors import run_command
+from mmhybrid.cli.actions.running import run_command
 
 CONFIG = """
 default_scope = 'mmengine'

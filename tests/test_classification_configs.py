@@ -18,9 +18,9 @@ from released_files import FAMILIES, weights
 from shrink import on_meta
 
 from mmhybrid import cli
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine import TimmTransform
 from mmhybrid.engine.classification import RepeatedAugmentSampler
-from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
 from mmhybrid.layers import DropPath

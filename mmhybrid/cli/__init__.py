@@ -9,7 +9,8 @@ Such a module has
 - ``LIGHT = True`` if it has to do without mmengine and torch. It then says what a user can put
   right with :class:`mmhybrid.cli._common.Failure`, all others with ``UserError``.
 
-Its top level imports nothing but the standard library, so that ``mmhybrid --help`` is quick.
+Its top level imports nothing but the standard library, so that ``mmhybrid --help`` is quick; what
+needs torch and mmengine stands in ``actions/`` or in other rooms.
 
 Exit statuses are the same everywhere: 0 done; 1 failed, or the answer is no (``doctor``,
 ``memory``); 2 wrong usage; 128 + n stopped by signal n, so 130 by Ctrl-C.
@@ -56,7 +57,7 @@ def tool(name):
 
 def names():
     """Return the names of all subcommands."""
-    found = (module.name for module in pkgutil.iter_modules(__path__))
+    found = (module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
     return sorted(name.replace('_', '-') for name in found if not name.startswith('_'))
 
 
@@ -90,7 +91,7 @@ def run_subcommand(name, arguments, prog):
     failed = _run_light(work if light else _check_environment, arguments)
     if not light and not failed:
         with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
-            from mmhybrid.engine.errors import run_command
+            from mmhybrid.cli.actions.running import run_command
         failed = run_command(work, arguments)
     return failed or status[0]
 
@@ -117,7 +118,7 @@ def _overview():
 
 
 def _run_light(work, arguments):
-    """What ``engine.errors.run_command`` does, for commands that cannot import it."""
+    """What ``actions.running.run_command`` does, for commands that cannot import it."""
     try:
         work(arguments)
     except KeyboardInterrupt:

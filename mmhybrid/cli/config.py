@@ -40,7 +40,7 @@ def run(args):
 def _path(name):
     """File of a config: as it is given, else one of ours."""
     from mmhybrid import config_path
-    from mmhybrid.engine.errors import UserError
+    from mmhybrid.errors import UserError
 
     if os.path.isfile(name):
         return name

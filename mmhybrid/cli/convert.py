@@ -32,7 +32,7 @@ def add_arguments(parser):
 
 def run(args):
     """Convert, publish or restore."""
-    from mmhybrid.engine.errors import UserError
+    from mmhybrid.errors import UserError
     from mmhybrid.weights.conversion import convert, publish, restore
 
     if (args.publish or args.restore) and (args.key or args.licence):

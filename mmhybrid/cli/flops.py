@@ -48,8 +48,8 @@ def run(args):
 
 def _published_table(args):
     """Markdown of published numbers beside counted ones."""
-    from mmhybrid.engine.errors import UserError
     from mmhybrid.engine.published import compare, markdown, read_published
+    from mmhybrid.errors import UserError
 
     if args.shape or args.cfg_options or args.backbone_only:
         raise UserError('The rows of a table of published numbers say themselves what is counted; '

@@ -37,7 +37,7 @@ def run(args):
         return _run_file(path, args.arguments)
     sys.path.insert(0, os.getcwd())  # as python -m does
     if not _is_module(args.tool):
-        from mmhybrid.engine.errors import UserError
+        from mmhybrid.errors import UserError
 
         raise UserError(f'{args.tool} cannot be run: {_reason(args.tool)}')
     sys.argv = [args.tool, *args.arguments]
@@ -46,7 +46,7 @@ def run(args):
 
 def _run_file(path, arguments):
     if not os.path.isfile(path):
-        from mmhybrid.engine.errors import UserError
+        from mmhybrid.errors import UserError
 
         raise UserError(f'There is no script {path}.')
     sys.argv = [path, *arguments]

@@ -1,6 +1,7 @@
 """Everything around the training loop. Importing it registers what configs name."""
 from mmhybrid import models  # noqa: F401  registers them
 
+from ..errors import UserError
 from .amp import AmpOptimWrapper
 from .classification import (
     ImageFolder,
@@ -10,7 +11,6 @@ from .classification import (
     TopAccuracy,
 )
 from .dump import DumpSegmentation
-from .errors import UserError
 from .faster import CompileHook, CudaGraphsHook
 from .finite_loss import FiniteLossHook
 from .graphs import use_cuda_graphs

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 from mmengine.runner import Runner
 
-from .errors import UserError, explain
+from ..errors import UserError
+from .explanations import explain
 
 __all__ = ['LATE', 'building', 'prepare_training']
 

@@ -7,7 +7,7 @@ import re
 
 from mmhybrid.weights import WeightsError, read_checkpoint
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['INTERRUPTED', 'RECORD', 'newest_whole', 'recorded']
 

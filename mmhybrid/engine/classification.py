@@ -15,8 +15,8 @@ from mmengine.logging import print_log
 from PIL import Image
 from torch.utils.data import Sampler
 
+from ..errors import UserError
 from ..registry import DATA_SAMPLERS, DATASETS, METRICS, OPTIMIZERS, TRANSFORMS
-from .errors import UserError
 
 __all__ = ['ImageFolder', 'LoadPicture', 'RepeatedAugmentSampler', 'TimmTransform', 'TopAccuracy',
            'lamb']

@@ -12,7 +12,7 @@ from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
 from mmhybrid.layers import LocalSS2D
 from mmhybrid.ops.cross_scan import cross_selective_scan, scan_plan
 
-from .errors import UserError
+from ..errors import UserError
 from .whole_models import ModelSource, build_model, takes_samples
 
 __all__ = ['measure']

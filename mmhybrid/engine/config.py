@@ -11,12 +11,12 @@ from mmengine.config import Config, ConfigDict
 
 from mmhybrid.weights import RELEASED, is_known_source
 
+from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
 from ..registry import MODELS
 from .amp import has_accelerator
 from .checkpointing import newest_whole
 from .config_file import read_config
-from .errors import UserError
 from .options import check_options
 from .settings import check_settings
 

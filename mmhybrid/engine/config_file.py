@@ -10,7 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.config.utils import ConfigParsingError
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['read_config']
 

@@ -15,10 +15,10 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from .amp import has_accelerator
-from .errors import UserError
 
-__all__ = ['leave_process_group', 'prepare_launch', 'replace_sync_bn']
+__all__ = ['launched_rank', 'leave_process_group', 'prepare_launch', 'replace_sync_bn']
 
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm')
 
@@ -66,6 +66,12 @@ def prepare_launch(cfg, launcher: str) -> list[str]:
     cfg.model_wrapper_cfg = wrapper
     notes.append(f'{dist.get_world_size()} processes on the CPU, connected through gloo.')
     return notes
+
+
+def launched_rank() -> int:
+    """Number of this process among those that a launcher started, before they are connected."""
+    number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
+    return int(number) if number.isdecimal() else 0  # else prepare_launch says so
 
 
 def leave_process_group() -> None:

@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..registry import HOOKS
-from .errors import UserError
 from .graphs import CudaGraphs, Replaced, check_numbers, missing, use_cuda_graphs
 
 __all__ = ['CompileHook', 'CudaGraphsHook', 'apply_faster']

@@ -13,9 +13,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
+from ..errors import UserError
 from ..registry import HOOKS
 from .checkpointing import recorded
-from .errors import UserError
 from .random_state import get_random_state, set_random_state
 from .stop_signals import any_rank
 

@@ -13,7 +13,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATA_SAMPLERS, LOOPS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['check_loops']
 

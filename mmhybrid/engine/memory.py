@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from mmhybrid.analysis.memory import Memory, Peak
 from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH, backward, pretended_gpu
 
+from ..errors import UserError
 from ..registry import MODELS
-from .errors import UserError
 from .whole_models import ModelSource, build_model, checked_shape, find_model
 
 __all__ = ['Prediction', 'Proposal', 'Step', 'format_proposals', 'main', 'predict', 'proposals',

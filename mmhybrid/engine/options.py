@@ -10,7 +10,7 @@ import re
 
 from mmengine.config import Config, DictAction
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['OptionsAction', 'check_given', 'check_options']
 

@@ -14,8 +14,8 @@ from mmengine.runner import load_checkpoint
 
 from mmhybrid.visualization import draw_instances, draw_regions, side_by_side
 
+from ..errors import UserError
 from .config import load_config
-from .errors import UserError
 from .pipeline_guard import guard_image_files
 from .preflight import check_checkpoint_file, check_classes, check_data, check_whole
 

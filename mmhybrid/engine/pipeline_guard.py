@@ -24,7 +24,7 @@ from PIL import Image
 from mmhybrid.compat import Patch, apply
 
 from ..datasets.label_images import UNREADABLE, label_problem, read_labels
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['expect_labels', 'guard_image_files']
 

@@ -32,12 +32,12 @@ from ..datasets.annotations import check_coco
 from ..datasets.coco_file import AnnotationError
 from ..datasets.coco_records import Records, forget_records, load_records
 from ..datasets.label_images import IGNORED, check_label_images, pair_files
+from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import LoadReport, check_windows, fit_weights
 from ..registry import HOOKS
 from .coco_reading import read_coco_alike
 from .config import is_remote
-from .errors import UserError
 from .pipeline_guard import expect_labels
 
 __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data',

@@ -10,8 +10,8 @@ from mmengine.fileio import load
 
 from mmhybrid.analysis import Cost
 
+from ..errors import UserError
 from .complexity import measure
-from .errors import UserError
 from .whole_models import find_model
 
 __all__ = ['Comparison', 'agrees', 'compare', 'markdown', 'read_published']

@@ -14,7 +14,7 @@ from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.visualization import draw_receptive_fields
 
-from .errors import UserError
+from ..errors import UserError
 from .preflight import check_checkpoint_file
 from .whole_models import build_model, find_model
 

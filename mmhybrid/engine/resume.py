@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 
+from ..errors import UserError
 from ..registry import HOOKS
-from .errors import UserError
 from .random_state import KEY as RANDOM_STATE
 from .stop_signals import VALIDATING
 

@@ -26,10 +26,10 @@ from mmhybrid.layers import DirectionMixture
 from mmhybrid.ops.cross_scan import DIRECTIONS
 from mmhybrid.weights import read_checkpoint, unwrap
 
+from ..errors import UserError
 from ..models.backbones.localvim import LocalVimTrunk
 from ..models.backbones.localvmamba import LocalVMamba
 from ..registry import HOOKS
-from .errors import UserError
 
 __all__ = ['ALPHAS_FILE', 'DirectionSearchHook', 'alphas_table', 'check_finite', 'check_pick',
            'checkpoint_alphas', 'choose_directions', 'make_supernet', 'model_alphas',

@@ -13,8 +13,8 @@ from mmengine.dist import get_rank
 from mmhybrid.ops.cross_scan import DIRECTIONS
 from mmhybrid.visualization import draw_directions
 
+from ..errors import UserError
 from .config import load_config
-from .errors import UserError
 from .preflight import check_checkpoint_file
 from .search import (
     ALPHAS_FILE,

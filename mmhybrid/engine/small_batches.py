@@ -14,7 +14,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .errors import SINGLE_VALUE_ADVICE, UserError
+from ..errors import UserError
+from .explanations import SINGLE_VALUE_ADVICE
 
 __all__ = ['check_single_images', 'out_of_memory_advice', 'pooled_norms']
 

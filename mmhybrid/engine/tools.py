@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from ..errors import UserError
 from .amp import has_accelerator
 from .building import LATE, building, prepare_training
 from .config import (
@@ -25,8 +26,7 @@ from .config import (
     ensure_hooks,
     load_config,
 )
-from .distributed import prepare_launch
-from .errors import UserError, launched_rank
+from .distributed import launched_rank, prepare_launch
 from .faster import apply_faster
 from .loop_check import check_loops
 from .options import OptionsAction, check_given

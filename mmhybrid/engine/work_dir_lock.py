@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmhybrid import processes
 from mmhybrid.compat.whole_checkpoints import write_aside
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ['LOCK', 'WorkDirLock']
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mmengine.fileio import load
 
 from mmhybrid.config_scheme import config_dir
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 
 __all__ = ['FILE', 'NOT_MEASURED', 'STATES', 'Claim', 'Paper', 'Row', 'find_claim', 'read_papers']
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from mmhybrid.config_scheme import config_dir
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 
 from .claims import RUNS, Claim, Row
 

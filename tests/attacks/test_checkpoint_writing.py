@@ -17,7 +17,8 @@ from mmhybrid.compat import whole_checkpoints as whole
 from mmhybrid.compat.whole_checkpoints import remove_left_overs, write_aside
 from mmhybrid.engine.checkpointing import newest_whole
 from mmhybrid.engine.config import apply_resume
-from mmhybrid.engine.errors import UserError, explain
+from mmhybrid.engine.explanations import explain
+from mmhybrid.errors import UserError
 from mmhybrid.weights import read_checkpoint
 
 EPOCHS = dict(by_epoch=True, max_epochs=3, val_interval=1)

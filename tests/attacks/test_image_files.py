@@ -10,8 +10,9 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from mmhybrid.engine.errors import UserError, explain
+from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.pipeline_guard import expect_labels, guard_image_files
+from mmhybrid.errors import UserError
 
 LOAD = dict(type='LoadImageFromFile')
 

@@ -15,9 +15,9 @@ from PIL import Image
 from mmhybrid.datasets.label_images import check_label_images, label_problem, pair_files
 from mmhybrid.datasets.label_mapping import map_labels, parse_mapping
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_classes
+from mmhybrid.errors import UserError
 from mmhybrid.registry import TRANSFORMS  # noqa: F401  registers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,7 +159,7 @@ def test_a_bad_label_outside_the_sample(tmp_path, workers, wrong, value):
     loader = DataLoader(dataset, num_workers=workers, collate_fn=list, batch_size=4)
     with pytest.raises(UserError if not workers else Exception) as error:
         list(loader)
-    from mmhybrid.engine.errors import explain
+    from mmhybrid.engine.explanations import explain
     text = explain(error.value)
     assert text.startswith(f'{tmp_path}/labels/031.png has label {value}, but with 2 classes')
     assert f'({int((wrong > 1).sum())} of 48 pixels' in text and 'Traceback' not in text

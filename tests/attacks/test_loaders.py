@@ -6,10 +6,10 @@ import small_runs
 from mmengine.config import Config
 
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
+from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ('train', 'val', 'test')

@@ -12,8 +12,8 @@ from torch import nn
 
 from mmhybrid.engine import finite_loss
 from mmhybrid.engine.config import ensure_finite_loss, ensure_hooks
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.finite_loss import FiniteLossHook
+from mmhybrid.errors import UserError
 from mmhybrid.weights import read_checkpoint
 
 EPOCHS = dict(by_epoch=True, max_epochs=3)

@@ -14,14 +14,16 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.errors import UserError, explain, run_command
+from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_classes, check_data
 from mmhybrid.engine.tools import parse, run_training, training_parser
+from mmhybrid.errors import UserError
 
 LOAD = dict(type='LoadImageFromFile')
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'

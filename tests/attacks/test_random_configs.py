@@ -10,9 +10,9 @@ import pytest
 from mmengine.config import Config
 
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.settings import check_settings
 from mmhybrid.engine.settings.tables import SETTINGS
+from mmhybrid.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 NAMES = ('mask_rcnn_vmamba_t_coco.py', 'cascade_mambavision_t_coco.py',

@@ -15,10 +15,10 @@ import toy
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine import stop_signals as module
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.checkpointing import newest_whole
-from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.stop_signals import Stopped, stop_signals
 from mmhybrid.weights import read_checkpoint
 
@@ -370,7 +370,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmhybrid.engine.distributed import leave_process_group, prepare_launch
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.engine.stop_signals import Stopped, stop_signals
 folder = sys.argv[1]
 rank = int(os.environ['RANK'])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.settings import check_settings
+from mmhybrid.errors import UserError
 
 OURS = Path(__file__).resolve().parents[2] / 'configs'
 # What is really wrong in them: a class without this argument (none of these can be built), a class

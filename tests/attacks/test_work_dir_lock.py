@@ -11,8 +11,8 @@ import pytest
 
 from mmhybrid import processes
 from mmhybrid.engine import work_dir_lock
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.work_dir_lock import LOCK, WorkDirLock
+from mmhybrid.errors import UserError
 
 GONE = 2**22 + 1  # no process has this number
 

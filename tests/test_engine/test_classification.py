@@ -7,8 +7,8 @@ from PIL import Image
 
 from mmhybrid.engine.classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
 from mmhybrid.engine.config import apply_tta
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.preflight import check_classes, check_data
+from mmhybrid.errors import UserError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mmhybrid.engine.config import (
     load_config,
     redirect_data,
 )
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.registry import MODELS
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'

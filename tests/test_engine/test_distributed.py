@@ -11,7 +11,7 @@ from mmengine.config import Config
 
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.distributed import prepare_launch, replace_sync_bn
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 on_cpu = pytest.mark.skipif(has_accelerator(), reason='what happens without an accelerator')

@@ -13,8 +13,8 @@ from mmhybrid import cli
 from mmhybrid.analysis.memory import Memory, Peak
 from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH, backward, pretended_gpu
 from mmhybrid.engine import memory
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.whole_models import ModelSource, find_model
+from mmhybrid.errors import UserError
 from mmhybrid.ops import triton_support
 
 pytest.importorskip('triton', reason='the kernels need Triton')

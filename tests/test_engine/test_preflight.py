@@ -5,8 +5,8 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.preflight import check_classes, check_data
+from mmhybrid.errors import UserError
 
 
 def config(folder, classes=('cat', 'dog'), names=('cat', 'dog'), **model):

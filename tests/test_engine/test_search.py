@@ -8,7 +8,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.search import (
     DirectionSearchHook,
     alphas_table,
@@ -18,6 +17,7 @@ from mmhybrid.engine.search import (
     shares_of,
     supernet_blocks,
 )
+from mmhybrid.errors import UserError
 from mmhybrid.models import LocalVim, LocalVMamba
 from mmhybrid.ops.cross_scan import DIRECTIONS
 

@@ -18,10 +18,10 @@ from shrink import on_meta
 from mmhybrid import cli
 from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.starter.heads import HEADS
 from mmhybrid.engine.starter.models import backbone_names, find_backbone
 from mmhybrid.engine.tools import train
+from mmhybrid.errors import UserError
 
 FEW = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False']

@@ -11,7 +11,7 @@ from mmengine.fileio import load
 
 from mmhybrid import cli
 from mmhybrid.analysis import CONVENTIONS
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.papers import STATES, as_page, as_text, find_claim, overview, read_papers
 from mmhybrid.weights import RELEASED
 from mmhybrid.weights.released import find_released

@@ -18,7 +18,7 @@ from mmhybrid import cli
 from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
-from mmhybrid.engine.errors import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.papers import find_claim, read_papers, running
 from mmhybrid.papers.running import chosen_rows, run_rows, words_of
 

@@ -5,7 +5,7 @@ import pytest
 from mmengine.runner import Runner
 
 from mmhybrid import cli
-from mmhybrid.engine.errors import run_command
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.tools import train as run_train
 
 

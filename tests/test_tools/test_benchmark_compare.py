@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmhybrid.engine.errors import run_command
+from mmhybrid.cli.actions.running import run_command
 
 FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmark'
 # The other module is one of ours under other names, whose first map can be changed.

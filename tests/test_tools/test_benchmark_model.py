@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from shrink import shrink
 
-from mmhybrid.engine.errors import run_command
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.whole_models import find_model
 
 ROOT = Path(__file__).resolve().parents[2]

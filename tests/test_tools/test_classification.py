@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmhybrid import cli
-from mmhybrid.engine.errors import run_command
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.search_tool import search
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train

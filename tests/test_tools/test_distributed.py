@@ -14,8 +14,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
 

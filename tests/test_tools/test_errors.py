@@ -9,7 +9,8 @@ import pytest
 import torch
 from released_files import Hostile
 
-from mmhybrid.engine.errors import explain, run_command
+from mmhybrid.cli.actions.running import run_command
+from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.tools import test as run_test
 from mmhybrid.engine.tools import train as run_train
 

@@ -11,9 +11,9 @@ import torch
 
 from mmhybrid import cli
 from mmhybrid.engine.complexity import measure
-from mmhybrid.engine.errors import UserError
 from mmhybrid.engine.published import Comparison, agrees, compare, markdown, read_published
 from mmhybrid.engine.whole_models import find_model
+from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / 'configs/complexity.yml'

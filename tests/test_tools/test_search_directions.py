@@ -14,8 +14,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.engine.errors import run_command
 from mmhybrid.engine.search import choose_directions
 from mmhybrid.engine.search_tool import search
 from mmhybrid.engine.tools import train as run_train

@@ -48,8 +48,9 @@ from timing import (
 from torch.utils._pytree import tree_leaves
 
 import mmhybrid.models  # noqa: F401  (fills the registry)
-from mmhybrid.engine.errors import UserError, run_command
+from mmhybrid.cli.actions.running import run_command
 from mmhybrid.engine.whole_models import build_model, find_model
+from mmhybrid.errors import UserError
 
 COLUMNS = (
     *ENVIRONMENT, 'case', 'B', 'H', 'W', 'dtype', 'pass', 'mode', 'module', *PERCENTILES,

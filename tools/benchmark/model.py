@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import mmhybrid.plugin  # noqa: E402, F401
-from mmhybrid.engine.errors import UserError, run_command  # noqa: E402
+from mmhybrid.cli.actions.running import run_command  # noqa: E402
 from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.engine.synthetic import find_everything, synthetic_batch  # noqa: E402
 from mmhybrid.engine.whole_models import (  # noqa: E402
@@ -51,6 +51,7 @@ from mmhybrid.engine.whole_models import (  # noqa: E402
     find_model,
     takes_samples,
 )
+from mmhybrid.errors import UserError  # noqa: E402
 
 COLUMNS = (*ENVIRONMENT, 'model', 'pass', 'height', 'width', 'batch', 'dtype', 'compiled',
            'parameters', *PERCENTILES, 'images_per_s', 'peak_mb', 'peak_of', 'time_over_first')

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, explain
+from mmhybrid.errors import UserError
+
+from ..explanations import explain
 from ..options import check_given
 from .files import KINDS, NotWritten, Results, check_apart, new_folder
 from .predictor import Picture, Predictor, Wanted, load

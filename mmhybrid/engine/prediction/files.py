@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from mmhybrid import __version__
+from mmhybrid.errors import UserError
 
-from ..errors import NO_WRITING, UserError
+from ..explanations import NO_WRITING
 from .outlines import joined, outlines
 from .results import Detection, Result, Segmentation, decoded, run_lengths
 from .sources import PLACES, RESULTS, Item

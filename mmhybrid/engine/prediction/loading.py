@@ -19,6 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
+from mmhybrid.errors import UserError
 from mmhybrid.weights import (
     TRUST_VARIABLE,
     WeightsError,
@@ -37,7 +38,6 @@ from ...models.checkpoints import check_windows
 from ..building import building
 from ..checkpointing import recorded
 from ..config import apply_tta, load_config
-from ..errors import UserError
 from ..options import check_options
 from ..preflight import check_checkpoint_file, check_whole, classes_of, num_classes_of
 

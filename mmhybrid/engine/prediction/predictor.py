@@ -12,9 +12,10 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image, ImageOps
 
+from mmhybrid.errors import UserError
+
 from ...visualization import class_colors
 from ..building import building
-from ..errors import UserError
 from ..pipeline_guard import guard_image_files
 from .loading import Loaded, load_model
 from .results import Detection, Result, Segmentation, box_of, encoded

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from mmhybrid.errors import UserError
+
 from ...visualization import class_colors, draw_instances, draw_regions
-from ..errors import UserError
 
 __all__ = ['Detection', 'Result', 'Segmentation']
 

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mmhybrid.errors import UserError
 from mmhybrid.weights import WeightsError
 from mmhybrid.weights.addresses import parse_address, shown
 from mmhybrid.weights.transfer import Interrupted, ask, read_some
-
-from ..errors import UserError
 
 __all__ = ['PLACES', 'RESULTS', 'Frames', 'Item', 'fetched', 'find_items']
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from mmengine.config import Config
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
+
 from .signatures import ANYTHING, Keywords, keywords
 from .spelling import is_slip, nearest
 from .tables import (

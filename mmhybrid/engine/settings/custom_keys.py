@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from mmengine.config import Config
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
+
 from .spelling import is_slip, nearest
 
 __all__ = ['check_custom_keys']

@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
+
 from .models import MINI, Backbone
 
 __all__ = ['HEADS', 'Head', 'default_head', 'find_head']

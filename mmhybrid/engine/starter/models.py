@@ -5,10 +5,10 @@ import difflib
 from dataclasses import dataclass
 from importlib import import_module
 
+from mmhybrid.errors import UserError
 from mmhybrid.weights import RELEASED
 
 from ...models.backbones.timm_features import TimmFeatures
-from ..errors import UserError
 
 __all__ = ['MINI', 'Backbone', 'backbone_names', 'find_backbone', 'named_weights']
 

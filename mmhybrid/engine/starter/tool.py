@@ -20,6 +20,7 @@ from mmhybrid.datasets.exports import ExportError, Questions, read_export
 from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
 from mmhybrid.datasets.storage import atomic_folder, existing_recipe
+from mmhybrid.errors import UserError
 from mmhybrid.visualization.data_report import report_html
 from mmhybrid.weights import (
     RELEASED,
@@ -33,7 +34,6 @@ from mmhybrid.weights import (
 from mmhybrid.weights.released import find_released
 
 from ..amp import has_accelerator
-from ..errors import UserError
 from .config_text import config_text, counted
 from .heads import Head, default_head, find_head
 from .models import Backbone, backbone_names, find_backbone, named_weights

@@ -1,11 +1,8 @@
-"""Errors that a person can act on, and how the command line tools show them."""
+"""What to say of errors that others raise and a person can put right."""
 from __future__ import annotations
 
 import errno
-import os
 import re
-import sys
-import time
 import traceback
 
 import torch
@@ -13,14 +10,10 @@ import torch
 from mmhybrid.mmcv_ops import CompiledOpMissing, TorchvisionMissing
 from mmhybrid.weights import WeightsError
 
-__all__ = ['UserError', 'explain', 'launched_rank', 'run_command']
+from ..errors import UserError
 
+__all__ = ['NO_WRITING', 'SINGLE_VALUE_ADVICE', 'explain']
 
-class UserError(ValueError):
-    """Something the user can put right. The tools print its text without a traceback."""
-
-
-WAIT_FOR_RANK_0 = 20  # seconds
 SINGLE_VALUE_ADVICE = (
     'Give each process at least 2 images (--cfg-options train_dataloader.batch_size=2), leave '
     'out a last batch of one image (train_dataloader.drop_last=True), or normalize without the '
@@ -114,46 +107,3 @@ def _known(error: BaseException, text: str) -> str | None:
 def _raised_in(error: BaseException, function: str) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and frames[-1].f_code.co_name == function
-
-
-def run_command(main, argv=None) -> int:
-    """Run the main function of a tool and return its exit code.
-
-    Known errors become one block of text on stderr; everything else keeps its traceback, and so
-    do known errors with ``--traceback`` or the environment variable ``MMHYBRID_TRACEBACK=1``.
-    After success the process leaves its process group.
-    """
-    from .distributed import leave_process_group
-    from .stop_signals import Stopped
-    argv = sys.argv[1:] if argv is None else list(argv)
-    full = '--traceback' in argv or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0')
-    rank, stopped = launched_rank(), None
-    try:
-        main(argv)
-        leave_process_group()
-    except Stopped as stop:
-        stopped = stop.code  # without its traceback, which would hold what has to go
-    except KeyboardInterrupt:
-        print('\nStopped.', file=sys.stderr)
-        return 130
-    except Exception as error:
-        text = explain(error)
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if text is None or full:
-            traceback.print_exc()
-        if text is not None:
-            if rank and not together:
-                # Usually rank 0 has found the same. It tells, and then the launcher stops us.
-                time.sleep(WAIT_FOR_RANK_0)
-            where = f' (process {rank})' if rank else ''
-            print(f'\nERROR{where}: {text}\n', file=sys.stderr, flush=True)
-        return 1
-    if stopped is not None:
-        leave_process_group()
-    return stopped or 0
-
-
-def launched_rank() -> int:
-    """Number of this process among those that a launcher started, before they are connected."""
-    number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
-    return int(number) if number.isdecimal() else 0  # else prepare_launch says so
