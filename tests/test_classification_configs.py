@@ -19,10 +19,10 @@ from shrink import on_meta
 
 from mmhybrid import cli
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine import TimmTransform
 from mmhybrid.engine.classification import RepeatedAugmentSampler
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.layers import DropPath
 from mmhybrid.weights import RELEASED
 

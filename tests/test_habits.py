@@ -38,7 +38,7 @@ def test_contributing_names_what_is_there():
 @pytest.mark.parametrize(('file', 'name'), [
     ('mmhybrid/engine/param_groups.py', 'SSM_NAMES'),
     ('mmhybrid/engine/starter/models.py', 'FAMILIES'),
-    ('mmhybrid/engine/receptive_field_tool.py', 'FAMILIES'),
+    ('mmhybrid/cli/actions/receptive_fields.py', 'FAMILIES'),
     ('mmhybrid/ops/selective_scan/__init__.py', '_BACKENDS'),
     ('mmhybrid/datasets/exports/recognise.py', 'FORMS'),
     ('mmhybrid/models/backbones/vmamba.py', 'ARCHITECTURES'),

@@ -49,6 +49,6 @@ def add_arguments(parser):
 
 def run(args):
     """Write the folder."""
-    from mmhybrid.engine.starter.tool import main
+    from mmhybrid.cli.actions.init import main
 
     main(args)

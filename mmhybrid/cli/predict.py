@@ -47,6 +47,6 @@ def add_arguments(parser):
 
 def run(args):
     """Do the work; returns the exit status."""
-    from mmhybrid.engine.prediction.command import predict
+    from mmhybrid.cli.actions.predict import predict
 
     return predict(args)

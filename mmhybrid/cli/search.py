@@ -10,13 +10,13 @@ EXAMPLE = ('mmhybrid search configs/upernet_localvmamba_mini_ade20k.py --work-di
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.engine.search_tool import add_search_arguments
+    from mmhybrid.cli.actions.search import add_search_arguments
 
     add_search_arguments(parser)
 
 
 def run(args):
     """Search."""
-    from mmhybrid.engine.search_tool import run_search
+    from mmhybrid.cli.actions.search import run_search
 
     run_search(args)

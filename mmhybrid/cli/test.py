@@ -6,13 +6,13 @@ EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/fir
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.engine.tools import add_test_arguments
+    from mmhybrid.cli.actions.training import add_test_arguments
 
     add_test_arguments(parser)
 
 
 def run(args):
     """Evaluate."""
-    from mmhybrid.engine.tools import run_test
+    from mmhybrid.cli.actions.training import run_test
 
     run_test(args)

@@ -5,13 +5,13 @@ EXAMPLE = 'mmhybrid train configs/cascade_mambavision_mini_coco.py --work-dir wo
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.engine.tools import add_training_arguments
+    from mmhybrid.cli.actions.training import add_training_arguments
 
     add_training_arguments(parser)
 
 
 def run(args):
     """Train."""
-    from mmhybrid.engine.tools import run_training
+    from mmhybrid.cli.actions.training import run_training
 
     run_training(args)

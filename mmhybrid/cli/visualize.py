@@ -42,13 +42,13 @@ def run(args):
         if args.config or args.checkpoint:
             args.usage_error('--receptive-field takes backbones, and no CONFIG CHECKPOINT before '
                              'it; weights come from --weights')
-        from mmhybrid.engine.receptive_field_tool import FAMILIES, draw_fields
+        from mmhybrid.cli.actions.receptive_fields import FAMILIES, draw_fields
 
         args.receptive_field = args.receptive_field or FAMILIES
         return draw_fields(args)
     if not args.checkpoint:
         args.usage_error('the following arguments are required: config, checkpoint '
                          '(or --receptive-field)')
-    from mmhybrid.engine.picture_tool import draw_test_set
+    from mmhybrid.cli.actions.visualize import draw_test_set
 
     draw_test_set(args)

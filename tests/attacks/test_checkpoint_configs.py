@@ -57,7 +57,8 @@ DROPPED = {
     'model=dict(type="mmdet.apis.inference.Path")': ('leads to pathlib.Path', {}),
     'model=dict(type="np.load")': ("type='np.load' is nothing of", {}),
     'model=dict(type="mmengine.hub.get_model", cfg_path="x")': ('mmengine.hub', {}),
-    'model=dict(type="mmhybrid.engine.tools.main")': ("type='mmhybrid.engine.tools.main'", {}),
+    'model=dict(type="mmhybrid.cli.actions.training.main")': (
+        "type='mmhybrid.cli.actions.training.main'", {}),
     'model=dict(type="mmdet.apis.DetInferencer", weights="x")': ('DetInferencer', {}),
     'model=dict(type="evil_package.registry.X")': ("type='evil_package.registry.X'", {}),
     'model=dict(type="mmdet_evil.X")': ("type='mmdet_evil.X'", {}),

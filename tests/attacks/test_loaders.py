@@ -5,10 +5,10 @@ import pytest
 import small_runs
 from mmengine.config import Config
 
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.loop_check import check_loops
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.settings import check_custom_keys, check_settings
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'

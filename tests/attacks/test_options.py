@@ -8,14 +8,14 @@ import small_runs
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mmhybrid.cli.actions.training import parse, run_training, training_parser
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.building import building, prepare_training
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.distributed import prepare_launch
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.options import OptionsAction, check_options
-from mmhybrid.engine.tools import parse, run_training, training_parser
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

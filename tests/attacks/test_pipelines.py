@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.training import parse, run_training, training_parser
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
@@ -22,7 +23,6 @@ from mmhybrid.engine.config import load_config
 from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_classes, check_data
-from mmhybrid.engine.tools import parse, run_training, training_parser
 from mmhybrid.errors import UserError
 
 LOAD = dict(type='LoadImageFromFile')

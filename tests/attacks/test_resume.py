@@ -6,9 +6,9 @@ import small_runs
 import torch
 import toy
 
+from mmhybrid.cli.actions.training import parse, run_training, training_parser
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine import pending_gradients
-from mmhybrid.engine.tools import parse, run_training, training_parser
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.weights import read_checkpoint
 
 EPOCHS = dict(by_epoch=True, max_epochs=3, val_interval=1)  # 6 iterations each

@@ -7,11 +7,11 @@ import torch
 from mmengine.runner import Runner
 from shrink import on_meta, shrink
 
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.building import prepare_training
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice, pooled_norms
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

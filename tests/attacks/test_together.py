@@ -13,9 +13,9 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
 from mmhybrid import mmcv_ops, processes
+from mmhybrid.cli.actions.training import train
 from mmhybrid.engine import preflight
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.tools import train
 from mmhybrid.engine.work_dir_lock import LOCK
 from mmhybrid.errors import UserError
 from mmhybrid.weights import read_checkpoint

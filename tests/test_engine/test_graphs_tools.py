@@ -8,9 +8,9 @@ from graph_stand_in import Recorder
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine import faster, graphs
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.layers import DropPath
 from mmhybrid.models import MambaVision
 

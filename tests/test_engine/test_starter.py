@@ -16,11 +16,11 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from shrink import on_meta
 
 from mmhybrid import cli
+from mmhybrid.cli.actions.training import train
 from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.starter.heads import HEADS
 from mmhybrid.engine.starter.models import backbone_names, find_backbone
-from mmhybrid.engine.tools import train
 from mmhybrid.errors import UserError
 
 FEW = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
@@ -229,7 +229,7 @@ def test_a_stopped_run_leaves_nothing_and_a_killed_one_is_cleared(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr('mmhybrid.engine.starter.tool.write', stop)
+        patch.setattr('mmhybrid.cli.actions.init.write', stop)
         init(folder)
     assert set(state(folder)) == before
     for name, age in (('.mmhybrid.killed', 7200), ('.mmhybrid.working', 10)):
@@ -249,7 +249,7 @@ def test_of_two_at_once_the_first_stays(tmp_path, monkeypatch):
             init(folder, '--seed', '7')
         preparing.write(prepared, work, progress)
 
-    monkeypatch.setattr('mmhybrid.engine.starter.tool.write', meanwhile)
+    monkeypatch.setattr('mmhybrid.cli.actions.init.write', meanwhile)
     with pytest.raises(UserError, match='was made from something else'):
         init(folder)
     assert json.loads((folder / 'mmhybrid/mmhybrid_init.json').read_text())['seed'] == 7
@@ -269,7 +269,7 @@ def test_numbered_series_are_pointed_out(tmp_path, capsys):
 
 
 def test_weights_choose_the_backbone_and_say_their_licence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('mmhybrid.engine.starter.tool._size_of', lambda address: '123 MB')
+    monkeypatch.setattr('mmhybrid.cli.actions.init._size_of', lambda address: '123 MB')
     config = init(exports.yolo(tmp_path), '--weights', 'vmamba-t-s1l8')
     text = config.read_text()
     assert "type='mmhybrid.VMamba'" in text and "pretrained = 'vmamba-t-s1l8'" in text
@@ -293,6 +293,6 @@ def test_a_file_of_weights_chooses_the_backbone(tmp_path, monkeypatch):
 
 
 def test_few_pictures_with_weights_keep_batchnorm(tmp_path, monkeypatch):
-    monkeypatch.setattr('mmhybrid.engine.starter.tool._size_of', lambda address: '123 MB')
+    monkeypatch.setattr('mmhybrid.cli.actions.init._size_of', lambda address: '123 MB')
     text = init(exports.yolo(tmp_path), '--weights', 'mambavision-t-1k').read_text()
     assert 'norm_eval=True' in text and 'mask_head=None' in text and 'scale=(160, 160)' in text

@@ -6,7 +6,7 @@ from mmengine.runner import Runner
 
 from mmhybrid import cli
 from mmhybrid.cli.actions.running import run_command
-from mmhybrid.engine.tools import train as run_train
+from mmhybrid.cli.actions.training import train as run_train
 
 
 @pytest.fixture

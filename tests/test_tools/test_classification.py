@@ -12,9 +12,9 @@ from PIL import Image
 
 from mmhybrid import cli
 from mmhybrid.cli.actions.running import run_command
-from mmhybrid.engine.search_tool import search
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
+from mmhybrid.cli.actions.search import search
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.layers import DropPath
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs' / 'classification'

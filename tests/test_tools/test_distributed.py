@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -10,9 +10,9 @@ import torch
 from released_files import Hostile
 
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,9 +4,9 @@ import re
 import pytest
 from graph_stand_in import Recorder
 
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine import faster, graphs
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
 
 
 @pytest.fixture(autouse=True)

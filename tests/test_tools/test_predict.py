@@ -17,7 +17,7 @@ from trained import trained
 
 import mmhybrid
 from mmhybrid.cli import main
-from mmhybrid.engine.prediction import command
+from mmhybrid.cli.actions import predict as command
 from mmhybrid.engine.prediction.predictor import Predictor
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmhybrid.cli.actions.running import run_command
+from mmhybrid.cli.actions.search import search
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.search import choose_directions
-from mmhybrid.engine.search_tool import search
-from mmhybrid.engine.tools import train as run_train
 from mmhybrid.ops.cross_scan import DIRECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmhybrid.engine.tools import test as run_test
-from mmhybrid.engine.tools import train as run_train
+from mmhybrid.cli.actions.training import test as run_test
+from mmhybrid.cli.actions.training import train as run_train
 
 OPENED = None
 

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from mmhybrid import cli
-from mmhybrid.engine import picture_tool
+from mmhybrid.cli.actions import visualize as picture_tool
 
 ORIENTATION = 0x112
 

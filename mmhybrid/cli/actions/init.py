@@ -20,6 +20,11 @@ from mmhybrid.datasets.exports import ExportError, Questions, read_export
 from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
 from mmhybrid.datasets.storage import atomic_folder, existing_recipe
+from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.engine.starter.config_text import config_text, counted
+from mmhybrid.engine.starter.heads import Head, default_head, find_head
+from mmhybrid.engine.starter.models import Backbone, backbone_names, find_backbone, named_weights
+from mmhybrid.engine.starter.plan import default_backbone, make_plan
 from mmhybrid.errors import UserError
 from mmhybrid.visualization.data_report import report_html
 from mmhybrid.weights import (
@@ -32,12 +37,6 @@ from mmhybrid.weights import (
     unwrap,
 )
 from mmhybrid.weights.released import find_released
-
-from ..amp import has_accelerator
-from .config_text import config_text, counted
-from .heads import Head, default_head, find_head
-from .models import Backbone, backbone_names, find_backbone, named_weights
-from .plan import default_backbone, make_plan
 
 __all__ = ['main']
 

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 
+from mmhybrid.engine.explanations import explain
+from mmhybrid.engine.options import check_given
+from mmhybrid.engine.prediction.files import KINDS, NotWritten, Results, check_apart, new_folder
+from mmhybrid.engine.prediction.predictor import Picture, Predictor, Wanted, load
+from mmhybrid.engine.prediction.results import Detection, Result
+from mmhybrid.engine.prediction.sources import Frames, Item, fetched, find_items
 from mmhybrid.errors import UserError
-
-from ..explanations import explain
-from ..options import check_given
-from .files import KINDS, NotWritten, Results, check_apart, new_folder
-from .predictor import Picture, Predictor, Wanted, load
-from .results import Detection, Result
-from .sources import Frames, Item, fetched, find_items
 
 __all__ = ['predict']
 

@@ -10,13 +10,9 @@ from collections.abc import Callable
 from mmengine.config import Config
 from mmengine.dist import get_rank
 
-from mmhybrid.ops.cross_scan import DIRECTIONS
-from mmhybrid.visualization import draw_directions
-
-from ..errors import UserError
-from .config import load_config
-from .preflight import check_checkpoint_file
-from .search import (
+from mmhybrid.engine.config import load_config
+from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.engine.search import (
     ALPHAS_FILE,
     alphas_table,
     check_finite,
@@ -30,7 +26,11 @@ from .search import (
     supernet_blocks,
     write_searched_config,
 )
-from .tools import add_training_arguments, check_arguments, parse, run_training
+from mmhybrid.errors import UserError
+from mmhybrid.ops.cross_scan import DIRECTIONS
+from mmhybrid.visualization import draw_directions
+
+from .training import add_training_arguments, check_arguments, parse, run_training
 
 __all__ = ['add_search_arguments', 'run_search', 'search']
 

@@ -11,12 +11,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
+from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.engine.whole_models import build_model, find_model
+from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.visualization import draw_receptive_fields
-
-from ..errors import UserError
-from .preflight import check_checkpoint_file
-from .whole_models import build_model, find_model
 
 __all__ = ['FAMILIES', 'draw_fields']
 

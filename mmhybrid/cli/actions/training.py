@@ -11,10 +11,9 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
-from ..errors import UserError
-from .amp import has_accelerator
-from .building import LATE, building, prepare_training
-from .config import (
+from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.engine.building import LATE, building, prepare_training
+from mmhybrid.engine.config import (
     apply_amp,
     apply_auto_scale_lr,
     apply_out,
@@ -26,18 +25,19 @@ from .config import (
     ensure_hooks,
     load_config,
 )
-from .distributed import launched_rank, prepare_launch
-from .faster import apply_faster
-from .loop_check import check_loops
-from .options import OptionsAction, check_given
-from .pipeline_guard import guard_image_files
-from .preflight import check_checkpoint_file, check_classes, check_data
-from .resume import NothingLeft
-from .settings import check_custom_keys
-from .small_batches import check_single_images, out_of_memory_advice
-from .stop_signals import stop_signals
-from .stop_signals import train as train_until_stopped
-from .work_dir_lock import WorkDirLock
+from mmhybrid.engine.distributed import launched_rank, prepare_launch
+from mmhybrid.engine.faster import apply_faster
+from mmhybrid.engine.loop_check import check_loops
+from mmhybrid.engine.options import OptionsAction, check_given
+from mmhybrid.engine.pipeline_guard import guard_image_files
+from mmhybrid.engine.preflight import check_checkpoint_file, check_classes, check_data
+from mmhybrid.engine.resume import NothingLeft
+from mmhybrid.engine.settings import check_custom_keys
+from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice
+from mmhybrid.engine.stop_signals import stop_signals
+from mmhybrid.engine.stop_signals import train as train_until_stopped
+from mmhybrid.engine.work_dir_lock import WorkDirLock
+from mmhybrid.errors import UserError
 
 __all__ = ['add_test_arguments', 'add_training_arguments', 'parse', 'run_test', 'run_training',
            'test', 'train', 'training_parser']
