@@ -33,7 +33,7 @@ def config_path(name):
 def __getattr__(name):
     """``load``, which needs all of the package, at its first use."""
     if name == 'load':
-        from .engine.prediction import load
+        from .prediction import load
 
         return load
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

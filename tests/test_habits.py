@@ -37,7 +37,7 @@ def test_contributing_names_what_is_there():
 
 @pytest.mark.parametrize(('file', 'name'), [
     ('mmhybrid/engine/param_groups.py', 'SSM_NAMES'),
-    ('mmhybrid/engine/starter/models.py', 'FAMILIES'),
+    ('mmhybrid/starter/models.py', 'FAMILIES'),
     ('mmhybrid/cli/actions/receptive_fields.py', 'FAMILIES'),
     ('mmhybrid/ops/selective_scan/__init__.py', '_BACKENDS'),
     ('mmhybrid/datasets/exports/recognise.py', 'FORMS'),

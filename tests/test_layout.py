@@ -35,6 +35,8 @@ MAY_IMPORT = {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
         'visualization', 'analysis', 'compat', 'processes', 'errors',
     },
+    'prediction': {'engine', 'models', 'weights', 'visualization', 'compat', 'errors', '__init__'},
+    'starter': {'models', 'weights', 'datasets', 'errors'},
     'papers': {'config_scheme', 'errors'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
@@ -46,13 +48,13 @@ MAY_IMPORT = {
         'hook_file', 'papers', 'cli.actions', 'errors',
     },
     'cli.actions': {
-        'engine', 'datasets', 'models', 'ops', 'weights', 'visualization', 'analysis', 'errors',
-        'compat', '__init__',
+        'engine', 'prediction', 'starter', 'datasets', 'models', 'ops', 'weights', 'visualization',
+        'analysis', 'errors', 'compat', '__init__',
     },
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
     'plugin': {'models', 'engine'},
-    '__init__': {'plugin', 'config_scheme', 'engine'},
+    '__init__': {'plugin', 'config_scheme', 'prediction'},
 }
 # The start-up hook names config_scheme in a string that runs later.
 WITHOUT_MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'torchvision')

@@ -18,7 +18,7 @@ from trained import trained
 import mmhybrid
 from mmhybrid.cli import main
 from mmhybrid.cli.actions import predict as command
-from mmhybrid.engine.prediction.predictor import Predictor
+from mmhybrid.prediction.predictor import Predictor
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings('ignore')

@@ -21,11 +21,11 @@ from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
 from mmhybrid.datasets.storage import atomic_folder, existing_recipe
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.engine.starter.config_text import config_text, counted
-from mmhybrid.engine.starter.heads import Head, default_head, find_head
-from mmhybrid.engine.starter.models import Backbone, backbone_names, find_backbone, named_weights
-from mmhybrid.engine.starter.plan import default_backbone, make_plan
 from mmhybrid.errors import UserError
+from mmhybrid.starter.config_text import config_text, counted
+from mmhybrid.starter.heads import Head, default_head, find_head
+from mmhybrid.starter.models import Backbone, backbone_names, find_backbone, named_weights
+from mmhybrid.starter.plan import default_backbone, make_plan
 from mmhybrid.visualization.data_report import report_html
 from mmhybrid.weights import (
     RELEASED,

@@ -15,11 +15,11 @@ import torch
 
 from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.options import check_given
-from mmhybrid.engine.prediction.files import KINDS, NotWritten, Results, check_apart, new_folder
-from mmhybrid.engine.prediction.predictor import Picture, Predictor, Wanted, load
-from mmhybrid.engine.prediction.results import Detection, Result
-from mmhybrid.engine.prediction.sources import Frames, Item, fetched, find_items
 from mmhybrid.errors import UserError
+from mmhybrid.prediction.files import KINDS, NotWritten, Results, check_apart, new_folder
+from mmhybrid.prediction.predictor import Picture, Predictor, Wanted, load
+from mmhybrid.prediction.results import Detection, Result
+from mmhybrid.prediction.sources import Frames, Item, fetched, find_items
 
 __all__ = ['predict']
 

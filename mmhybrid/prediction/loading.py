@@ -32,14 +32,14 @@ from mmhybrid.weights import (
     unwrap,
 )
 
-from ...compat.checkpoint_loader import check_entries
-from ...compat.embedded_config import plain_config, settled_text
-from ...models.checkpoints import check_windows
-from ..building import building
-from ..checkpointing import recorded
-from ..config import apply_tta, load_config
-from ..options import check_options
-from ..preflight import check_checkpoint_file, check_whole, classes_of, num_classes_of
+from ..compat.checkpoint_loader import check_entries
+from ..compat.embedded_config import plain_config, settled_text
+from ..engine.building import building
+from ..engine.checkpointing import recorded
+from ..engine.config import apply_tta, load_config
+from ..engine.options import check_options
+from ..engine.preflight import check_checkpoint_file, check_whole, classes_of, num_classes_of
+from ..models.checkpoints import check_windows
 
 __all__ = ['Loaded', 'find_checkpoint', 'load_model']
 

@@ -15,8 +15,8 @@ from trained import trained
 
 import mmhybrid
 from mmhybrid.engine import UserError
-from mmhybrid.engine.prediction.loading import find_checkpoint
-from mmhybrid.engine.prediction.results import Detection, Segmentation, encoded
+from mmhybrid.prediction.loading import find_checkpoint
+from mmhybrid.prediction.results import Detection, Segmentation, encoded
 from mmhybrid.weights import WeightsError
 
 CONFIGS = Path(__file__).parents[2] / 'configs'

@@ -15,7 +15,7 @@ import numpy as np
 from mmhybrid import __version__
 from mmhybrid.errors import UserError
 
-from ..explanations import NO_WRITING
+from ..engine.explanations import NO_WRITING
 from .outlines import joined, outlines
 from .results import Detection, Result, Segmentation, decoded, run_lengths
 from .sources import PLACES, RESULTS, Item

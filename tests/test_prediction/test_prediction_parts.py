@@ -11,16 +11,16 @@ from PIL import Image
 from served import served
 
 from mmhybrid.engine import UserError
-from mmhybrid.engine.prediction.files import (
+from mmhybrid.prediction.files import (
     NotWritten,
     Results,
     check_apart,
     new_folder,
 )
-from mmhybrid.engine.prediction.outlines import joined, outlines
-from mmhybrid.engine.prediction.results import Detection, Segmentation, encoded
-from mmhybrid.engine.prediction.sources import Frames, Item, fetched, find_items
-from mmhybrid.engine.prediction.tiles import (
+from mmhybrid.prediction.outlines import joined, outlines
+from mmhybrid.prediction.results import Detection, Segmentation, encoded
+from mmhybrid.prediction.sources import Frames, Item, fetched, find_items
+from mmhybrid.prediction.tiles import (
     _placed,
     merge_detections,
     merge_segmentations,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmhybrid.errors import UserError
 
-from ...visualization import class_colors, draw_instances, draw_regions
+from ..visualization import class_colors, draw_instances, draw_regions
 
 __all__ = ['Detection', 'Result', 'Segmentation']
 

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 
 from mmhybrid.errors import UserError
 
-from ...visualization import class_colors
-from ..building import building
-from ..pipeline_guard import guard_image_files
+from ..engine.building import building
+from ..engine.pipeline_guard import guard_image_files
+from ..visualization import class_colors
 from .loading import Loaded, load_model
 from .results import Detection, Result, Segmentation, box_of, encoded
 from .tiles import merge_detections, merge_segmentations, tiles_of

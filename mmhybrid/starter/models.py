@@ -8,7 +8,7 @@ from importlib import import_module
 from mmhybrid.errors import UserError
 from mmhybrid.weights import RELEASED
 
-from ...models.backbones.timm_features import TimmFeatures
+from ..models.backbones.timm_features import TimmFeatures
 
 __all__ = ['MINI', 'Backbone', 'backbone_names', 'find_backbone', 'named_weights']
 

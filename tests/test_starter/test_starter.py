@@ -19,9 +19,9 @@ from mmhybrid import cli
 from mmhybrid.cli.actions.training import train
 from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.starter.heads import HEADS
-from mmhybrid.engine.starter.models import backbone_names, find_backbone
 from mmhybrid.errors import UserError
+from mmhybrid.starter.heads import HEADS
+from mmhybrid.starter.models import backbone_names, find_backbone
 
 FEW = ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
        'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False']
