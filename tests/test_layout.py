@@ -33,8 +33,9 @@ MAY_IMPORT = {
     'models': {'layers', 'ops', 'registry', 'weights'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
-        'visualization', 'analysis', 'compat', 'processes', 'errors',
+        'compat', 'processes', 'errors',
     },
+    'analysis.models': {'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors'},
     'prediction': {'engine', 'models', 'weights', 'visualization', 'compat', 'errors', '__init__'},
     'starter': {'models', 'weights', 'datasets', 'errors'},
     'papers': {'config_scheme', 'errors'},
@@ -45,11 +46,11 @@ MAY_IMPORT = {
     },
     'cli': {
         '__init__', 'plugin', 'compat', 'doctor', 'engine', 'analysis', 'datasets', 'weights',
-        'hook_file', 'papers', 'cli.actions', 'errors',
+        'hook_file', 'papers', 'cli.actions', 'analysis.models', 'errors',
     },
     'cli.actions': {
         'engine', 'prediction', 'starter', 'datasets', 'models', 'ops', 'weights', 'visualization',
-        'analysis', 'errors', 'compat', '__init__',
+        'analysis', 'analysis.models', 'errors', 'compat', '__init__',
     },
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},

@@ -37,8 +37,8 @@ def run(args):
         print(_published_table(args))
         return
     from mmhybrid.analysis import format_cost
-    from mmhybrid.engine.complexity import measure
-    from mmhybrid.engine.whole_models import checked_shape, find_model
+    from mmhybrid.analysis.models.complexity import measure
+    from mmhybrid.analysis.models.source import checked_shape, find_model
 
     source = find_model(args.config, args.cfg_options, args.backbone_only)
     depth = None if args.depth < 0 else args.depth
@@ -48,7 +48,7 @@ def run(args):
 
 def _published_table(args):
     """Markdown of published numbers beside counted ones."""
-    from mmhybrid.engine.published import compare, markdown, read_published
+    from mmhybrid.analysis.models.published import compare, markdown, read_published
     from mmhybrid.errors import UserError
 
     if args.shape or args.cfg_options or args.backbone_only:

@@ -26,6 +26,6 @@ def add_arguments(parser):
 
 def run(args):
     """Print the prediction; returns 0 if the step fits, else 1."""
-    from mmhybrid.engine import memory
+    from mmhybrid.cli.actions.memory import predict_memory
 
-    return memory.main(args)
+    return predict_memory(args)

@@ -10,8 +10,8 @@ import torch
 from mmengine.config import Config
 from shrink import shrink
 
+from mmhybrid.analysis.models.source import find_model
 from mmhybrid.cli.actions.running import run_command
-from mmhybrid.engine.whole_models import find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'tools/benchmark'

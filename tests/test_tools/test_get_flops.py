@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mmhybrid import cli
-from mmhybrid.engine.complexity import measure
-from mmhybrid.engine.published import Comparison, agrees, compare, markdown, read_published
-from mmhybrid.engine.whole_models import find_model
+from mmhybrid.analysis.models.complexity import measure
+from mmhybrid.analysis.models.published import Comparison, agrees, compare, markdown, read_published
+from mmhybrid.analysis.models.source import find_model
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,7 +182,7 @@ def test_nothing_of_the_scan_is_left_to_the_config(monkeypatch):
 
 
 def test_fused_kernels_are_not_needed_where_numbers_are():
-    from mmhybrid.engine import complexity
+    from mmhybrid.analysis.models import complexity
     fused = {'fused_mixer': True, 'arch': 'tiny'}
     counted = []
     for options, device in ((fused, 'meta'), (fused, 'cpu'), ({'arch': 'tiny'}, 'cpu')):

@@ -48,8 +48,8 @@ from timing import (
 from torch.utils._pytree import tree_leaves
 
 import mmhybrid.models  # noqa: F401  (fills the registry)
+from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.cli.actions.running import run_command
-from mmhybrid.engine.whole_models import build_model, find_model
 from mmhybrid.errors import UserError
 
 COLUMNS = (

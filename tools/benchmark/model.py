@@ -42,15 +42,15 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import mmhybrid.plugin  # noqa: E402, F401
-from mmhybrid.cli.actions.running import run_command  # noqa: E402
-from mmhybrid.engine.options import OptionsAction  # noqa: E402
-from mmhybrid.engine.synthetic import find_everything, synthetic_batch  # noqa: E402
-from mmhybrid.engine.whole_models import (  # noqa: E402
+from mmhybrid.analysis.models.source import (  # noqa: E402
     build_model,
     checked_shape,
     find_model,
     takes_samples,
 )
+from mmhybrid.cli.actions.running import run_command  # noqa: E402
+from mmhybrid.engine.options import OptionsAction  # noqa: E402
+from mmhybrid.engine.synthetic import find_everything, synthetic_batch  # noqa: E402
 from mmhybrid.errors import UserError  # noqa: E402
 
 COLUMNS = (*ENVIRONMENT, 'model', 'pass', 'height', 'width', 'batch', 'dtype', 'compiled',

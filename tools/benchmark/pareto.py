@@ -29,7 +29,7 @@ from timing import (
     take_turns,
 )
 
-from mmhybrid.engine.whole_models import build_model, find_model
+from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.papers import find_claim, read_papers
 
 COLUMNS = (*ENVIRONMENT, 'model', 'size', 'B', 'dtype', 'published_top1', 'published_images_per_s',

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
+from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
 from mmhybrid.engine.preflight import check_checkpoint_file
-from mmhybrid.engine.whole_models import build_model, find_model
 from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.visualization import draw_receptive_fields

@@ -11,9 +11,9 @@ from torch import nn
 
 from mmhybrid import cli
 from mmhybrid.analysis.memory import Memory, Peak
+from mmhybrid.analysis.models import memory
+from mmhybrid.analysis.models.source import ModelSource, find_model
 from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH, backward, pretended_gpu
-from mmhybrid.engine import memory
-from mmhybrid.engine.whole_models import ModelSource, find_model
 from mmhybrid.errors import UserError
 from mmhybrid.ops import triton_support
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from mmengine.fileio import load
 
 from mmhybrid.analysis import Cost
+from mmhybrid.errors import UserError
 
-from ..errors import UserError
 from .complexity import measure
-from .whole_models import find_model
+from .source import find_model
 
 __all__ = ['Comparison', 'agrees', 'compare', 'markdown', 'read_published']
 

@@ -1,7 +1,6 @@
 """What a training step of a config will need of a GPU's memory, and settings that fit."""
 from __future__ import annotations
 
-import argparse
 import copy
 import inspect
 import textwrap
@@ -13,17 +12,16 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves
 
 from mmhybrid.analysis.memory import Memory, Peak
-from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH, backward, pretended_gpu
+from mmhybrid.analysis.pretended_gpu import backward, pretended_gpu
+from mmhybrid.errors import UserError
+from mmhybrid.registry import MODELS
 
-from ..errors import UserError
-from ..registry import MODELS
-from .whole_models import ModelSource, build_model, checked_shape, find_model
+from .source import ModelSource, build_model
 
-__all__ = ['Prediction', 'Proposal', 'Step', 'format_proposals', 'main', 'predict', 'proposals',
+__all__ = ['Prediction', 'Proposal', 'Step', 'format_proposals', 'predict', 'proposals',
            'step_of', 'usable']
 
 GIB = 1 << 30
@@ -151,7 +149,7 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
     are taken at the size of the labels. Targets and proposals of detectors are left out.
 
     Args:
-        source: of :func:`mmhybrid.engine.whole_models.find_model`.
+        source: of :func:`mmhybrid.analysis.models.source.find_model`.
         step: of :func:`step_of`.
         positive: share of a detector's sampled regions that have a mask; None for the most that
             ``train_cfg`` allows, which a training on crowded images comes to.
@@ -395,23 +393,3 @@ def format_proposals(name: str, found: Sequence[Proposal], gib: float) -> str:
 
 def _gib(size: int) -> str:
     return f'{size / GIB:.2f}'
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run ``mmhybrid memory``.
-
-    Returns:
-        0 if the step fits as it is configured, else 1.
-    """
-    if args.gpu <= 0 or (args.batch is not None and args.batch < 1):
-        raise UserError(f'--gpu takes GiB above 0 and --batch at least 1 image, got --gpu '
-                        f'{args.gpu:g} and --batch {args.batch}.')
-    if torch.__version__ < TorchVersion('.'.join(map(str, MINIMUM_TORCH))):
-        raise UserError(f'mmhybrid memory needs torch >= {".".join(map(str, MINIMUM_TORCH))} for '
-                        f'its shapes, and {torch.__version__} is installed.')
-    source = find_model(args.config, args.cfg_options)
-    size = checked_shape(args.size) if args.size else None
-    step = step_of(source, args.batch, size, args.dtype)
-    found = proposals(source, step, args.gpu)
-    print(format_proposals(source.name, found, args.gpu))
-    return int(found[0].largest < step.batch)

@@ -9,11 +9,11 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
+from mmhybrid.errors import UserError
 from mmhybrid.layers import LocalSS2D
 from mmhybrid.ops.cross_scan import cross_selective_scan, scan_plan
 
-from ..errors import UserError
-from .whole_models import ModelSource, build_model, takes_samples
+from .source import ModelSource, build_model, takes_samples
 
 __all__ = ['measure']
 
@@ -26,7 +26,7 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
     """Count one image of a model.
 
     Args:
-        source: of :func:`mmhybrid.engine.whole_models.find_model`.
+        source: of :func:`mmhybrid.analysis.models.source.find_model`.
         shape: (height, width) of the image as the network sees it, padding included.
         convention: name in :data:`mmhybrid.analysis.CONVENTIONS`.
         depth: see :func:`mmhybrid.analysis.sum_up`.

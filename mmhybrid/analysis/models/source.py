@@ -16,9 +16,9 @@ from mmengine.registry import DefaultScope
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UserError
-from ..registry import MODELS
-from .config import load_config
+from mmhybrid.engine.config import load_config
+from mmhybrid.errors import UserError
+from mmhybrid.registry import MODELS
 
 __all__ = ['ModelSource', 'build_model', 'checked_shape', 'find_model', 'takes_samples']
 

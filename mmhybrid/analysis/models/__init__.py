@@ -1,0 +1,1 @@
+"""What whole models of configs cost: building them for it, counting, memory, published numbers."""
