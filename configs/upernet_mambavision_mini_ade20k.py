@@ -68,7 +68,7 @@ val_dataloader = dict(
     num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 custom_imports = dict(
-    imports=['mmhybrid', 'mmhybrid.engine.present_iou'], allow_failed_imports=False)
+    imports=['mmhybrid', 'mmhybrid.evaluation.present_iou'], allow_failed_imports=False)
 val_evaluator = dict(type='mmhybrid.PresentIoUMetric')
 test_evaluator = val_evaluator
 

@@ -146,7 +146,7 @@ def patches():
     from mmhybrid import hook_file
     from mmhybrid.compat import VARIABLE, switched_off
     from mmhybrid.compat.at_import import PATCHES
-    from mmhybrid.engine.pipeline_guard import PATCH
+    from mmhybrid.datasets.loading.pipeline_guard import PATCH
 
     off = switched_off()
     return {

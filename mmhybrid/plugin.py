@@ -5,4 +5,5 @@
 before.
 """
 
-from . import engine, models  # noqa: F401
+from . import engine, evaluation, models  # noqa: F401
+from .datasets import loading  # noqa: F401

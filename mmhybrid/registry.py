@@ -60,11 +60,11 @@ OPTIM_WRAPPERS = Registry(
     locations=['mmhybrid.engine'])
 OPTIMIZERS = Registry(
     ROOT_OPTIMIZERS.name, parent=ROOT_OPTIMIZERS, scope='mmhybrid', locations=['mmhybrid.engine'])
-METRICS = _child(ROOT_METRICS, 'mmhybrid.engine')
-DATASETS = _child(ROOT_DATASETS, 'mmhybrid.engine')
-TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.engine')
+METRICS = _child(ROOT_METRICS, 'mmhybrid.evaluation')
+DATASETS = _child(ROOT_DATASETS, 'mmhybrid.datasets.loading')
+TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.datasets.loading')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
-DATA_SAMPLERS = _child(ROOT_DATA_SAMPLERS, 'mmhybrid.engine')
+DATA_SAMPLERS = _child(ROOT_DATA_SAMPLERS, 'mmhybrid.datasets.loading')
 
 # Whoever builds something of ours comes through here, mmengine's own look-ups included.
 compat.install()

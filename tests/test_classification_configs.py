@@ -21,8 +21,8 @@ from mmhybrid import cli
 from mmhybrid.cli.actions.running import run_command
 from mmhybrid.cli.actions.training import test as run_test
 from mmhybrid.cli.actions.training import train as run_train
-from mmhybrid.engine import TimmTransform
-from mmhybrid.engine.classification import RepeatedAugmentSampler
+from mmhybrid.datasets.loading import TimmTransform
+from mmhybrid.datasets.loading.samplers import RepeatedAugmentSampler
 from mmhybrid.layers import DropPath
 from mmhybrid.weights import RELEASED
 
@@ -229,7 +229,7 @@ def test_repeated_augmentation(monkeypatch, world, length):
     def epoch(number):
         found = []
         for rank in range(world):
-            monkeypatch.setattr('mmhybrid.engine.classification.get_dist_info',
+            monkeypatch.setattr('mmhybrid.datasets.loading.samplers.get_dist_info',
                                 lambda rank=rank: (rank, world))
             sampler = RepeatedAugmentSampler(range(length), seed=4)
             sampler.set_epoch(number)

@@ -19,6 +19,8 @@ MAY_IMPORT = {
     'ops': {'private_files'},
     'layers': {'ops'},
     'datasets': set(),
+    'datasets.loading': {'datasets', 'registry', 'compat', 'weights', 'errors'},
+    'evaluation': {'registry'},
     'visualization': {'datasets'},
     'registry': {'compat'},
     'roi_align': set(),
@@ -32,29 +34,33 @@ MAY_IMPORT = {
     'analysis': set(),
     'models': {'layers', 'ops', 'registry', 'weights'},
     'engine': {
-        'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'mmcv_ops', 'config_scheme',
-        'compat', 'processes', 'errors',
+        'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'datasets.loading',
+        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors',
     },
     'analysis.models': {'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors'},
-    'prediction': {'engine', 'models', 'weights', 'visualization', 'compat', 'errors', '__init__'},
+    'prediction': {
+        'engine', 'datasets.loading', 'models', 'weights', 'visualization', 'compat', 'errors',
+        '__init__',
+    },
     'starter': {'models', 'weights', 'datasets', 'errors'},
     'papers': {'config_scheme', 'errors'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
     'doctor_probes': {
-        '__init__', 'ops', 'mmcv_ops', 'config_scheme', 'compat', 'engine', 'plugin', 'hook_file',
+        '__init__', 'ops', 'mmcv_ops', 'config_scheme', 'compat', 'engine', 'datasets.loading',
+        'plugin', 'hook_file',
     },
     'cli': {
         '__init__', 'plugin', 'compat', 'doctor', 'engine', 'analysis', 'datasets', 'weights',
         'hook_file', 'papers', 'cli.actions', 'analysis.models', 'errors',
     },
     'cli.actions': {
-        'engine', 'prediction', 'starter', 'datasets', 'models', 'ops', 'weights', 'visualization',
-        'analysis', 'analysis.models', 'errors', 'compat', '__init__',
+        'engine', 'prediction', 'starter', 'datasets', 'datasets.loading', 'models', 'ops',
+        'weights', 'visualization', 'analysis', 'analysis.models', 'errors', 'compat', '__init__',
     },
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},
-    'plugin': {'models', 'engine'},
+    'plugin': {'models', 'engine', 'evaluation', 'datasets.loading'},
     '__init__': {'plugin', 'config_scheme', 'prediction'},
 }
 # The start-up hook names config_scheme in a string that runs later.

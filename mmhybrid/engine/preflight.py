@@ -32,13 +32,13 @@ from ..datasets.annotations import check_coco
 from ..datasets.coco_file import AnnotationError
 from ..datasets.coco_records import Records, forget_records, load_records
 from ..datasets.label_images import IGNORED, check_label_images, pair_files
+from ..datasets.loading.coco_reading import read_coco_alike
+from ..datasets.loading.pipeline_guard import expect_labels
 from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import LoadReport, check_windows, fit_weights
 from ..registry import HOOKS
-from .coco_reading import read_coco_alike
 from .config import is_remote
-from .pipeline_guard import expect_labels
 
 __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_classes', 'check_data',
            'check_whole', 'classes_of', 'num_classes_of']

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 
 from mmhybrid.errors import UserError
 
+from ..datasets.loading.pipeline_guard import guard_image_files
 from ..engine.building import building
-from ..engine.pipeline_guard import guard_image_files
 from ..visualization import class_colors
 from .loading import Loaded, load_model
 from .results import Detection, Result, Segmentation, box_of, encoded

@@ -17,8 +17,8 @@ import torch
 from hostile_files import Raw, called, tensor
 from released_files import FAMILIES, dense, weights
 
-from mmhybrid.engine import UserError
 from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import fit_weights
 from mmhybrid.weights import WeightsError, check_file, read_checkpoint, read_file, unwrap
 from mmhybrid.weights.allowed import Budget

@@ -10,8 +10,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from mmhybrid.datasets.loading.pipeline_guard import expect_labels, guard_image_files
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.pipeline_guard import expect_labels, guard_image_files
 from mmhybrid.errors import UserError
 
 LOAD = dict(type='LoadImageFromFile')
@@ -21,7 +21,7 @@ LOAD = dict(type='LoadImageFromFile')
 def _guard(monkeypatch):
     init_default_scope('mmdet')
     pytest.importorskip('mmdet.datasets')
-    monkeypatch.setattr('mmhybrid.engine.pipeline_guard._expected', {})
+    monkeypatch.setattr('mmhybrid.datasets.loading.pipeline_guard._expected', {})
     guard_image_files()
 
 
@@ -77,7 +77,7 @@ def test_a_turned_photograph_is_loaded_upright(tmp_path):
 def test_a_large_honest_image_passes(tmp_path, monkeypatch):
     """Many pixels in as many bytes as a photograph has; Pillow alone would refuse."""
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    monkeypatch.setattr('mmhybrid.engine.pipeline_guard.MANY', 100)
+    monkeypatch.setattr('mmhybrid.datasets.loading.pipeline_guard.MANY', 100)
     assert load(photograph(tmp_path / 'a.jpg'))['img'].shape == (24, 32, 3)
 
 

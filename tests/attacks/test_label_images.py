@@ -14,8 +14,8 @@ from PIL import Image
 
 from mmhybrid.datasets.label_images import check_label_images, label_problem, pair_files
 from mmhybrid.datasets.label_mapping import map_labels, parse_mapping
+from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
-from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_classes
 from mmhybrid.errors import UserError
 from mmhybrid.registry import TRANSFORMS  # noqa: F401  registers
@@ -28,7 +28,7 @@ SHAPE = (6, 8)
 def _mmseg(monkeypatch):
     pytest.importorskip('mmseg')
     init_default_scope('mmseg')
-    monkeypatch.setattr('mmhybrid.engine.pipeline_guard._expected', {})
+    monkeypatch.setattr('mmhybrid.datasets.loading.pipeline_guard._expected', {})
     guard_image_files()
     monkeypatch.setattr('torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL', 0.5)
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmhybrid.cli.actions.running import run_command
 from mmhybrid.cli.actions.training import parse, run_training, training_parser
+from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_classes, check_data
 from mmhybrid.errors import UserError
 
@@ -219,9 +219,9 @@ def test_a_second_guard_is_none():
 
 @pytest.mark.parametrize('stated, told', [((40, 30), 0), ((30, 40), 1), ((41, 30), 1)])
 def test_a_size_that_the_annotations_do_not_state(tmp_path, instances, monkeypatch, stated, told):
-    monkeypatch.setattr('mmhybrid.engine.pipeline_guard._told', set())
+    monkeypatch.setattr('mmhybrid.datasets.loading.pipeline_guard._told', set())
     lines = []
-    monkeypatch.setattr('mmhybrid.engine.pipeline_guard.print_log',
+    monkeypatch.setattr('mmhybrid.datasets.loading.pipeline_guard.print_log',
                         lambda text, **kwargs: lines.append(text))
     cfg = instances()
     content = json.loads((tmp_path / 'a.json').read_text())

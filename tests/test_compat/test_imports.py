@@ -126,7 +126,7 @@ def test_each_patch_has_an_off_switch(after, name):
 
 
 def test_all_switched_off_is_nothing_changed(after):
-    code = 'import mmhybrid.engine.pipeline_guard as guard; guard.guard_image_files()'
+    code = 'import mmhybrid.datasets.loading.pipeline_guard as guard; guard.guard_image_files()'
     assert after(code, MMHYBRID_WITHOUT=','.join(compat.NAMES)) == [True, []]
     assert after(code, MMHYBRID_WITHOUT=','.join(AT_IMPORT)) == [False, []]
     assert after('import mmhybrid', MMHYBRID_WITHOUT='') == [False, AT_IMPORT]
@@ -155,7 +155,7 @@ assert first == [*sys.meta_path, Compose.__init__, Config._get_cfg_path]
 
 def test_the_page_has_every_patch():
     from mmhybrid.compat.at_import import PATCHES
-    from mmhybrid.engine.pipeline_guard import PATCH
+    from mmhybrid.datasets.loading.pipeline_guard import PATCH
 
     page = (ROOT / 'docs/patches.md').read_text()
     patches = [*PATCHES, PATCH]

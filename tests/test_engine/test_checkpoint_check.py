@@ -9,8 +9,9 @@ from mmengine.runner import BaseLoop, Runner
 from released_files import FAMILIES, NESTINGS, dense, prefixed, weights
 from torch import nn
 
-from mmhybrid.engine import CheckpointCheckHook, UserError
+from mmhybrid.engine import CheckpointCheckHook
 from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.errors import UserError
 from mmhybrid.weights import WeightsError
 
 

@@ -14,7 +14,7 @@ from shrink import shrink
 from trained import trained
 
 import mmhybrid
-from mmhybrid.engine import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.prediction.loading import find_checkpoint
 from mmhybrid.prediction.results import Detection, Segmentation, encoded
 from mmhybrid.weights import WeightsError

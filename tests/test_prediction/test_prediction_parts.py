@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from served import served
 
-from mmhybrid.engine import UserError
+from mmhybrid.errors import UserError
 from mmhybrid.prediction.files import (
     NotWritten,
     Results,

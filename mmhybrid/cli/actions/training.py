@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.building import LATE, building, prepare_training
 from mmhybrid.engine.config import (
@@ -29,7 +30,6 @@ from mmhybrid.engine.distributed import launched_rank, prepare_launch
 from mmhybrid.engine.faster import apply_faster
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.options import OptionsAction, check_given
-from mmhybrid.engine.pipeline_guard import guard_image_files
 from mmhybrid.engine.preflight import check_checkpoint_file, check_classes, check_data
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.settings import check_custom_keys

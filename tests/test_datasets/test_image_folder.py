@@ -5,10 +5,12 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from mmhybrid.engine.classification import ImageFolder, LoadPicture, TimmTransform, TopAccuracy
+from mmhybrid.datasets.loading.image_folder import ImageFolder
+from mmhybrid.datasets.loading.transforms import LoadPicture, TimmTransform
 from mmhybrid.engine.config import apply_tta
 from mmhybrid.engine.preflight import check_classes, check_data
 from mmhybrid.errors import UserError
+from mmhybrid.evaluation.accuracy import TopAccuracy
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_samples_in_order(folder):
 
 def test_the_log_counts(folder, monkeypatch):
     lines = []
-    monkeypatch.setattr('mmhybrid.engine.classification.print_log',
+    monkeypatch.setattr('mmhybrid.datasets.loading.image_folder.print_log',
                         lambda text, **kwargs: lines.append(text))
     for split in ('train', 'val'):
         ImageFolder(str(folder), dict(img_path=split))

@@ -22,9 +22,9 @@ from mmengine.logging import print_log
 from PIL import Image
 
 from mmhybrid.compat import Patch, apply
+from mmhybrid.errors import UserError
 
-from ..datasets.label_images import UNREADABLE, label_problem, read_labels
-from ..errors import UserError
+from ..label_images import UNREADABLE, label_problem, read_labels
 
 __all__ = ['expect_labels', 'guard_image_files']
 

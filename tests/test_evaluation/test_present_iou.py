@@ -4,7 +4,7 @@ import torch
 
 pytest.importorskip('mmseg')
 
-from mmhybrid.engine.present_iou import (  # noqa: E402
+from mmhybrid.evaluation.present_iou import (  # noqa: E402
     PresentIoUMetric,
     majority_iou,
     present_iou,
