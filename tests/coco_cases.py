@@ -2,7 +2,7 @@
 import numpy as np
 from mmengine.config import Config
 
-from mmhybrid.engine.preflight import check_classes
+from mmhybrid.datasets.loading.checks import check_classes
 from mmhybrid.errors import UserError
 
 CLASSES = ('cat', 'dog')

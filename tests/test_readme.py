@@ -206,7 +206,7 @@ def test_own_data(tmp_path, monkeypatch, base, task, classes):
     from mmengine.registry import DATASETS, MODELS, init_default_scope
     from PIL import Image
 
-    from mmhybrid.engine.preflight import check_classes, check_data
+    from mmhybrid.datasets.loading.checks import check_classes, check_data
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'mine.py').write_text(python_block(f"_base_ = '{base}'"))
     cfg = Config.fromfile('mine.py')

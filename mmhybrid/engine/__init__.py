@@ -2,12 +2,12 @@
 from mmhybrid import models  # noqa: F401  registers them
 
 from .amp import AmpOptimWrapper
+from .checkpoint_check import CheckpointCheckHook
 from .faster import CompileHook, CudaGraphsHook
 from .finite_loss import FiniteLossHook
 from .graphs import use_cuda_graphs
 from .optimizers import lamb
 from .param_groups import HybridOptimWrapperConstructor
-from .preflight import CheckpointCheckHook
 from .progress import ProgressHook
 from .random_state import RandomStateHook
 from .resume import ResumeSettingsHook

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from mmhybrid.weights import RELEASED, is_known_source
+from mmhybrid.weights import RELEASED, is_known_source, is_remote
 
 from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
@@ -22,7 +22,7 @@ from .settings import check_settings
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
            'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_finite_loss',
-           'ensure_hooks', 'is_remote']
+           'ensure_hooks']
 
 
 def load_config(path: str, options: dict | None = None, data_root: str | None = None,
@@ -141,11 +141,6 @@ def _common_root(cfg: Config) -> str:
         raise UserError('--data-root needs one folder to replace: the variable data_root, or the '
                         f'same data_root in all data sets. Found: {found}.')
     return roots.pop()
-
-
-def is_remote(path: str) -> bool:
-    """Whether a checkpoint or data path names a server or a scheme instead of a file."""
-    return '://' in str(path)
 
 
 def apply_pretrained(cfg: Config, path: str | None) -> list[str]:

@@ -34,11 +34,12 @@ from mmhybrid.weights import (
 
 from ..compat.checkpoint_loader import check_entries
 from ..compat.embedded_config import plain_config, settled_text
+from ..datasets.loading.checks import classes_of, num_classes_of
 from ..engine.building import building
+from ..engine.checkpoint_check import check_checkpoint_file, check_whole
 from ..engine.checkpointing import recorded
 from ..engine.config import apply_tta, load_config
 from ..engine.options import check_options
-from ..engine.preflight import check_checkpoint_file, check_whole, classes_of, num_classes_of
 from ..models.checkpoints import check_windows
 
 __all__ = ['Loaded', 'find_checkpoint', 'load_model']

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from .addresses import shown
+from .addresses import is_remote, shown
 from .download import sha256_of
 from .errors import WeightsError, printable
 from .nesting import strip_parallel, strip_wrappers, unwrap
@@ -24,9 +24,10 @@ from .released import RELEASED, Released, released_as
 from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
-           'check_path', 'fetch', 'file_format', 'identify', 'is_known_source', 'kind_of',
-           'printable', 'read_checkpoint', 'read_file', 'released_as', 'safetensors_metadata',
-           'sha256_of', 'shown', 'strip_parallel', 'strip_wrappers', 'trusted', 'unwrap']
+           'check_path', 'fetch', 'file_format', 'identify', 'is_known_source', 'is_remote',
+           'kind_of', 'printable', 'read_checkpoint', 'read_file', 'released_as',
+           'safetensors_metadata', 'sha256_of', 'shown', 'strip_parallel', 'strip_wrappers',
+           'trusted', 'unwrap']
 
 
 def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool = False) -> object:

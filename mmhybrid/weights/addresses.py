@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from .errors import WeightsError
 
-__all__ = ['Address', 'parse_address', 'shown']
+__all__ = ['Address', 'is_remote', 'parse_address', 'shown']
 
 # What RFC 3986 allows in a path, and with "?" in a query; "%" is looked at separately.
 _IN_PATH = "/:@!$&'()*+,;=~%"
@@ -64,6 +64,11 @@ def parse_address(text: str) -> Address:
     user, _, _ = parts.netloc.rpartition('@')
     return Address(urllib.parse.urlunsplit((parts.scheme, netloc, path, query, '')),
                    urllib.parse.unquote(user) or None, parts.fragment, _file_name(path))
+
+
+def is_remote(path: str) -> bool:
+    """Whether a checkpoint or data path names a server or a scheme instead of a file."""
+    return '://' in str(path)
 
 
 def shown(address: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from hostile_files import Raw, called, tensor
 from released_files import FAMILIES, dense, weights
 
-from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import fit_weights
 from mmhybrid.weights import WeightsError, check_file, read_checkpoint, read_file, unwrap

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mmhybrid.datasets import coco_file, coco_records
 from mmhybrid.datasets.coco_file import AnnotationError, read_coco
-from mmhybrid.engine.preflight import check_classes
+from mmhybrid.datasets.loading.checks import check_classes
 from mmhybrid.errors import UserError
 
 NAN, INF = float('nan'), float('inf')

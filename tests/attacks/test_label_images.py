@@ -14,9 +14,9 @@ from PIL import Image
 
 from mmhybrid.datasets.label_images import check_label_images, label_problem, pair_files
 from mmhybrid.datasets.label_mapping import map_labels, parse_mapping
+from mmhybrid.datasets.loading.checks import check_classes
 from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
-from mmhybrid.engine.preflight import check_classes
 from mmhybrid.errors import UserError
 from mmhybrid.registry import TRANSFORMS  # noqa: F401  registers
 

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmhybrid.cli.actions.running import run_command
 from mmhybrid.cli.actions.training import parse, run_training, training_parser
+from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.datasets.mini_ade20k import write_mini_ade20k
 from mmhybrid.datasets.mini_coco import write_mini_coco
 from mmhybrid.datasets.mini_imagenet import write_mini_imagenet
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.preflight import check_classes, check_data
 from mmhybrid.errors import UserError
 
 LOAD = dict(type='LoadImageFromFile')

@@ -14,7 +14,7 @@ from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
 from mmhybrid import mmcv_ops, processes
 from mmhybrid.cli.actions.training import train
-from mmhybrid.engine import preflight
+from mmhybrid.datasets.loading import checks
 from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.work_dir_lock import LOCK
 from mmhybrid.errors import UserError
@@ -120,7 +120,7 @@ def test_who_checks_the_data(monkeypatch, size, rank, first):
         monkeypatch.delenv('WORLD_SIZE', raising=False)
     else:
         monkeypatch.setenv('WORLD_SIZE', size)
-    assert preflight._is_first_of_node() is first
+    assert checks._is_first_of_node() is first
 
 
 @MODELS.register_module(force=True)

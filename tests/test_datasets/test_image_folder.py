@@ -5,10 +5,10 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
+from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.datasets.loading.image_folder import ImageFolder
 from mmhybrid.datasets.loading.transforms import LoadPicture, TimmTransform
 from mmhybrid.engine.config import apply_tta
-from mmhybrid.engine.preflight import check_classes, check_data
 from mmhybrid.errors import UserError
 from mmhybrid.evaluation.accuracy import TopAccuracy
 

@@ -10,7 +10,7 @@ from released_files import FAMILIES, NESTINGS, dense, prefixed, weights
 from torch import nn
 
 from mmhybrid.engine import CheckpointCheckHook
-from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.errors import UserError
 from mmhybrid.weights import WeightsError
 
@@ -87,7 +87,7 @@ def test_files_are_looked_at_before_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='The checkpoint localvim-s has no address'):
         check_checkpoint_file('localvim-s')
     asked = []
-    monkeypatch.setattr('mmhybrid.engine.preflight.fetch', asked.append)
+    monkeypatch.setattr('mmhybrid.engine.checkpoint_check.fetch', asked.append)
     check_checkpoint_file('mambavision-t-1k')
     check_checkpoint_file('https://example.org/w.pth')
     check_checkpoint_file('s3://bucket/w.pth')  # mmengine's own affair
@@ -98,7 +98,7 @@ def test_files_are_looked_at_before_the_run(tmp_path, monkeypatch):
                                     '_orig_mod.module.', 'module.module.'])
 def test_wrapped_whole_models_are_loaded(prefix, tmp_path):
     """mmengine alone takes 'module.' away, once; the rest would stay random without a word."""
-    from mmhybrid.engine.preflight import check_whole
+    from mmhybrid.engine.checkpoint_check import check_whole
     from mmhybrid.models import load_weights
     from mmhybrid.weights import strip_parallel
     from mmhybrid.weights.conversion import convert, restore

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
-from mmhybrid.engine.preflight import check_checkpoint_file
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.visualization import draw_receptive_fields

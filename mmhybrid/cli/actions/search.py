@@ -10,8 +10,8 @@ from collections.abc import Callable
 from mmengine.config import Config
 from mmengine.dist import get_rank
 
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.preflight import check_checkpoint_file
 from mmhybrid.engine.search import (
     ALPHAS_FILE,
     alphas_table,

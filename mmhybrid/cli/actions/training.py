@@ -11,9 +11,11 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 
+from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.building import LATE, building, prepare_training
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.engine.config import (
     apply_amp,
     apply_auto_scale_lr,
@@ -30,7 +32,6 @@ from mmhybrid.engine.distributed import launched_rank, prepare_launch
 from mmhybrid.engine.faster import apply_faster
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.options import OptionsAction, check_given
-from mmhybrid.engine.preflight import check_checkpoint_file, check_classes, check_data
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.settings import check_custom_keys
 from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice

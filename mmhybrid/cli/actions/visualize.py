@@ -12,9 +12,10 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
+from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.datasets.loading.pipeline_guard import guard_image_files
+from mmhybrid.engine.checkpoint_check import check_checkpoint_file, check_whole
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.preflight import check_checkpoint_file, check_classes, check_data, check_whole
 from mmhybrid.errors import UserError
 from mmhybrid.visualization import draw_instances, draw_regions, side_by_side
 

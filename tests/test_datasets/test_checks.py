@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from mmhybrid.engine.preflight import check_classes, check_data
+from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.errors import UserError
 
 
