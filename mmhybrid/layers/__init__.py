@@ -7,18 +7,20 @@ from .direction_merge import (
     SpatialChannelAttention,
     merge_directions,
 )
-from .directional import LocalVimMixer, VimMixer, prepare_mixers
 from .drop_path import DropPath, draw_together, drop_path_or_identity, dropped
 from .linear import token_linear
 from .linear2d import Linear2d, map_linear
-from .mixer import MambaVisionMixer
+from .mixers.directional import prepare_mixers
+from .mixers.localvim import LocalVimMixer
+from .mixers.mambavision import MambaVisionMixer
+from .mixers.ss2d import SS2D, LocalSS2D, decay_rates
+from .mixers.vim import VimMixer
 from .mlp import Mlp
 from .norm import LayerNorm, LayerNorm2d, PortableSyncBatchNorm, RMSNorm, add_norm
 from .pool import MapPool
 from .precision import at_least_float32
 from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate, rotated_sum
-from .ss2d import SS2D, LocalSS2D, decay_rates
 from .weight_casts import casts_weights
 from .window import near_equal, window_partition, window_unpartition, windows_along
 

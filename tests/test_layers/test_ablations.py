@@ -13,7 +13,7 @@ from mmhybrid.layers import (
     SpatialChannelAttention,
     merge_directions,
 )
-from mmhybrid.layers.mixer import BRANCHES
+from mmhybrid.layers.mixers.mambavision import BRANCHES
 from mmhybrid.layers.weight_casts import _castable
 from mmhybrid.models.backbones.localvim import LocalVim
 from mmhybrid.models.backbones.localvmamba import LocalVMamba

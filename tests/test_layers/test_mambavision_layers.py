@@ -77,7 +77,7 @@ def test_step_bias_counts_twice_in_value_and_gradient():
         seen.update(delta=delta, **more)
         return u * (delta + more['delta_bias'][:, None])
 
-    from mmhybrid.layers import mixer as source
+    from mmhybrid.layers.mixers import mambavision as source
     original, source.selective_scan = source.selective_scan, scan
     try:
         mixer(x).sum().backward()
@@ -111,7 +111,7 @@ def test_mixer_keeps_scan_parameters_in_float32_under_autocast(monkeypatch):
         seen.update(u=u, delta=delta, A=A, B=B, C=C, D=D, delta_bias=delta_bias)
         return u
 
-    monkeypatch.setattr('mmhybrid.layers.mixer.selective_scan', scan)
+    monkeypatch.setattr('mmhybrid.layers.mixers.mambavision.selective_scan', scan)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         MambaVisionMixer(16)(torch.randn(1, 4, 16))
     assert {k: v.dtype for k, v in seen.items()} == dict(

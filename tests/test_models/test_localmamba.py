@@ -10,9 +10,9 @@ from fill import fill_state_dict, make_input
 from mmengine.registry import MODELS
 
 from mmhybrid.layers.direction_merge import ChannelAttention, DirectionMixture
-from mmhybrid.layers.directional import LocalVimMixer
+from mmhybrid.layers.mixers.localvim import LocalVimMixer
+from mmhybrid.layers.mixers.ss2d import LocalSS2D
 from mmhybrid.layers.rope import Rope2d, resize_grid, rotate
-from mmhybrid.layers.ss2d import LocalSS2D
 from mmhybrid.models import (
     LocalVim,
     LocalVimClassifier,

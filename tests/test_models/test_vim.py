@@ -10,7 +10,8 @@ from fill import fill_state_dict, fill_value, make_input
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmhybrid.layers.directional import VimMixer, scan_branches
+from mmhybrid.layers.mixers.directional import scan_branches
+from mmhybrid.layers.mixers.vim import VimMixer
 from mmhybrid.models import SimpleFPN, Vim, VimClassifier, VisionMambaSeg
 from mmhybrid.ops import available_backends
 from mmhybrid.ops.cross_scan import scan_plan
@@ -113,8 +114,9 @@ def test_tokens_of_the_compiled_scan(backend, length, taps):
 
 def test_no_flip_and_no_copy_of_the_sequence(monkeypatch):
     mixer, calls = VimMixer(16, backend='torch'), []
-    monkeypatch.setattr('mmhybrid.layers.directional.run_backend', lambda _, dtype, u, *rest: (
-        calls.append((u.shape, rest[-1])) or u, None))
+    monkeypatch.setattr(
+        'mmhybrid.layers.mixers.directional.run_backend',
+        lambda _, dtype, u, *rest: (calls.append((u.shape, rest[-1])) or u, None))
     mixer(torch.randn(2, 9, 16))
     assert calls == [((2, 32, 9), False), ((2, 32, 9), True)]
 

@@ -9,7 +9,7 @@ import torch
 from fill import fill_state_dict, make_input
 from mmengine.registry import MODELS
 
-from mmhybrid.layers.ss2d import SS2D
+from mmhybrid.layers.mixers.ss2d import SS2D
 from mmhybrid.models import MM_VSSM, VMamba, VMambaClassifier
 from mmhybrid.models.backbones.vmamba import ARCHITECTURES
 

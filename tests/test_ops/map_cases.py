@@ -14,8 +14,8 @@ from plain_ss2d import plain_local_ss2d, plain_ss2d
 from scan_cases import assert_same
 from torch._subclasses import FakeTensorMode
 
-from mmhybrid.layers import ss2d
-from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers import ss2d
+from mmhybrid.layers.mixers.ss2d import SS2D, LocalSS2D
 from mmhybrid.ops.map_conv import conv, map_conv, map_conv_reference
 from mmhybrid.ops.merge_norm import attend, merge, merge_norm, merge_norm_reference
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmhybrid.layers import directional, ss2d
-from mmhybrid.layers.directional import LocalVimMixer, VimMixer
-from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers import directional, ss2d
+from mmhybrid.layers.mixers.localvim import LocalVimMixer
+from mmhybrid.layers.mixers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers.vim import VimMixer
 from mmhybrid.ops.cross_scan import (
     DIRECTIONS,
     cross_merge,

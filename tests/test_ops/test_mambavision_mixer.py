@@ -41,7 +41,8 @@ def test_auto_follows_the_scan(monkeypatch):
     x = torch.randn(1, 4, 8)
     monkeypatch.setattr(mambavision_mixer, 'unsupported_reason', lambda *_: None)
     chosen = {'auto': 'triton', 'torch': 'torch', 'triton': 'triton'}
-    monkeypatch.setattr('mmhybrid.layers.mixer.choose_backend', lambda name, *_: chosen[name])
+    monkeypatch.setattr('mmhybrid.layers.mixers.mambavision.choose_backend',
+                        lambda name, *_: chosen[name])
     for backend, path in (('auto', 'fused'), ('torch', 'plain'), ('triton', 'fused')):
         assert MambaVisionMixer(8, backend=backend).path(x) == path
         assert MambaVisionMixer(8, backend=backend, fused=False).path(x) == 'plain'

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmhybrid.layers.direction_merge import ChannelAttention, merge_directions
-from mmhybrid.layers.directional import VimMixer
-from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers.vim import VimMixer
 from mmhybrid.ops import selective_scan
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
 from mmhybrid.ops.selective_scan import cpp

@@ -17,10 +17,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmhybrid.layers import DropPath, directional, rotate, ss2d
+from mmhybrid.layers import DropPath, rotate
 from mmhybrid.layers import rotated_sum as layer_rotated_sum
-from mmhybrid.layers.directional import LocalVimMixer, VimMixer
-from mmhybrid.layers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers import directional, localvim, ss2d, vim
+from mmhybrid.layers.mixers.localvim import LocalVimMixer
+from mmhybrid.layers.mixers.ss2d import SS2D, LocalSS2D
+from mmhybrid.layers.mixers.vim import VimMixer
 from mmhybrid.models import LocalVim, Vim
 from mmhybrid.ops.cross_scan import DIRECTIONS, cross_selective_scan, scan, scan_plan
 from mmhybrid.ops.rotation import rotated_sum
@@ -126,7 +128,7 @@ def test_local_ss2d(v_restore):
 def test_vim(divide):
     torch.manual_seed(0)
     mixer = VimMixer(6, state_dim=3, divide=divide)
-    with mock.patch.object(directional, 'walk_scan', wraps=walk_scan) as whole, \
+    with mock.patch.object(vim, 'walk_scan', wraps=walk_scan) as whole, \
             counted_scans() as kernels:
         compare(mixer, torch.randn(1, 11, 6))
     assert whole.call_count == kernels.call_count == 1
@@ -148,7 +150,7 @@ LOCAL = ('h', 'v_flip', 'w2_flip', 'w3')
 def test_localvim(directions, size, class_token, v_restore):
     torch.manual_seed(0)
     mixer = LocalVimMixer(8, directions, state_dim=2, class_token=class_token, v_restore=v_restore)
-    with mock.patch.object(directional, 'walk_scan', wraps=walk_scan) as whole, \
+    with mock.patch.object(localvim, 'walk_scan', wraps=walk_scan) as whole, \
             counted_scans() as kernels:
         compare(mixer, torch.randn(1, size[0] * size[1] + class_token, 8), size)
     assert whole.call_count == kernels.call_count == 1
@@ -193,7 +195,8 @@ SLOW = pytest.mark.slow
 def test_plain_backbones(build, options):
     torch.manual_seed(0)
     trunk = Trunk(build, **options, **dict(pyramid=False) if build is Vim else {})
-    with mock.patch.object(directional, 'walk_scan', wraps=walk_scan) as whole:
+    module = vim if build is Vim else localvim
+    with mock.patch.object(module, 'walk_scan', wraps=walk_scan) as whole:
         compare(trunk, torch.randn(1, 2, 20, 33), tolerance=1e-4)
     assert whole.call_count == 2 * (1 + options.get('with_cp', False))
 

@@ -363,8 +363,8 @@ _BY_NAME = dict.fromkeys(
 _BY_FILE = {
     'plan.py': 'planning', 'launch.py': 'binding', 'passes.py': 'allocation',
     'graph.py': 'autograd', 'function.py': 'autograd', 'grad_mode.py': 'autograd',
-    'module.py': 'modules', 'mixer.py': 'modules', 'ss2d.py': 'modules',
-    'directional.py': 'modules',
+    'module.py': 'modules', 'mambavision.py': 'modules', 'ss2d.py': 'modules', 'vim.py': 'modules',
+    'localvim.py': 'modules', 'directional.py': 'modules',
 }  # fmt: skip
 # Built-in functions, by their names.
 _BUILT_IN = dict.fromkeys(

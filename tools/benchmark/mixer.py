@@ -42,7 +42,7 @@ from timing import (
 )
 
 from mmhybrid.layers import MambaVisionMixer
-from mmhybrid.layers import mixer as mixer_module
+from mmhybrid.layers.mixers import mambavision as mixer_module
 from mmhybrid.ops import available_backends
 
 

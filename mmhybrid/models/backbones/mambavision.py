@@ -34,7 +34,7 @@ from mmhybrid.layers import (
     window_unpartition,
     windows_along,
 )
-from mmhybrid.layers.mixer import BRANCHES
+from mmhybrid.layers.mixers.mambavision import BRANCHES
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments

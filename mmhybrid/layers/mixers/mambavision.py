@@ -1,4 +1,4 @@
-"""Token mixers made of a selective scan.
+"""The mixer of MambaVision: half scan, half convolution.
 
 Legend: B batch (windows), L tokens, C channels, E = C / 2, N state size, R rank of the step.
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mmhybrid.ops import mambavision_mixer, selective_scan
 from mmhybrid.ops.selective_scan import choose_backend
 
-from .linear import token_linear
-from .precision import at_least_float32
-from .scan_init import init_decay_, init_step_bias_
+from ..linear import token_linear
+from ..precision import at_least_float32
+from ..scan_init import init_decay_, init_step_bias_
 
 __all__ = ['BRANCHES', 'MambaVisionMixer']
 
