@@ -8,8 +8,7 @@ from .direction_merge import (
     merge_directions,
 )
 from .drop_path import DropPath, draw_together, drop_path_or_identity, dropped
-from .linear import token_linear
-from .linear2d import Linear2d, map_linear
+from .linear import Linear2d, map_linear, token_linear
 from .mixers.directional import prepare_mixers
 from .mixers.localvim import LocalVimMixer
 from .mixers.mambavision import MambaVisionMixer

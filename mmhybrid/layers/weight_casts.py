@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import TokenLinear
-from .linear2d import Linear2d
+from .linear import Linear2d
 
 __all__ = ['casts_weights']
 

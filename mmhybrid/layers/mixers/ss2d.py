@@ -20,7 +20,7 @@ from mmhybrid.ops.merge_norm import Attention, attend_norm, merge_norm
 from mmhybrid.ops.selective_scan import choose_backend
 
 from ..direction_merge import DirectionMixture, make_attention, merge_directions
-from ..linear2d import map_linear
+from ..linear import map_linear
 from ..norm import LayerNorm, LayerNorm2d
 from ..precision import at_least_float32
 from ..scan_init import init_decay_, init_step_bias_
