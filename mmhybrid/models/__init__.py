@@ -1,17 +1,5 @@
 """Models; importing this package registers them."""
-from .backbones import (
-    MM_VSSM,
-    LocalVim,
-    LocalVMamba,
-    MambaVision,
-    MM_LocalVim,
-    MM_LocalVSSM,
-    MM_mamba_vision,
-    TimmFeatures,
-    Vim,
-    VisionMambaSeg,
-    VMamba,
-)
+from .backbones import LocalVim, LocalVMamba, MambaVision, TimmFeatures, Vim, VMamba
 from .checkpoints import load_weights
 from .classifiers import (
     ImageClassifier,
@@ -21,6 +9,7 @@ from .classifiers import (
     VimClassifier,
     VMambaClassifier,
 )
+from .dropins import MM_VSSM, MM_LocalVim, MM_LocalVSSM, MM_mamba_vision, VisionMambaSeg
 from .necks import SimpleFPN
 
 __all__ = ['ImageClassifier', 'LocalVMamba', 'LocalVMambaClassifier', 'LocalVim',

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import mmhybrid.models as models
-from mmhybrid.models.backbones import dropin, localvim, localvmamba, mambavision, vim, vmamba
+from mmhybrid.models.backbones import localvim, localvmamba, mambavision, vim, vmamba
+from mmhybrid.models.dropins import common as dropin
 
 STAGED = dict(dim=16, depths=(1, 2, 1, 1))
 HYBRID = dict(dim=16, depths=(1, 2, 2, 2), stem_width=4, num_heads=(1, 1, 2, 4),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
-from .dropin import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
-from .vmamba import VMamba
+from ..backbones.vmamba import VMamba
+from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
 
 __all__ = ['MM_VSSM']
 

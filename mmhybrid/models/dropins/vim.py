@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
-from .dropin import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
-from .vim import Vim
+from ..backbones.vim import Vim
+from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
 
 __all__ = ['VisionMambaSeg']
 

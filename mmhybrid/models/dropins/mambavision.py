@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
-from .dropin import NOT_GIVEN, pretrained_init, warn_without_effect
-from .mambavision import MambaVision
+from ..backbones.mambavision import MambaVision
+from .common import NOT_GIVEN, pretrained_init, warn_without_effect
 
 __all__ = ['MM_mamba_vision']
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
-from .dropin import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
-from .localvim import LocalVim
-from .localvmamba import LocalVMamba
-from .vmamba_dropin import parse_forward_type, stage_width
+from ..backbones.localvim import LocalVim
+from ..backbones.localvmamba import LocalVMamba
+from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
+from .vmamba import parse_forward_type, stage_width
 
 __all__ = ['MM_LocalVSSM', 'MM_LocalVim']
 
