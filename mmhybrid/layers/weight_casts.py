@@ -31,8 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .linear import TokenLinear
-from .linear import Linear2d
+from .linear import Linear2d, TokenLinear
 
 __all__ = ['casts_weights']
 

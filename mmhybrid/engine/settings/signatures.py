@@ -71,8 +71,7 @@ def _own(function: Callable) -> tuple[Keywords, list[tuple[bool, str | None]]]:
 
     Those are (whether the one after it is meant, name of a class or None for this one).
     """
-    function = inspect.unwrap(function)
-    try:
+    try:  # through decorators, to what is wrapped or to the signature that they give it
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C
         return ANYTHING, []

@@ -8,7 +8,7 @@ from mmhybrid.registry import MODELS
 from ..arguments import strict_arguments
 from ..backbones.localvim import LocalVim
 from ..backbones.localvmamba import LocalVMamba
-from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
+from .common import SWIN_BASE, fixed, ignores, pretrained_init
 from .vmamba import parse_forward_type, stage_width
 
 __all__ = ['MM_LocalVSSM', 'MM_LocalVim']
@@ -16,6 +16,7 @@ __all__ = ['MM_LocalVSSM', 'MM_LocalVim']
 
 @MODELS.register_module()
 @strict_arguments
+@ignores(*SWIN_BASE, instead='LocalVMamba')
 class MM_LocalVSSM(LocalVMamba):
     """LocalVMamba with the arguments that released configs end up with.
 
@@ -47,7 +48,7 @@ class MM_LocalVSSM(LocalVMamba):
         pretrained: checkpoint file, loaded by ``init_weights``, not while building; '' for none.
         v_restore: see above.
 
-    All other arguments are accepted without effect.
+    What :data:`SWIN_BASE` lists is accepted without effect.
 
     Raises:
         TypeError: for an unknown argument, a missing ``directions``, a value of the wrong type.
@@ -63,14 +64,7 @@ class MM_LocalVSSM(LocalVMamba):
                  drop_path_rate: float = 0.1, patch_norm: bool = True, norm_layer: str = 'ln',
                  downsample_version: str = 'v1', patchembed_version: str = 'v1',
                  out_indices: Sequence[int] = (0, 1, 2, 3), pretrained: str | None = None,
-                 v_restore: str = 'released',
-                 # from the Swin base
-                 embed_dims=NOT_GIVEN, num_heads=NOT_GIVEN, window_size=NOT_GIVEN,
-                 qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN, drop_rate=NOT_GIVEN,
-                 attn_drop_rate=NOT_GIVEN, with_cp=NOT_GIVEN, convert_weights=NOT_GIVEN,
-                 init_cfg=NOT_GIVEN, pretrain_img_size=NOT_GIVEN, patch_size=NOT_GIVEN,
-                 strides=NOT_GIVEN, use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN,
-                 norm_cfg=NOT_GIVEN):
+                 v_restore: str = 'released'):
         fixed('ssm_conv', ssm_conv, 3)
         fixed('ssm_act_layer', ssm_act_layer, 'silu')
         fixed('ssm_init', ssm_init, 'v0')
@@ -84,17 +78,11 @@ class MM_LocalVSSM(LocalVMamba):
                  **parse_forward_type(forward_type)),
             directions=directions, v_restore=v_restore, out_indices=out_indices,
             drop_path_rate=drop_path_rate, init_cfg=pretrained_init(pretrained))
-        warn_without_effect('MM_LocalVSSM', dict(
-            embed_dims=embed_dims, num_heads=num_heads, window_size=window_size,
-            qkv_bias=qkv_bias, qk_scale=qk_scale, drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate, with_cp=with_cp, convert_weights=convert_weights,
-            init_cfg=init_cfg, pretrain_img_size=pretrain_img_size, patch_size=patch_size,
-            strides=strides, use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg,
-            norm_cfg=norm_cfg), instead='LocalVMamba')
 
 
 @MODELS.register_module()
 @strict_arguments
+@ignores('final_pool_type', 'init_cfg', instead='LocalVim')
 class MM_LocalVim(LocalVim):
     """LocalVim with the arguments that released configs end up with.
 
@@ -132,7 +120,7 @@ class MM_LocalVim(LocalVim):
                  if_rope_residual: bool = False, if_abs_pos_embed: bool = True,
                  bimamba_type: str = 'v2', fused_add_norm: bool = False,
                  residual_in_fp32: bool = True, pretrained_ckpt: str | None = None,
-                 v_restore: str = 'released', final_pool_type=NOT_GIVEN, init_cfg=NOT_GIVEN):
+                 v_restore: str = 'released'):
         fixed('patch_size', patch_size, 16)
         fixed('if_abs_pos_embed', if_abs_pos_embed, True)
         fixed('bimamba_type', bimamba_type, 'v2')
@@ -142,5 +130,3 @@ class MM_LocalVim(LocalVim):
             norm='rms' if rms_norm else 'ln', img_size=img_size, out_indices=out_indices,
             rope=if_rope, drop_path_rate=drop_path_rate,
             init_cfg=pretrained_init(pretrained_ckpt))
-        warn_without_effect('MM_LocalVim', dict(final_pool_type=final_pool_type,
-                                                init_cfg=init_cfg), instead='LocalVim')

@@ -7,15 +7,24 @@ from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
 from ..backbones.mambavision import MambaVision
-from .common import NOT_GIVEN, pretrained_init, warn_without_effect
+from .common import ignores, pretrained_init
 
 __all__ = ['MM_mamba_vision']
 
 _DROP_PATH_RATE = 0.2
+_WITHOUT_EFFECT = (
+    'drop_path_rate',
+    # from the ResNet base of detection
+    'depth', 'num_stages', 'frozen_stages', 'norm_cfg', 'norm_eval', 'style', 'init_cfg',
+    # from the Swin base of segmentation
+    'pretrain_img_size', 'embed_dims', 'patch_size', 'strides', 'qkv_bias', 'qk_scale',
+    'patch_norm', 'drop_rate', 'attn_drop_rate', 'use_abs_pos_embed', 'act_cfg')
 
 
 @MODELS.register_module()
 @strict_arguments
+@ignores(*_WITHOUT_EFFECT, instead='MambaVision',
+         remark=f' Stochastic depth is {_DROP_PATH_RATE}.')
 class MM_mamba_vision(MambaVision):
     """MambaVision with the arguments that released detection and segmentation configs end up with.
 
@@ -35,7 +44,7 @@ class MM_mamba_vision(MambaVision):
         layer_scale: initial per-channel factor of stages 3 and 4; None for none.
         pretrained: checkpoint file, loaded by ``init_weights``, not while building.
 
-    All other arguments are accepted without effect.
+    What the decorator lists is accepted without effect.
 
     Raises:
         TypeError: for an unknown argument or a value of the wrong type.
@@ -45,23 +54,7 @@ class MM_mamba_vision(MambaVision):
     def __init__(self, *, dim: int, in_dim: int, depths: Sequence[int], num_heads: Sequence[int],
                  window_size: Sequence[int], mlp_ratio: float = 4,
                  out_indices: Sequence[int] = (0, 1, 2, 3), norm_layer: str = 'ln2d',
-                 layer_scale: float | None = None, pretrained: str | None = None,
-                 drop_path_rate=NOT_GIVEN,
-                 # from the ResNet base of detection
-                 depth=NOT_GIVEN, num_stages=NOT_GIVEN, frozen_stages=NOT_GIVEN,
-                 norm_cfg=NOT_GIVEN, norm_eval=NOT_GIVEN, style=NOT_GIVEN, init_cfg=NOT_GIVEN,
-                 # from the Swin base of segmentation
-                 pretrain_img_size=NOT_GIVEN, embed_dims=NOT_GIVEN, patch_size=NOT_GIVEN,
-                 strides=NOT_GIVEN, qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN,
-                 patch_norm=NOT_GIVEN, drop_rate=NOT_GIVEN, attn_drop_rate=NOT_GIVEN,
-                 use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN):
-        ignored = dict(
-            drop_path_rate=drop_path_rate, depth=depth, num_stages=num_stages,
-            frozen_stages=frozen_stages, norm_cfg=norm_cfg, norm_eval=norm_eval, style=style,
-            init_cfg=init_cfg, pretrain_img_size=pretrain_img_size, embed_dims=embed_dims,
-            patch_size=patch_size, strides=strides, qkv_bias=qkv_bias, qk_scale=qk_scale,
-            patch_norm=patch_norm, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate,
-            use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg)
+                 layer_scale: float | None = None, pretrained: str | None = None):
         if norm_layer == 'ln':
             raise ValueError("got norm_layer='ln', which normalises over the map's width and so "
                              "fits one input size only; use 'ln2d', as all released weights do")
@@ -74,5 +67,3 @@ class MM_mamba_vision(MambaVision):
             drop_path_rate=_DROP_PATH_RATE,
             out_norm=norm_layer,
             init_cfg=pretrained_init(pretrained))
-        warn_without_effect('MM_mamba_vision', ignored, instead='MambaVision',
-                            remark=f' Stochastic depth is {_DROP_PATH_RATE}.')

@@ -7,7 +7,7 @@ from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
 from ..backbones.vim import Vim
-from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
+from .common import fixed, ignores, pretrained_init
 
 __all__ = ['VisionMambaSeg']
 
@@ -16,6 +16,7 @@ _LAST = {'none': 'none', 'add': 'add', 'add & norm': 'add_norm'}
 
 @MODELS.register_module()
 @strict_arguments
+@ignores('final_pool_type', 'use_checkpoint', 'num_classes', 'init_cfg', instead='Vim')
 class VisionMambaSeg(Vim):
     """Vim with the arguments of the released segmentation configs (mmseg 0.x dictionaries).
 
@@ -45,7 +46,7 @@ class VisionMambaSeg(Vim):
         fused_add_norm, residual_in_fp32: choices of implementation; the result is the same.
         pretrained: checkpoint file, loaded by ``init_weights``, not while building.
 
-    All other arguments are accepted without effect.
+    What the decorator lists is accepted without effect.
 
     Raises:
         TypeError: for an unknown argument or a value of the wrong type.
@@ -61,20 +62,14 @@ class VisionMambaSeg(Vim):
                  if_cls_token: bool = True, use_middle_cls_token: bool = True,
                  if_abs_pos_embed: bool = True, rms_norm: bool = True, bimamba_type: str = 'v2',
                  fused_add_norm: bool = True, residual_in_fp32: bool = True,
-                 pretrained: str | None = None,
-                 final_pool_type=NOT_GIVEN, use_checkpoint=NOT_GIVEN, num_classes=NOT_GIVEN,
-                 init_cfg=NOT_GIVEN):
+                 pretrained: str | None = None):
         fixed('patch_size', patch_size, 16)
         fixed('if_abs_pos_embed', if_abs_pos_embed, True)
         fixed('rms_norm', rms_norm, True)
         fixed('bimamba_type', bimamba_type, 'v2')
         fixed('if_rope_residual', if_rope_residual, if_rope)
         fixed('last_layer_process', last_layer_process, *_LAST)
-        ignored = dict(final_pool_type=final_pool_type, use_checkpoint=use_checkpoint,
-                       num_classes=num_classes, init_cfg=init_cfg)
         acts = use_residual_as_feature and out_indices[-1] == depth - 1
-        if not acts and last_layer_process != 'none':
-            ignored['last_layer_process'] = last_layer_process
         super().__init__(
             dict(dim=embed_dim, depth=depth, state_dim=d_state), img_size=img_size, stride=stride,
             out_indices=out_indices, feature='residual' if use_residual_as_feature else 'mixer',
@@ -82,4 +77,5 @@ class VisionMambaSeg(Vim):
             divide=if_divide_out, dropped_row='first' if if_cls_token else 'middle',
             drop_path_rate=drop_path_rate, in_channels=in_chans,
             init_cfg=pretrained_init(pretrained))
-        warn_without_effect('VisionMambaSeg', ignored, instead='Vim')
+        if not acts and last_layer_process != 'none':
+            self.without_effect = dict(last_layer_process=last_layer_process)

@@ -8,7 +8,7 @@ from mmhybrid.registry import MODELS
 
 from ..arguments import strict_arguments
 from ..backbones.vmamba import VMamba
-from .common import NOT_GIVEN, fixed, pretrained_init, warn_without_effect
+from .common import SWIN_BASE, fixed, ignores, pretrained_init
 
 __all__ = ['MM_VSSM']
 
@@ -35,6 +35,7 @@ def parse_forward_type(name: str) -> dict:
 
 @MODELS.register_module()
 @strict_arguments
+@ignores(*SWIN_BASE, instead='VMamba')
 class MM_VSSM(VMamba):
     """VMamba with the arguments that released detection and segmentation configs end up with.
 
@@ -62,7 +63,7 @@ class MM_VSSM(VMamba):
         out_indices: stages to return.
         pretrained: checkpoint file, loaded by ``init_weights``, not while building; '' for none.
 
-    All other arguments are accepted without effect.
+    What :data:`SWIN_BASE` lists is accepted without effect.
 
     Raises:
         TypeError: for an unknown argument or a value of the wrong type.
@@ -76,14 +77,7 @@ class MM_VSSM(VMamba):
                  mlp_act_layer: str = 'gelu', drop_path_rate: float = 0.1,
                  patch_norm: bool = True, norm_layer: str = 'ln', downsample_version: str = 'v2',
                  patchembed_version: str = 'v1', out_indices: Sequence[int] = (0, 1, 2, 3),
-                 pretrained: str | None = None,
-                 # from the Swin base
-                 embed_dims=NOT_GIVEN, num_heads=NOT_GIVEN, window_size=NOT_GIVEN,
-                 qkv_bias=NOT_GIVEN, qk_scale=NOT_GIVEN, drop_rate=NOT_GIVEN,
-                 attn_drop_rate=NOT_GIVEN, with_cp=NOT_GIVEN, convert_weights=NOT_GIVEN,
-                 init_cfg=NOT_GIVEN, pretrain_img_size=NOT_GIVEN, patch_size=NOT_GIVEN,
-                 strides=NOT_GIVEN, use_abs_pos_embed=NOT_GIVEN, act_cfg=NOT_GIVEN,
-                 norm_cfg=NOT_GIVEN):
+                 pretrained: str | None = None):
         fixed('ssm_conv', ssm_conv, 3)
         fixed('ssm_act_layer', ssm_act_layer, 'silu')
         fixed('ssm_init', ssm_init, 'v0')
@@ -98,13 +92,6 @@ class MM_VSSM(VMamba):
                  **parse_forward_type(forward_type)),
             out_indices=out_indices, drop_path_rate=drop_path_rate,
             init_cfg=pretrained_init(pretrained))
-        warn_without_effect('MM_VSSM', dict(
-            embed_dims=embed_dims, num_heads=num_heads, window_size=window_size,
-            qkv_bias=qkv_bias, qk_scale=qk_scale, drop_rate=drop_rate,
-            attn_drop_rate=attn_drop_rate, with_cp=with_cp, convert_weights=convert_weights,
-            init_cfg=init_cfg, pretrain_img_size=pretrain_img_size, patch_size=patch_size,
-            strides=strides, use_abs_pos_embed=use_abs_pos_embed, act_cfg=act_cfg,
-            norm_cfg=norm_cfg), instead='VMamba')
 
 
 def stage_width(dims: int | Sequence[int]) -> int:
