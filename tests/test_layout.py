@@ -142,6 +142,58 @@ def test_the_check_itself_sees_a_wrong_import(file, source):
     assert len(list(complaints(PACKAGE / file, source))) == 1
 
 
+def imported_modules(path, modules, source=None):
+    """Names of the modules of ours that a file imports, inside functions too."""
+    for name in imported_names(path, source):
+        # `from package import module` names a module, `from module import thing` does not
+        found = name if name in modules else name.rpartition('.')[0]
+        if found in modules:
+            yield found
+
+
+def cycle_in(graph):
+    """A list of modules, each of which imports the next and the last one the first; or None."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return path[path.index(module):]
+        if module in done:
+            return None
+        path.append(module)
+        found = next(filter(None, map(visit, sorted(graph.get(module, ())))), None)
+        path.pop()
+        done.add(module)
+        return found
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {module_of(path) for path in source_files()}
+    graph = {module_of(path): {*imported_modules(path, modules)} for path in source_files()}
+    # The package itself: it has a version, and asks for its parts when it is used.
+    graph.pop('mmhybrid')
+    assert cycle_in(graph) is None
+
+
+def test_a_cycle_is_seen():
+    modules = {'mmhybrid.a', 'mmhybrid.b', 'mmhybrid.c'}
+    sources = {'a': 'from .b import f', 'b': 'def f():\n    from mmhybrid import c',
+               'c': 'import mmhybrid.a'}
+    graph = {f'mmhybrid.{name}': {*imported_modules(PACKAGE / f'{name}.py', modules, source)}
+             for name, source in sources.items()}
+    assert cycle_in(graph) == ['mmhybrid.a', 'mmhybrid.b', 'mmhybrid.c']
+    graph['mmhybrid.c'].clear()
+    assert cycle_in(graph) is None
+    assert cycle_in({'a': {'a'}}) == ['a']
+
+
 def test_tools_are_imported_by_nobody():
     for path in source_files():
         assert not [n for n in imported_names(path) if n.split('.')[0] == 'tools'], path

@@ -2,7 +2,8 @@
 
 from mmhybrid import config_scheme, mmcv_ops
 
-from . import Patch, checkpoint_loader, pipelines, whole_checkpoints
+from . import checkpoint_loader, pipelines, whole_checkpoints
+from .patch import Patch
 
 __all__ = ['PATCHES']
 
