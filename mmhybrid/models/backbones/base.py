@@ -7,13 +7,15 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmhybrid.layers import casts_weights, recomputed
+from mmhybrid.weights.adapters import fit_adapters
 
 from ..arguments import check_names, suggestion
 from ..initialization import initialize_from_checkpoint
+from ..lora import Lora, adapt
 
 __all__ = ['DenseBackbone', 'StagedBackbone', 'check_flags', 'check_integers', 'check_number',
-           'check_out_indices', 'check_rate', 'checked_architecture', 'drop_path_rates',
-           'run_blocks']
+           'check_out_indices', 'check_rate', 'checked_architecture', 'checked_recomputation',
+           'drop_path_rates', 'run_blocks']
 
 
 class DenseBackbone(BaseModule):
@@ -25,12 +27,20 @@ class DenseBackbone(BaseModule):
     Under autocast on a GPU all weights are cast in one call when ``forward`` begins
     (:mod:`mmhybrid.layers.weight_casts`).  Layers that turn autocast off for themselves, or read
     weights otherwise, must say so there, or the class sets ``casts_together = False``.
+
+    Args:
+        init_cfg: mmengine initialisation.
+        lora: settings of low-rank adapters, see :class:`mmhybrid.models.lora.Lora`; None for none.
     """
 
     casts_together = True
 
     # Names that only one of the classification and dense forms has.
     may_differ = r'(outnorm\d|norm|head|classifier)\.'
+
+    def __init__(self, init_cfg: dict | list[dict] | None = None, lora: dict | None = None):
+        super().__init__(init_cfg=init_cfg)
+        self.lora = None if lora is None else Lora.of(lora)
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -55,7 +65,12 @@ class DenseBackbone(BaseModule):
         raise NotImplementedError
 
     def freeze(self) -> None:
-        """Put frozen parts into eval mode and take the gradient from frozen and unused ones."""
+        """Put frozen parts into eval mode and take the gradient from frozen and unused ones.
+
+        With ``lora`` all that it leaves as it is loses its gradient, too, and keeps its mode.
+        """
+        if self.lora is not None:
+            adapt(self, self.lora, [*self.frozen_parts(), *self.unused_parts()], self.may_differ)
         for part in self.frozen_parts():
             if isinstance(part, nn.Module):
                 part.eval()
@@ -84,6 +99,7 @@ class DenseBackbone(BaseModule):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         own = {k: state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
         own = self.adapt_state_dict({k[len(prefix):]: v for k, v in own.items()})
+        own = fit_adapters(own, self.state_dict())
         state_dict.update({prefix + k: v for k, v in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -236,6 +252,30 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse anything but one of the named choices."""
     if value not in choices:
         raise ValueError(f'got {name}={value!r}; {suggestion(str(value), choices)}')
+
+
+def checked_recomputation(with_cp: bool | Sequence[bool] | Sequence[int], count: int,
+                          what: str = 'stage') -> tuple[bool, ...]:
+    """Turn ``with_cp`` into one flag for each of ``count`` stages or blocks.
+
+    Raises:
+        TypeError: if it is neither a flag, nor flags, nor integers.
+        ValueError: for another number of flags, or a stage that does not exist.
+    """
+    if isinstance(with_cp, bool):
+        return (with_cp,) * count
+    given = list(with_cp) if isinstance(with_cp, (list, tuple)) else None
+    if given is None or not (all(isinstance(each, bool) for each in given) or all(
+            isinstance(each, int) and not isinstance(each, bool) for each in given)):
+        raise TypeError(f'got with_cp={with_cp!r}, expected True or False, one of these for each '
+                        f'{what}, or the numbers of the {what}s to recompute, from 0')
+    if given and isinstance(given[0], bool):
+        if len(given) != count:
+            raise ValueError(f'got {len(given)} flags for with_cp ({with_cp}), expected {count}, '
+                             f'one per {what}')
+        return tuple(given)
+    check_integers('with_cp', given, 0, count - 1)
+    return tuple(i in given for i in range(count))
 
 
 def check_flags(**flags: bool) -> None:

@@ -37,8 +37,8 @@ class LocalVimTrunk(ColumnRestore, PlainBackbone):
     may_differ = r'(norm_f|head|rope|outnorm_\d+)\.|cls_token|layers\.\d+\.norm\.bias'
 
     def __init__(self, arch: str | dict, *, directions, v_restore, norm, img_size, class_token,
-                 rope, drop_path_rate, in_channels, frozen_stages, with_cp, scan_backend, init_cfg,
-                 attention):
+                 rope, drop_path_rate, in_channels, frozen_stages, with_cp, scan_backend, lora,
+                 init_cfg, attention):
         arch = checked_architecture(arch, ARCHITECTURES, _REQUIRED, _OPTIONAL)
         check_integers("arch['dim']", [arch['dim']], 4)
         if arch['dim'] % 4:
@@ -61,7 +61,7 @@ class LocalVimTrunk(ColumnRestore, PlainBackbone):
             mixers, arch['dim'], make_norm, img_size=img_size, stride=16, class_token=class_token,
             rope=rope, interpolate_rope=True, drop_path_rate=drop_path_rate,
             in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,
-            init_cfg=init_cfg)
+            lora=lora, init_cfg=init_cfg)
         self.directions, self.v_restore = chosen, v_restore
         self.dim = arch['dim']
 
@@ -104,10 +104,13 @@ class LocalVim(LocalVimTrunk):
         in_channels: channels of the images.
         frozen_stages: -1 freezes nothing, 0 the embedding, k also the first k blocks; frozen parts
             stay in eval mode and need no gradient.  Output norms are never frozen.
-        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        with_cp: whether to save memory by recomputing blocks in the backward pass; or one flag for
+            each block, or the numbers of the blocks where it is done.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
         attention: what each direction goes through before the sum: 'channel' as in the published
             networks, 'channel-spatial' as in the paper (scaling tokens too), or 'none'.
+        lora: None, or settings of low-rank adapters, which learn in place of the weights, such as
+            ``dict(rank=8)``; see :class:`mmhybrid.models.lora.Lora`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -133,15 +136,16 @@ class LocalVim(LocalVimTrunk):
                  drop_path_rate: float = 0.1,
                  in_channels: int = 3,
                  frozen_stages: int = -1,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
                  attention: str = 'channel',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, norm=norm, img_size=img_size,
             class_token=None, rope=rope, drop_path_rate=drop_path_rate, in_channels=in_channels,
             frozen_stages=frozen_stages, with_cp=with_cp, scan_backend=scan_backend,
-            attention=attention, init_cfg=init_cfg)
+            attention=attention, lora=lora, init_cfg=init_cfg)
         check_out_indices(out_indices, len(self.layers), '(4, 9, 14, 19)')
         self.out_indices = tuple(out_indices)
         self.out_channels = (self.dim,) * len(self.out_indices)

@@ -57,10 +57,13 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
         in_channels: channels of the images.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; frozen parts stay
             in eval mode and need no gradient.  Output norms are never frozen.
-        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        with_cp: whether to save memory by recomputing blocks in the backward pass; or one flag for
+            each stage, or the numbers of the stages where it is done.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
         attention: what each direction goes through before the sum: 'channel' as in the published
             networks, 'channel-spatial' as in the paper (scaling tokens too), or 'none'.
+        lora: None, or settings of low-rank adapters, which learn in place of the weights, such as
+            ``dict(rank=8)``; see :class:`mmhybrid.models.lora.Lora`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -83,9 +86,10 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
                  drop_path_rate: float = 0.2,
                  in_channels: int = 3,
                  frozen_stages: int = -1,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
                  attention: str = 'channel',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         searched = _SEARCHED.get(arch) if isinstance(arch, str) else None
         arch = checked_vss_architecture(arch, ARCHITECTURES, _OPTIONAL)
@@ -102,7 +106,7 @@ class LocalVMamba(ColumnRestore, VSSBackbone):
 
         super().__init__(arch, mixer, out_indices=out_indices, drop_path_rate=drop_path_rate,
                          in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,
-                         init_cfg=init_cfg)
+                         lora=lora, init_cfg=init_cfg)
         self.directions, self.v_restore = chosen, v_restore
 
     def embed(self, x: Tensor) -> Tensor:

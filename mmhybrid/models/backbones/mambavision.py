@@ -47,6 +47,7 @@ from .base import (
     check_out_indices,
     check_rate,
     checked_architecture,
+    checked_recomputation,
     drop_path_rates,
     run_blocks,
 )
@@ -336,7 +337,8 @@ class MambaVision(StagedBackbone):
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; frozen parts stay
             in eval mode and need no gradient.  Output norms are never frozen.
         norm_eval: whether BatchNorm layers use and keep their running statistics in training.
-        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        with_cp: whether to save memory by recomputing blocks in the backward pass; or one flag for
+            each stage, or the numbers of the stages where it is done.
         out_norm: norm of each output: 'ln2d' (or True) for LayerNorm over channels, 'bn' for
             BatchNorm, None (or False) for none.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
@@ -351,6 +353,8 @@ class MambaVision(StagedBackbone):
         pattern: which blocks of stages 3 and 4 are attention: 'last-half', 'first-half',
             'last-quarter', 'attention-first', 'scan-first' or 'random', see
             :func:`attention_blocks`.
+        lora: None, or settings of low-rank adapters, which learn in place of the weights, such as
+            ``dict(rank=8)``; see :class:`mmhybrid.models.lora.Lora`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -383,7 +387,7 @@ class MambaVision(StagedBackbone):
                  in_channels: int = 3,
                  frozen_stages: int = -1,
                  norm_eval: bool = False,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  out_norm: str | bool | None = 'ln2d',
                  scan_backend: str = 'auto',
                  fused_mixer: bool | str = 'auto',
@@ -391,8 +395,9 @@ class MambaVision(StagedBackbone):
                  causal_mixer: bool = False,
                  mixer_branch: str = 'concat',
                  pattern: str = 'last-half',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg=init_cfg, lora=lora)
         arch = _checked_architecture(arch)
         if window_size is None:
             window_size = arch['window_size']
@@ -405,8 +410,8 @@ class MambaVision(StagedBackbone):
         _check_layer_scale(layer_scale)
         check_integers('in_channels', [in_channels], 1)
         check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
-        check_flags(norm_eval=norm_eval, with_cp=with_cp, lean_mixer=lean_mixer,
-                    causal_mixer=causal_mixer)
+        with_cp = checked_recomputation(with_cp, _STAGES)
+        check_flags(norm_eval=norm_eval, lean_mixer=lean_mixer, causal_mixer=causal_mixer)
         check_choice('mixer_branch', mixer_branch, BRANCHES)
         check_choice('pattern', pattern, PATTERNS)
 
@@ -424,7 +429,7 @@ class MambaVision(StagedBackbone):
                      causal=causal_mixer, branch=mixer_branch)
         rates_of = drop_path_rates(drop_path_rate, arch['depths'])
         for i, (dim, rates) in enumerate(zip(dims, rates_of, strict=True)):
-            shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp)
+            shared = dict(downsample=i < _STAGES - 1, with_cp=with_cp[i])
             if i < 2:
                 self.levels.append(ConvStage(dim, rates, **shared))
             else:

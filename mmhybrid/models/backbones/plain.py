@@ -23,7 +23,13 @@ from mmhybrid.layers import (
     rotated_sum,
 )
 
-from .base import DenseBackbone, check_flags, check_integers, check_rate
+from .base import (
+    DenseBackbone,
+    check_flags,
+    check_integers,
+    check_rate,
+    checked_recomputation,
+)
 
 __all__ = ['MixerBlock', 'PatchEmbed', 'PlainBackbone', 'class_row_of']
 
@@ -117,8 +123,8 @@ class PlainBackbone(DenseBackbone):
 
     def __init__(self, mixers: Sequence[nn.Module], dim: int, norm: Callable[[int], nn.Module], *,
                  img_size, stride, class_token, rope, interpolate_rope, drop_path_rate,
-                 in_channels, frozen_stages, with_cp, init_cfg):
-        super().__init__(init_cfg=init_cfg)
+                 in_channels, frozen_stages, with_cp, lora, init_cfg):
+        super().__init__(init_cfg=init_cfg, lora=lora)
         img_size = [img_size] * 2 if isinstance(img_size, int) else list(img_size)
         if len(img_size) != 2:
             raise ValueError(f'got img_size={img_size}, expected one side or (height, width)')
@@ -126,7 +132,8 @@ class PlainBackbone(DenseBackbone):
         check_rate('drop_path_rate', drop_path_rate)
         check_integers('in_channels', [in_channels], 1)
         check_integers('frozen_stages', [frozen_stages], -1, len(mixers))
-        check_flags(with_cp=with_cp, rope=rope)
+        with_cp = checked_recomputation(with_cp, len(mixers), 'block')
+        check_flags(rope=rope)
         if class_token not in (None, 'first', 'middle'):
             raise ValueError(f"got class_token={class_token!r}, expected None, 'first' or 'middle'")
         self.frozen_stages, self.with_cp = frozen_stages, with_cp
@@ -225,8 +232,9 @@ class PlainBackbone(DenseBackbone):
         prepared = prepare_mixers([block.mixer for block in layers], tokens, grid)
         drops = draw_together([block.drop_path for block in layers], tokens)
         hidden, stream = tokens, None
-        for block, ready, drop in zip(layers, prepared, drops, strict=True):
-            saving = self.with_cp and torch.is_grad_enabled()
+        for block, ready, drop, again in zip(layers, prepared, drops, self.with_cp[:stop],
+                                             strict=True):
+            saving = again and torch.is_grad_enabled()
             if stream is None or rotation is not None or saving:
                 stream = self.entering(stream, hidden, rotation, drop)
                 if saving and stream.requires_grad:

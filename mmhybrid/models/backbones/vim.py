@@ -48,7 +48,8 @@ class VimTrunk(PlainBackbone):
     may_differ = r'(norm_f|head|rope|fpn\d)\.|cls_token'
 
     def __init__(self, arch: dict, *, img_size, stride, class_token, rope, divide, drop_path_rate,
-                 in_channels, frozen_stages, with_cp, scan_backend, init_cfg):
+                 in_channels, frozen_stages, with_cp, scan_backend, lora,
+                 init_cfg):
         if stride not in (8, 16):
             raise ValueError(f'got stride={stride!r}, expected 16, or 8 for the models that were '
                              'fine-tuned on a finer grid')
@@ -60,7 +61,7 @@ class VimTrunk(PlainBackbone):
             mixers, arch['dim'], partial(RMSNorm, eps=1e-5, feeds_linear=True), img_size=img_size,
             stride=stride, class_token=class_token, rope=rope, interpolate_rope=False,
             drop_path_rate=drop_path_rate, in_channels=in_channels, frozen_stages=frozen_stages,
-            with_cp=with_cp, init_cfg=init_cfg)
+            with_cp=with_cp, lora=lora, init_cfg=init_cfg)
 
 
 @MODELS.register_module()
@@ -99,8 +100,11 @@ class Vim(VimTrunk):
         in_channels: channels of the images.
         frozen_stages: -1 freezes nothing, 0 the embedding, k also the first k blocks; frozen parts
             stay in eval mode and need no gradient.
-        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        with_cp: whether to save memory by recomputing blocks in the backward pass; or one flag for
+            each block, or the numbers of the blocks where it is done.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        lora: None, or settings of low-rank adapters, which learn in place of the weights, such as
+            ``dict(rank=8)``; see :class:`mmhybrid.models.lora.Lora`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -129,8 +133,9 @@ class Vim(VimTrunk):
                  drop_path_rate: float = 0.1,
                  in_channels: int = 3,
                  frozen_stages: int = -1,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         arch = checked_vim_architecture(arch)
         check_out_indices(out_indices, arch['depth'], '(5, 11, 17, 23)')
@@ -153,7 +158,7 @@ class Vim(VimTrunk):
             arch, img_size=img_size, stride=stride, class_token=class_token, rope=rope,
             divide=divide, drop_path_rate=drop_path_rate, in_channels=in_channels,
             frozen_stages=frozen_stages, with_cp=with_cp, scan_backend=scan_backend,
-            init_cfg=init_cfg)
+            lora=lora, init_cfg=init_cfg)
         self.out_indices = tuple(out_indices)
         self.feature, self.last, self.dropped_row = feature, last or 'add', dropped_row
         dim, count = arch['dim'], len(self.out_indices)

@@ -43,6 +43,7 @@ from .base import (
     check_out_indices,
     check_rate,
     checked_architecture,
+    checked_recomputation,
     drop_path_rates,
 )
 
@@ -280,13 +281,13 @@ class VSSBackbone(StagedBackbone):
     """
 
     def __init__(self, arch: dict, make_mixer: Callable[[int, int], nn.Module], *,
-                 out_indices, drop_path_rate, in_channels, frozen_stages, with_cp, init_cfg):
-        super().__init__(init_cfg=init_cfg)
+                 out_indices, drop_path_rate, in_channels, frozen_stages, with_cp, lora, init_cfg):
+        super().__init__(init_cfg=init_cfg, lora=lora)
         check_out_indices(out_indices, _STAGES, '(0, 1, 2, 3)')
         check_rate('drop_path_rate', drop_path_rate)
         check_integers('in_channels', [in_channels], 1)
         check_integers('frozen_stages', [frozen_stages], -1, _STAGES)
-        check_flags(with_cp=with_cp)
+        with_cp = checked_recomputation(with_cp, _STAGES)
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.channel_first = channel_first = arch['channel_first']
@@ -306,7 +307,7 @@ class VSSBackbone(StagedBackbone):
             downsample = None
             if i < _STAGES - 1:
                 downsample = make_downsample(arch['downsample'], dims[i], channel_first)
-            self.layers.append(VSSStage(blocks, downsample, with_cp))
+            self.layers.append(VSSStage(blocks, downsample, with_cp[i]))
         for i in self.out_indices:
             self.add_module(f'outnorm{i}', LayerNorm2d(dims[i]))
         self.freeze()
@@ -408,8 +409,11 @@ class VMamba(VSSBackbone):
         in_channels: channels of the images.
         frozen_stages: -1 freezes nothing, 0 the stem, k also the first k stages; frozen parts stay
             in eval mode and need no gradient.  Output norms are never frozen.
-        with_cp: whether to save memory by recomputing blocks in the backward pass.
+        with_cp: whether to save memory by recomputing blocks in the backward pass; or one flag for
+            each stage, or the numbers of the stages where it is done.
         scan_backend: implementation of the scan, see :func:`mmhybrid.ops.selective_scan`.
+        lora: None, or settings of low-rank adapters, which learn in place of the weights, such as
+            ``dict(rank=8)``; see :class:`mmhybrid.models.lora.Lora`.
         init_cfg: mmengine initialisation; for ``dict(type='Pretrained', checkpoint=path)`` see
             :func:`mmhybrid.models.checkpoints.load_backbone`.
 
@@ -429,8 +433,9 @@ class VMamba(VSSBackbone):
                  drop_path_rate: float = 0.2,
                  in_channels: int = 3,
                  frozen_stages: int = -1,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         arch = checked_vss_architecture(arch, ARCHITECTURES, _OPTIONAL)
 
@@ -442,4 +447,4 @@ class VMamba(VSSBackbone):
 
         super().__init__(arch, mixer, out_indices=out_indices, drop_path_rate=drop_path_rate,
                          in_channels=in_channels, frozen_stages=frozen_stages, with_cp=with_cp,
-                         init_cfg=init_cfg)
+                         lora=lora, init_cfg=init_cfg)

@@ -34,6 +34,7 @@ class LocalVMambaClassifier(PooledHead, LocalVMamba):
         with_cp: see :class:`LocalVMamba`.
         scan_backend: see :class:`LocalVMamba`.
         attention: see :class:`LocalVMamba`.
+        lora: see :class:`LocalVMamba`.
         init_cfg: see :class:`LocalVMamba`.
     """
 
@@ -45,14 +46,15 @@ class LocalVMambaClassifier(PooledHead, LocalVMamba):
                  v_restore: str = 'exact',
                  drop_path_rate: float = 0.2,
                  in_channels: int = 3,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
                  attention: str = 'channel',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, out_indices=(3,),
             drop_path_rate=drop_path_rate, in_channels=in_channels, with_cp=with_cp,
-            scan_backend=scan_backend, attention=attention, init_cfg=init_cfg)
+            scan_backend=scan_backend, attention=attention, lora=lora, init_cfg=init_cfg)
         self.add_head(num_classes)
 
 
@@ -79,6 +81,7 @@ class LocalVimClassifier(LocalVimTrunk):
         with_cp: see :class:`LocalVim`.
         scan_backend: see :class:`LocalVim`.
         attention: see :class:`LocalVim`.
+        lora: see :class:`LocalVim`.
         init_cfg: see :class:`LocalVim`.
     """
 
@@ -96,20 +99,22 @@ class LocalVimClassifier(LocalVimTrunk):
                  rope: bool | None = None,
                  drop_path_rate: float = 0.1,
                  in_channels: int = 3,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
                  attention: str = 'channel',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, directions=directions, v_restore=v_restore, norm=norm, img_size=img_size,
             class_token='middle' if class_token else None,
             rope=not class_token if rope is None else rope, drop_path_rate=drop_path_rate,
             in_channels=in_channels, frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend,
-            attention=attention, init_cfg=init_cfg)
+            attention=attention, lora=lora, init_cfg=init_cfg)
         norms = {'ln': LayerNorm, 'rms': RMSNorm}
         self.norm_f = norms[norm](self.dim, eps=1e-5)
         self.head = token_linear(self.dim, num_classes)
         self.drop_path = drop_path_or_identity(drop_path_rate)
+        self.freeze()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to logits (B, num_classes)."""

@@ -39,6 +39,7 @@ class MambaVisionClassifier(MambaVision):
         causal_mixer: see :class:`MambaVision`.
         mixer_branch: see :class:`MambaVision`.
         pattern: see :class:`MambaVision`.
+        lora: see :class:`MambaVision`.
         init_cfg: see :class:`MambaVision`.
     """
 
@@ -53,11 +54,12 @@ class MambaVisionClassifier(MambaVision):
                  drop_path_rate: float | None = None,
                  layer_scale: float | str | None = 'arch',
                  in_channels: int = 3,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
                  causal_mixer: bool = False,
                  mixer_branch: str = 'concat',
                  pattern: str = 'last-half',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         if drop_path_rate is None:
             name = arch if isinstance(arch, str) else 'tiny'
@@ -66,7 +68,8 @@ class MambaVisionClassifier(MambaVision):
             arch, window_size=window_size, windows=windows, out_indices=(3,),
             drop_path_rate=drop_path_rate, layer_scale=layer_scale, in_channels=in_channels,
             with_cp=with_cp, out_norm=None, scan_backend=scan_backend, causal_mixer=causal_mixer,
-            mixer_branch=mixer_branch, pattern=pattern, init_cfg=init_cfg)
+            mixer_branch=mixer_branch, pattern=pattern, lora=lora,
+            init_cfg=init_cfg)
         self.norm = nn.BatchNorm2d(self.out_channels[0])
         self.head = token_linear(self.out_channels[0], num_classes)
 

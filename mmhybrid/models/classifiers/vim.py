@@ -36,6 +36,7 @@ class VimClassifier(VimTrunk):
         in_channels: see :class:`Vim`.
         with_cp: see :class:`Vim`.
         scan_backend: see :class:`Vim`.
+        lora: see :class:`Vim`.
         init_cfg: see :class:`Vim`.
     """
 
@@ -52,8 +53,9 @@ class VimClassifier(VimTrunk):
                  divide: bool = True,
                  drop_path_rate: float = 0.1,
                  in_channels: int = 3,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         if class_token not in ('middle', 'first'):
             raise ValueError(f"got class_token={class_token!r}, expected 'middle' or 'first': the "
@@ -62,10 +64,12 @@ class VimClassifier(VimTrunk):
         super().__init__(
             arch, img_size=img_size, stride=stride, class_token=class_token, rope=rope,
             divide=divide, drop_path_rate=drop_path_rate, in_channels=in_channels,
-            frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend, init_cfg=init_cfg)
+            frozen_stages=-1, with_cp=with_cp, scan_backend=scan_backend, lora=lora,
+            init_cfg=init_cfg)
         self.norm_f = RMSNorm(arch['dim'], eps=1e-5, feeds_linear=True)
         self.head = token_linear(arch['dim'], num_classes)
         self.drop_path = drop_path_or_identity(drop_path_rate)
+        self.freeze()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) to logits (B, num_classes)."""

@@ -1,6 +1,8 @@
 """VMamba for image classification: the form in which pretrained weights are published."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from mmhybrid.layers import token_linear
@@ -52,6 +54,7 @@ class VMambaClassifier(PooledHead, VMamba):
         in_channels: see :class:`VMamba`.
         with_cp: see :class:`VMamba`.
         scan_backend: see :class:`VMamba`.
+        lora: see :class:`VMamba`.
         init_cfg: see :class:`VMamba`.
     """
 
@@ -61,10 +64,11 @@ class VMambaClassifier(PooledHead, VMamba):
                  num_classes: int = 1000,
                  drop_path_rate: float = 0.2,
                  in_channels: int = 3,
-                 with_cp: bool = False,
+                 with_cp: bool | Sequence[bool] | Sequence[int] = False,
                  scan_backend: str = 'auto',
+                 lora: dict | None = None,
                  init_cfg: dict | list[dict] | None = None):
         super().__init__(
             arch, out_indices=(3,), drop_path_rate=drop_path_rate, in_channels=in_channels,
-            with_cp=with_cp, scan_backend=scan_backend, init_cfg=init_cfg)
+            with_cp=with_cp, scan_backend=scan_backend, lora=lora, init_cfg=init_cfg)
         self.add_head(num_classes)
