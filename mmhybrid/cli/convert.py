@@ -1,7 +1,7 @@
 """Bring weights into another container.
 
-Writes weights cleanly, with where they are from; or slims a checkpoint of training; or restores
-original names.
+Writes weights cleanly, with where they are from; or slims a checkpoint of training; or merges the
+adapters of one; or restores original names.
 """
 
 import os
@@ -19,6 +19,9 @@ def add_arguments(parser):
     way.add_argument('--publish', action='store_true',
                      help='slim a checkpoint of training; its checksum is added '
                           'to the name')  # fmt: skip
+    way.add_argument('--merge-lora', action='store_true',
+                     help='merge the adapters of a training with --lora into the weights, and '
+                          'slim the file')  # fmt: skip
     way.add_argument('--restore', action='store_true',
                      help='bring a converted file back to the names and entry '
                           'of its original')  # fmt: skip
@@ -33,9 +36,9 @@ def add_arguments(parser):
 def run(args):
     """Convert, publish or restore."""
     from mmhybrid.errors import UserError
-    from mmhybrid.weights.conversion import convert, publish, restore
+    from mmhybrid.weights.conversion import convert, merge_lora, publish, restore
 
-    if (args.publish or args.restore) and (args.key or args.licence):
+    if (args.publish or args.merge_lora or args.restore) and (args.key or args.licence):
         args.wrong_usage('--key and --licence belong to a plain conversion')
     folder = os.path.dirname(args.target) or '.'
     if not os.path.isdir(folder):
@@ -44,6 +47,9 @@ def run(args):
         if args.restore:
             restore(args.source, args.target)
             print(f'{args.target} has the original names')
+        elif args.merge_lora:
+            count = merge_lora(args.source, args.target, trust=args.trust)
+            print(f'wrote {args.target}, with the adapters of {count} weights merged')
         elif args.publish:
             print(f'wrote {publish(args.source, args.target, trust=args.trust)}')
         else:

@@ -23,11 +23,13 @@ from mmhybrid.weights import (
     strip_parallel,
     unwrap,
 )
+from mmhybrid.weights.adapters import fit_adapters
 
 from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
 from ..models.checkpoints import LoadReport, check_windows, fit_weights
 from ..registry import HOOKS
+from .small_gpu import check_adapters
 
 __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_whole']
 
@@ -111,6 +113,8 @@ class CheckpointCheckHook(Hook):
 
     def _continue(self, runner, checkpoint: dict) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if runner._resume:
+            check_adapters(model, checkpoint.get('state_dict') or {}, str(runner._load_from))
         extra = check_whole(model, checkpoint)
         check_windows(model, str(runner._load_from))
         _align(checkpoint, model)
@@ -146,9 +150,11 @@ def check_whole(model: torch.nn.Module, checkpoint: dict) -> list[str]:
     Returns:
         Names of tensors that have no place in the model.
     """
-    given, wanted = ({key: tuple(value.shape) for key, value in strip_parallel(state)[0].items()
-                      if isinstance(value, torch.Tensor)}
-                     for state in (checkpoint.get('state_dict', checkpoint), model.state_dict()))
+    theirs, own = ({key: value for key, value in strip_parallel(state)[0].items()
+                    if isinstance(value, torch.Tensor)}
+                   for state in (checkpoint.get('state_dict', checkpoint), model.state_dict()))
+    given, wanted = ({key: tuple(value.shape) for key, value in state.items()}
+                     for state in (fit_adapters(theirs, own), own))
     shapes = [f'{key}: {given[key]} in the file, {shape} in the model'
               for key, shape in wanted.items() if key in given and given[key] != shape]
     missing = [key for key in wanted

@@ -163,12 +163,16 @@ def apply_pretrained(cfg: Config, path: str | None) -> list[str]:
         backbone[argument] = path if argument != 'init_cfg' else ConfigDict(
             type='Pretrained', checkpoint=path)
         return []
-    if cfg.get('load_from') or cfg.get('resume') or backbone is None:
-        return []
-    if (backbone.get(_weights_argument(backbone)) or backbone.get('pretrained')
-            or cfg.model.get('pretrained')):
+    if backbone is None or has_weights(cfg):
         return []
     return ['Training starts from random weights.' + _published(cfg)]
+
+
+def has_weights(cfg: Config) -> bool:
+    """Whether anything says which weights the backbone starts from."""
+    backbone = cfg.model.get('backbone') or {}
+    return bool(cfg.get('load_from') or cfg.get('resume') or backbone.get('pretrained')
+                or cfg.model.get('pretrained') or backbone.get(_weights_argument(backbone)))
 
 
 def _weights_argument(backbone: ConfigDict) -> str:

@@ -27,6 +27,7 @@ from mmhybrid.weights import (
     strip_wrappers,
     unwrap,
 )
+from mmhybrid.weights.adapters import fit_adapters
 
 __all__ = ['Comparison', 'LoadReport', 'check_windows', 'compare', 'fit_weights', 'load_backbone',
            'load_weights']
@@ -246,6 +247,7 @@ def fit_weights(module: nn.Module, checkpoint: object, source: str, *, prefix: s
     state_dict, removed = strip_parallel(found) if whole else strip_wrappers(found, prefix)
     inside = {removed + name for name in state_dict}
     aside = [name for name in found if name not in inside]
+    state_dict = fit_adapters(state_dict, module.state_dict())
     original = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     adapt = getattr(module, 'adapt_state_dict', None)
     fitted = _fit_input(module, adapt(state_dict) if adapt else state_dict)

@@ -145,8 +145,9 @@ def _insert(network: nn.Module, lora: Lora, still: set[int]) -> None:
         if not any(text in name for name in names):
             raise ValueError(f'got {text!r} in lora train, which is no part of any parameter name '
                              f'of {type(network).__name__}; {suggestion(text, names[:40])}')
-    for holder, name, rank in places:
-        _adapt_weight(holder, name, rank, lora.scale)
+    with torch.random.fork_rng(devices=[]):  # heads start from the numbers of a run without
+        for holder, name, rank in places:
+            _adapt_weight(holder, name, rank, lora.scale)
     network.register_buffer(SCALE, torch.tensor(lora.scale))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .adapters import adapters_of, merge_adapters
 from .addresses import shown
 from .download import sha256_of
 from .errors import WeightsError
@@ -24,7 +25,7 @@ from .recognition import identify, kind_of
 from .released import RELEASED
 from .sources import fetch
 
-__all__ = ['convert', 'provenance_of', 'publish', 'restore']
+__all__ = ['convert', 'merge_lora', 'provenance_of', 'publish', 'restore']
 
 _KEPT = ('dataset_meta', 'cfg', 'epoch', 'iter', 'mmengine_version')  # of mmengine's meta
 _NOTE = 'mmhybrid'  # entry of an mm file's meta, prefix of safetensors' keys
@@ -139,25 +140,61 @@ def publish(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool
     Raises:
         WeightsError: if the source cannot be read or the target has another suffix.
     """
-    path, target = fetch(source), _checked_target(target)
-    checkpoint = read_file(path, trust=trust, name=os.fspath(source))
+    target = _checked_target(target)
+    state_dict, kept = _slim(source, trust)
+    with _aside(target) as part:
+        _write_slim(state_dict, kept, part)
+        final = target.with_name(f'{target.stem}-{sha256_of(part)[:8]}{target.suffix}')
+        os.replace(part, final)
+    return final
+
+
+def merge_lora(source: str | os.PathLike, target: str | os.PathLike, *, trust: bool = False) -> int:
+    """Merge the adapters of a checkpoint into its weights: a slim file for the ordinary model.
+
+    Args:
+        source: file that mmengine wrote.
+        target: file to write.
+        trust: see :func:`mmhybrid.weights.read_file`.
+
+    Returns:
+        Number of weights that had adapters.
+
+    Raises:
+        WeightsError: if the source has no adapters or cannot be read, or the target has another
+            suffix.
+    """
+    target = _checked_target(target)
+    state_dict, kept = _slim(source, trust)
+    count = len(adapters_of(state_dict))
+    merged = merge_adapters(state_dict)
+    if not count:
+        raise WeightsError(f'{shown(os.fspath(source))} has no adapters to merge; expected a '
+                           'checkpoint of a training with --lora; this one loads as it is')
+    with _aside(target) as part:
+        _write_slim(merged, kept, part)
+        os.replace(part, target)
+    return count
+
+
+def _slim(source: str | os.PathLike, trust: bool) -> tuple[dict[str, Tensor], dict]:
+    """The weights of a checkpoint of training, and what describes them."""
+    checkpoint = read_file(fetch(source), trust=trust, name=os.fspath(source))
     found, where = unwrap(checkpoint)
-    state_dict, _ = strip_parallel(found)
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) and where else None
     meta = meta if isinstance(meta, Mapping) else {}
-    kept = {name: meta[name] for name in _KEPT if name in meta}
+    return strip_parallel(found)[0], {name: meta[name] for name in _KEPT if name in meta}
+
+
+def _write_slim(state_dict: Mapping[str, Tensor], kept: dict, target: Path) -> None:
+    if target.suffix == '.pth':
+        torch.save(dict(meta=kept, state_dict=_own(state_dict)), target)
+        return
     described = kept.get('dataset_meta')
     names = described.get('classes') if isinstance(described, Mapping) else None
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         names = ()
-    with _aside(target) as part:
-        if target.suffix == '.safetensors':
-            _write(state_dict, part, dict(classes=json.dumps(list(names))) if names else {})
-        else:
-            torch.save(dict(meta=kept, state_dict=_own(state_dict)), part)
-        final = target.with_name(f'{target.stem}-{sha256_of(part)[:8]}{target.suffix}')
-        os.replace(part, final)
-    return final
+    _write(state_dict, target, dict(classes=json.dumps(list(names))) if names else {})
 
 
 def _checked_target(target: str | os.PathLike) -> Path:

@@ -35,6 +35,7 @@ from mmhybrid.engine.options import OptionsAction, check_given
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.settings import check_custom_keys
 from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice
+from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, describe_lora
 from mmhybrid.engine.stop_signals import stop_signals
 from mmhybrid.engine.stop_signals import train as train_until_stopped
 from mmhybrid.engine.work_dir_lock import WorkDirLock
@@ -70,6 +71,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size of all processes')
+    parser.add_argument('--lora', type=int, metavar='RANK',
+                        help='train low-rank adapters of this rank in place of the weights of the '
+                             'backbone (see docs/small_gpus.md)')
+    parser.add_argument('--optimizer-8bit', nargs='?', const='resident',
+                        choices=['resident', 'paged'],
+                        help="keep the optimizer's states in eight bits (needs a GPU and "
+                             "bitsandbytes); paged: and in the CPU's memory when the GPU is full")
 
 
 def run_training(args: argparse.Namespace,
@@ -107,6 +115,8 @@ def _run_training(args, change) -> Runner:
     _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)
+    apply_lora(cfg, args.lora)
+    notes += apply_eight_bit(cfg, args.optimizer_8bit)
     if cfg.get('load_from'):
         check_checkpoint_file(cfg.load_from)
     elif cfg.get('pretrained'):
@@ -118,6 +128,9 @@ def _run_training(args, change) -> Runner:
     alone = _launcher(args) == 'none' and 'RANK' not in os.environ
     with closing(WorkDirLock(cfg.work_dir, 0 if alone else launched_rank())) as lock:
         runner = _build(cfg, args, splits, notes, warnings, lock)
+        adapters = describe_lora(runner.model) if isinstance(runner, Runner) else None
+        if adapters:
+            runner.logger.info(adapters)
         loader = runner.train_loop.dataloader
         if not len(loader):
             raise UserError(
