@@ -82,8 +82,11 @@ def _told(cfg, error: Exception) -> str:
     absent = re.search(r'^(\S+) is not in the .+ registry', text)
     if absent:
         paths = [path for path, each in _groups(cfg) if str(each.get('type')) == absent[1]]
+        hint = ('It comes with the package bitsandbytes: pip install bitsandbytes'
+                if absent[1].endswith('8bit') else
+                'Is the name right, and is its module in custom_imports?')
         return (f'{f"{paths[0]}.type" if paths else "A type"} is {absent[1]!r}, which is not '
-                f'registered. Is the name right, and is its module in custom_imports?')
+                f'registered. {hint}')
     if place is None:
         place = next((STEPS[name] for name in reversed(_functions(error)) if name in STEPS), None)
         return f'{f"{place}: " if place else ""}{type(error).__name__}: {text}'

@@ -28,9 +28,11 @@ GIB = 1 << 30
 #: What is left alone of a GPU: CUDA's context with the kernels of libraries, about half a GiB, and
 #: memory that the allocator has reserved and cannot hand out in the pieces that are asked for.
 CONTEXT, FRAGMENTS = GIB // 2, 0.06
-# Float32 values that an optimizer keeps for each parameter, and those it needs while it steps.
+# Values that an optimizer keeps for each parameter.
 _STATES = {'AdamW': 2, 'Adam': 2, 'NAdam': 2, 'RAdam': 2, 'Adamax': 2, 'RMSprop': 1, 'Lion': 1,
            'SGD': 0, 'Adagrad': 1}  # fmt: skip
+#: What bitsandbytes keeps in float32 all the same: smaller tensors.
+LEAST_EIGHT_BIT = 4096
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
 def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Config) -> list[Tensor]:
     """What is there when a step begins."""
     memory.hold([*model.parameters(), *model.buffers()], 'model')
-    states = [torch.empty_like(p) for p in trained for _ in range(_states(config))]
+    states = [torch.empty_like(p, dtype=_state_dtype(config, p))
+              for p in trained for _ in range(_states(config))]
     memory.hold(states, 'optimizer')
     averages = []
     if any('EMA' in str(hook.get('type')) for hook in config.get('custom_hooks') or ()):
@@ -220,8 +223,18 @@ def _without_states(peak: Peak) -> Peak:
 
 def _states(config: Config) -> int:
     optimizer = config.get('optim_wrapper', {}).get('optimizer', {})
-    states = _STATES.get(str(optimizer.get('type', 'AdamW')).rpartition('.')[2], 2)
+    states = _STATES.get(_optimizer(config).removeprefix('Paged').removesuffix('8bit'), 2)
     return states + bool(optimizer.get('momentum')) + bool(optimizer.get('amsgrad'))
+
+
+def _state_dtype(config: Config, parameter: Tensor) -> torch.dtype:
+    eight = _optimizer(config).endswith('8bit') and parameter.numel() >= LEAST_EIGHT_BIT
+    return torch.uint8 if eight else parameter.dtype
+
+
+def _optimizer(config: Config) -> str:
+    optimizer = config.get('optim_wrapper', {}).get('optimizer', {})
+    return str(optimizer.get('type', 'AdamW')).rpartition('.')[2]
 
 
 def _channels(backbone: ConfigDict) -> int:
