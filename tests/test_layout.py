@@ -55,8 +55,9 @@ MAY_IMPORT = {
         'hook_file', 'papers', 'cli.actions', 'analysis.models', 'errors',
     },
     'cli.actions': {
-        'engine', 'prediction', 'starter', 'datasets', 'datasets.loading', 'models', 'ops',
-        'weights', 'visualization', 'analysis', 'analysis.models', 'errors', 'compat', '__init__',
+        'engine', 'prediction', 'starter', 'datasets', 'datasets.loading', 'models', 'layers',
+        'ops', 'weights', 'visualization', 'analysis', 'analysis.models', 'errors', 'compat',
+        '__init__',
     },
     '__main__': {'cli'},
     '_startup_hook': {'config_scheme'},

@@ -252,10 +252,7 @@ class Predictor:
         for place, (source, data) in enumerate(items):
             if progress is not None:
                 progress(place, len(items))
-            packed = self._steps(dict(data))
-            if packed is None:
-                raise UserError(f'{data["img_path"] or "A picture"} is left out by the pipeline of '
-                                f'{self.name}, which returns nothing for it.')
+            packed = self.packed(data)
             inputs = packed['inputs']
             shape = tuple(each.shape for each in inputs) if isinstance(inputs, list) else (
                 inputs.shape)
@@ -266,6 +263,18 @@ class Predictor:
         for group in groups.values():
             self._run(group, found, wanted)
         return found
+
+    def packed(self, data: dict) -> dict:
+        """What the pipeline makes of the data of a :class:`Picture`, for the model's preprocessor.
+
+        Raises:
+            UserError: if it leaves the picture out.
+        """
+        packed = self._steps(dict(data))
+        if packed is None:
+            raise UserError(f'{data["img_path"] or "A picture"} is left out by the pipeline of '
+                            f'{self.name}, which returns nothing for it.')
+        return packed
 
     def _run(self, group: list, found: list, wanted: Wanted) -> None:
         samples = self.model.test_step(pseudo_collate([packed for _, _, packed in group]))

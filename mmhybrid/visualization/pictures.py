@@ -5,6 +5,8 @@ Small images are enlarged first, so that labels stay readable.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['class_colors', 'draw_instances', 'draw_regions', 'side_by_side']
+__all__ = ['class_colors', 'draw_instances', 'draw_regions', 'sheet', 'side_by_side']
 
 # Far apart in hue and brightness; consecutive instances take consecutive colours.
 _COLORS = ((230, 60, 60), (60, 140, 240), (60, 190, 75), (245, 160, 40), (170, 80, 220),
@@ -23,6 +25,7 @@ _ROWS = 512  # coloured at once: numbers with fractions take four times the memo
 _FONT_SIZE = 14
 _PAD = 3
 _MARGIN = 8
+_NOTHING = Image.new('RGB', (1, 1))
 
 
 def class_colors(count: int) -> list[tuple[int, int, int]]:
@@ -194,14 +197,35 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     Returns:
         One picture on white.
     """
-    top = _FONT_SIZE + 2 * _MARGIN
-    width = sum(picture.width for _, picture in panels) + _MARGIN * (len(panels) + 1)
-    height = max(picture.height for _, picture in panels) + top + _MARGIN
-    sheet = Image.new('RGB', (width, height), 'white')
-    draw = ImageDraw.Draw(sheet)
-    x = _MARGIN
-    for title, picture in panels:
-        draw.text((x, _MARGIN), title, fill='black', font=_font())
-        sheet.paste(picture, (x, top))
-        x += picture.width + _MARGIN
-    return sheet
+    return sheet([panels])
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], title: str = '') -> Image.Image:
+    """Put titled pictures in rows.
+
+    Args:
+        rows: from top to bottom, each of titles and pictures from left to right.
+        title: a line on top of all.
+
+    Returns:
+        One picture on white; pictures of a column begin below one another.
+    """
+    font = _font()
+    over = _FONT_SIZE + 2 * _MARGIN
+    columns = [max(max(picture.width, math.ceil(font.getlength(text))) for text, picture in column)
+               for column in itertools.zip_longest(*rows, fillvalue=('', _NOTHING))]
+    heights = [over + max((picture.height for _, picture in row), default=0) for row in rows]
+    top = over if title else 0
+    width = max(sum(columns) + _MARGIN * (len(columns) + 1),
+                math.ceil(font.getlength(title)) + 2 * _MARGIN)
+    whole = Image.new('RGB', (width, top + sum(heights) + _MARGIN), 'white')
+    draw = ImageDraw.Draw(whole)
+    draw.text((_MARGIN, _MARGIN), title, fill='black', font=font)
+    for row, height in zip(rows, heights, strict=True):
+        x = _MARGIN
+        for (text, picture), column in zip(row, columns, strict=False):
+            draw.text((x, top + _MARGIN), text, fill='black', font=font)
+            whole.paste(picture, (x, top + over))
+            x += column + _MARGIN
+        top += height
+    return whole

@@ -15,14 +15,16 @@ from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
 from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.errors import UserError
 from mmhybrid.models.checkpoints import load_backbone
+from mmhybrid.prediction import load
 from mmhybrid.visualization import draw_receptive_fields
+
+from .looking.opening import evenly, image_files
 
 __all__ = ['FAMILIES', 'draw_fields']
 
 #: One network of each family.
 FAMILIES = ('MambaVision:tiny', 'VMamba:tiny', 'LocalVMamba:tiny', 'Vim:tiny', 'LocalVim:tiny')
 SHARES = (0.2, 0.5, 0.99)
-_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
 _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
 
@@ -54,14 +56,18 @@ def draw_fields(args: argparse.Namespace) -> None:
               flush=True)
     path = Path(args.out_dir or 'work_dirs/receptive_field') / 'receptive_fields.png'
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = 'noise' if args.images is None else args.images
+    kind = 'noise' if args.images is None else ' '.join(args.images)
     draw_receptive_fields(fields, f'{len(images)} images of {args.size} x {args.size}: {kind}'
                           ).save(path)
     print(f'The picture is {path}')
 
 
 def _backbone(spec: str, file: str, size: int, options: dict | None) -> nn.Module:
-    """The network, with the weights of a file unless that is '-'."""
+    """The network, with the weights of a file unless that is '-'; or that of a run."""
+    if not spec.endswith('.py') and Path(spec).expanduser().exists():
+        if file != '-':
+            raise UserError(f'{spec} has weights of its own; give - instead of --weights {file}.')
+        return load(spec, device='cpu', options=options).model.backbone
     source = find_model(spec, options, backbone_only=True)
     source.cfg.setdefault('drop_path_rate', 0.0)
     if str(source.cfg.type).rpartition('.')[2] in ('Vim', 'LocalVim'):
@@ -75,18 +81,15 @@ def _backbone(spec: str, file: str, size: int, options: dict | None) -> nn.Modul
     return network
 
 
-def _images(folder: str | None, count: int, size: int) -> Tensor:
-    """Images (count, 3, size, size) as networks see them; noise without a folder."""
-    if folder is None:
+def _images(sources: Sequence[str] | None, count: int, size: int) -> Tensor:
+    """Images (count, 3, size, size) as networks see them; noise without sources."""
+    if sources is None:
         return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    files = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in _SUFFIXES)
-    if not files:
-        raise UserError(f'--images {folder} has no pictures ({", ".join(sorted(_SUFFIXES))}).')
-    chosen = np.unique(np.linspace(0, len(files) - 1, count).astype(int))
-    return torch.stack([_image(files[i], size) for i in chosen])
+    files = image_files(sources)
+    return torch.stack([_image(files[i], size) for i in evenly(len(files), count)])
 
 
-def _image(path: Path, size: int) -> Tensor:
+def _image(path: str, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = ImageOps.fit(ImageOps.exif_transpose(file).convert('RGB'), (size, size))

@@ -1,0 +1,1 @@
+"""From weights and pictures to what a model sees in them and what it gets wrong."""
