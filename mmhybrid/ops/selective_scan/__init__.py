@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import triton_support
 from ..precision import autocast_off
 from . import cpp, mamba_ssm_backend, triton_backend
+from .export_backend import selective_scan_export
 from .reference import selective_scan_reference
 from .torch_backend import selective_scan_torch
 
@@ -91,6 +92,8 @@ _BACKENDS: dict[str, Backend] = {
     ),
     'torch': Backend(selective_scan_torch, _never, _never, _never),
     'reference': Backend(_run_reference, _never, _never, _never),
+    # Never of its own accord: what `mmhybrid export` writes into files.
+    'export': Backend(selective_scan_export, _never, _never, _never),
 }
 
 # What `auto` tries on each kind of device, best first; other devices get the last resort.

@@ -1,0 +1,1 @@
+"""Networks as files for runtimes without PyTorch: ``mmhybrid export``."""
