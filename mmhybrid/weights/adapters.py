@@ -40,17 +40,19 @@ def merge_adapters(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
              if name.endswith(end)}
     for name in sorted(names):
         scale = next((t for start, t in scales.items() if name.startswith(start)), None)
-        merged[name] = _merged(name, *(state_dict.get(name + end) for end in ('', DOWN, UP)), scale)
+        merged[name] = _merged(name, {
+            name: state_dict.get(name), name + DOWN: state_dict.get(name + DOWN),
+            name + UP: state_dict.get(name + UP), SCALE: scale})
     return merged
 
 
-def _merged(name: str, weight: Tensor | None, down: Tensor | None, up: Tensor | None,
-            scale: Tensor | None) -> Tensor:
-    parts = {name: weight, name + DOWN: down, name + UP: up, SCALE: scale}
-    absent = [part for part, tensor in parts.items() if tensor is None]
+def _merged(name: str, parts: Mapping[str, Tensor | None]) -> Tensor:
+    present = {part: tensor for part, tensor in parts.items() if tensor is not None}
+    absent = [part for part in parts if part not in present]
     if absent:
         raise WeightsError(f'{name} has an adapter, but the file has no {absent[0]}; expected '
                            f'{", ".join(parts)}; take the checkpoint that the training wrote')
+    weight, down, up, scale = present.values()
     shapes = [tuple(tensor.shape) for tensor in (weight, down, up)]
     if scale.numel() != 1 or weight.dim() not in (2, 3) or not weight.is_floating_point() or (
             shapes[2][:-1] + shapes[1][-1:] != shapes[0] or shapes[2][-1] != shapes[1][-2]):
