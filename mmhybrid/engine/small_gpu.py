@@ -26,8 +26,8 @@ __all__ = ['EIGHT_BIT', 'INSTALL', 'apply_eight_bit', 'apply_lora', 'check_adapt
 EIGHT_BIT = {'AdamW': True, 'Adam': True, 'Lion': True, 'SGD': False, 'RMSprop': False,
              'Adagrad': False}
 INSTALL = 'pip install bitsandbytes'
-# What torch's optimizers take about how they step, and bitsandbytes' do not.
-_OF_TORCH = ('fused', 'foreach', 'capturable', 'differentiable', 'maximize')
+# How torch's optimizers step, which bitsandbytes' decide for themselves.
+_OF_TORCH = ('fused', 'foreach')
 
 
 # --- adapters -------------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ def _merged(name: str, parts: Mapping[str, Tensor | None]) -> Tensor:
                            f'{", ".join(parts)}; take the checkpoint that the training wrote')
     weight, down, up, scale = present.values()
     shapes = [tuple(tensor.shape) for tensor in (weight, down, up)]
-    if scale.numel() != 1 or weight.dim() not in (2, 3) or not weight.is_floating_point() or (
-            shapes[2][:-1] + shapes[1][-1:] != shapes[0] or shapes[2][-1] != shapes[1][-2]):
+    if scale.numel() != 1 or {len(shape) for shape in shapes} not in ({2}, {3}) or (
+            shapes[2][:-1] + shapes[1][-1:] != shapes[0] or shapes[1][:-2] != shapes[0][:-2]
+            or shapes[2][-1] != shapes[1][-2]):
         raise WeightsError(f'the adapter of {name} has the shapes {shapes[1]} and {shapes[2]}, '
                            f'which do not make {shapes[0]} with one factor {SCALE}; take the '
                            'checkpoint that the training wrote')

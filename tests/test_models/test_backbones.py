@@ -11,7 +11,7 @@ from backbone_cases import CASES, backbone_classes, build, loss_of
 from fill import make_input
 from torch import nn
 
-from mmhybrid.models.backbones.base import DenseBackbone
+from mmhybrid.models.backbones.base import DenseBackbone, checked_recomputation
 
 SIZES = [(131, 99), (197, 131), (511, 511)]
 
@@ -103,6 +103,34 @@ def test_recomputing_changes_nothing(cls, arguments):
         for name, a in results[0][part].items():
             if a is not None:
                 torch.testing.assert_close(a, results[1][part][name], msg=name)
+
+
+@each_backbone
+def test_recomputing_chosen_stages(cls, arguments):
+    count = len(build(cls, arguments).layers if cls.__name__ != 'MambaVision' else 'four')
+    runs = []
+    for with_cp in ([1, 3], tuple(i in (1, 3) for i in range(count))):
+        runs.clear()
+        model = build(cls, arguments, with_cp=with_cp).train()
+        for name, module in model.named_modules():
+            if name.endswith(('.in_proj', '.qkv', '.conv1')):
+                module.register_forward_hook(lambda *_, name=name: runs.append(name))
+        loss_of(model(make_input(0, (1, 3, 64, 48)))).backward()
+        assert {(name.split('.')[1], runs.count(name)) for name in runs} == {
+            (str(i), 2 if i in (1, 3) else 1) for i in range(count)}
+
+
+@pytest.mark.parametrize(('with_cp', 'error', 'words'), [
+    ('yes', TypeError, "with_cp='yes', expected True or False, one of these for each stage"),
+    (1, TypeError, 'with_cp=1, expected True or False'),
+    ([True, 2], TypeError, 'or the numbers of the stages to recompute, from 0'),
+    ([True] * 3, ValueError, 'got 3 flags for with_cp .*expected 4, one per stage'),
+    ([4], ValueError, 'got 4 for with_cp, expected an integer from 0 to 3'),
+])
+def test_wrong_choices_of_stages(with_cp, error, words):
+    with pytest.raises(error, match=words):
+        checked_recomputation(with_cp, 4)
+    assert checked_recomputation([], 4) == checked_recomputation(False, 4) == (False,) * 4
 
 
 @each_backbone

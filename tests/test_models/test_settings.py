@@ -17,7 +17,8 @@ PLAIN = dict(dim=16, depth=3)  # fewer blocks have no stochastic depth
 LINES = [['h', 'v'], ['v_flip', 'w2'], ['h', 'w7']]
 FILE = dict(type='Pretrained', checkpoint='w.pth')
 
-COMMON = dict(drop_path_rate=0.4, in_channels=5, with_cp=True, scan_backend='torch', init_cfg=FILE)
+COMMON = dict(drop_path_rate=0.4, in_channels=5, with_cp=True, scan_backend='torch',
+              lora=dict(rank=1), init_cfg=FILE)
 DENSE = dict(COMMON, frozen_stages=1)
 VIM = dict(img_size=64, stride=8, class_token='first', rope=True, divide=False)
 LOCAL_VIM = dict(img_size=64, directions=LINES, v_restore='released', norm='rms', rope=False,
