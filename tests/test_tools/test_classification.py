@@ -94,6 +94,92 @@ def test_resume_is_bitwise(trained, tmp_path):
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
+@pytest.fixture(scope='module')
+def with_adapters(trained):
+    """A training with ``--lora`` from half-trained weights."""
+    config, folder, work_dir = trained
+    command = [str(config), '--data-root', str(folder), '--lora', '2']
+    run_train([*command, '--pretrained', str(work_dir / 'epoch_3.pth'), '--work-dir',
+               str(folder / 'lora')])
+    return command, folder / 'lora'
+
+
+def state_of(path):
+    return torch.load(path, weights_only=False)['state_dict']
+
+
+def test_adapters_learn_in_place_of_weights(trained, with_adapters):
+    before = state_of(trained[2] / 'epoch_3.pth')
+    after = state_of(with_adapters[1] / 'epoch_6.pth')
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed >= {'backbone.head.weight', 'backbone.head.bias', 'backbone.norm_f.weight'}
+    assert all('norm' in name or '.head.' in name for name in changed)
+    added = {name.rpartition('_lora_')[0].rpartition('.')[0].rpartition('.')[2]
+             for name in after if name not in before and name != 'backbone.lora_scale'}
+    assert {'in_proj', 'out_proj', 'x_proj_0', 'dt_proj_0'} <= added
+    assert all(value.abs().max() > 0 for name, value in after.items() if '_lora_' in name)
+    log = next(with_adapters[1].glob('*/*.log')).read_text()
+    assert 'LoRA (rank=2): ' in log and 'weights of the backbone have adapters' in log
+    assert 'Of the backbone ' in log and 'values learn' in log
+
+
+def test_resume_of_adapters_is_bitwise(with_adapters, tmp_path):
+    command, work_dir = with_adapters
+    run_train([*command, '--work-dir', str(tmp_path), '--resume', str(work_dir / 'epoch_3.pth')])
+    whole, resumed = (state_of(path / 'epoch_6.pth') for path in (work_dir, tmp_path))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_adapters_are_merged_for_the_ordinary_model(trained, with_adapters, tmp_path, capfd):
+    config, folder, _ = trained
+    last, merged = with_adapters[1] / 'epoch_6.pth', tmp_path / 'merged.pth'
+    assert cli.main(['convert', '--merge-lora', str(last), str(merged)]) == 0
+    assert 'with the adapters of 20 weights merged' in capfd.readouterr().out
+    assert not [name for name in state_of(merged) if 'lora' in name]
+    scores = []
+    for number, (path, options) in enumerate((
+            (merged, []), (last, []), (last, ['--cfg-options', 'model.backbone.lora.rank=2']),
+            (merged, ['--cfg-options', 'model.backbone.lora.rank=2']))):
+        metrics = run_test([str(config), str(path), '--data-root', str(folder), '--work-dir',
+                            str(tmp_path / str(number)), '--out', f'{number}.pkl', *options])
+        assert metrics['accuracy/top1'] > 80
+        with open(f'{number}.pkl', 'rb') as file:
+            scores.append(np.stack([np.asarray(one['scores']) for one in pickle.load(file)]))
+    for other in scores[1:]:
+        np.testing.assert_allclose(other, scores[0], atol=1e-5)
+    assert cli.main(['convert', '--merge-lora', str(merged), str(tmp_path / 'twice.pth')]) == 1
+    assert 'has no adapters to merge; expected a checkpoint' in capfd.readouterr().err
+
+
+def test_mistakes_with_adapters(trained, with_adapters, tmp_path, capfd):
+    command, work_dir = with_adapters
+
+    def fails(argv, *options):
+        capfd.readouterr()
+        assert run_command(run_train, [*argv, '--work-dir', str(tmp_path), *map(str, options)]) == 1
+        said = capfd.readouterr().err
+        assert 'Traceback' not in said, said
+        return said.partition('ERROR: ')[2]
+
+    last, before = work_dir / 'epoch_3.pth', trained[2] / 'epoch_3.pth'
+    assert 'this run would start from random ones' in fails(command)
+    text = fails(command[:3], '--resume', last)
+    assert f'{last} was trained with adapters of 20 weights, up to rank 2 with the factor 2' in text
+    assert 'this run has no adapters (--lora' in text and f'load_from={last}' in text
+    assert 'this run has adapters of 20 weights, up to rank 3' in fails(
+        [*command[:3], '--lora', '3'], '--resume', last)
+    assert 'this run has adapters of 20 weights, up to rank 2 with the factor 1 ' in fails(
+        command, '--resume', last, '--cfg-options', 'model.backbone.lora.alpha=2')
+    assert 'was trained with no adapters, and this run has adapters' in fails(
+        command, '--resume', before)
+    assert 'model.backbone.lora: got lora rank 0' in fails(
+        [*command[:3], '--lora', '0'], '--pretrained', before)
+    assert 'rank 40, but the weights of layers.0.mixer have rank 3' in fails(
+        [*command[:3], '--lora', '40'], '--pretrained', before)
+    assert '--optimizer-8bit needs' in fails(command[:3], '--optimizer-8bit')
+
+
 def test_search_on_a_classifier(toy, tmp_path):
     config, folder = toy
     path = search([str(config), '--data-root', str(folder), '--work-dir', str(tmp_path),
