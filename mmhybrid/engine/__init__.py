@@ -11,11 +11,15 @@ from .param_groups import HybridOptimWrapperConstructor
 from .progress import ProgressHook
 from .random_state import RandomStateHook
 from .resume import ResumeSettingsHook
+from .run_report import RunReportHook
 from .search import DirectionSearchHook
 from .stop_signals import StopSignalHook
+from .train_options.hooks import EarlyStopHook
+from .train_options.norms import FrozenNormsHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'CompileHook', 'CudaGraphsHook',
-    'DirectionSearchHook', 'FiniteLossHook', 'HybridOptimWrapperConstructor', 'ProgressHook',
-    'RandomStateHook', 'ResumeSettingsHook', 'StopSignalHook', 'lamb', 'use_cuda_graphs',
+    'DirectionSearchHook', 'EarlyStopHook', 'FiniteLossHook', 'FrozenNormsHook',
+    'HybridOptimWrapperConstructor', 'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook',
+    'RunReportHook', 'StopSignalHook', 'lamb', 'use_cuda_graphs',
 ]

@@ -21,8 +21,8 @@ from .options import check_options
 from .settings import check_settings
 
 __all__ = ['load_config', 'redirect_data', 'apply_pretrained', 'apply_amp', 'apply_auto_scale_lr',
-           'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'ensure_finite_loss',
-           'ensure_hooks']
+           'apply_resume', 'apply_tta', 'apply_out', 'apply_show', 'custom_hooks',
+           'ensure_finite_loss', 'ensure_hooks', 'kind_of_hook']
 
 
 def load_config(path: str, options: dict | None = None, data_root: str | None = None,
@@ -339,14 +339,15 @@ def apply_show(cfg: Config, show: bool, folder: str | None, wait: float) -> list
     return [f'Pictures of the predictions go to {osp.join(folder, "vis_data", "vis_image")}']
 
 
-def _custom_hooks(cfg: Config) -> list:
+def custom_hooks(cfg: Config) -> list:
+    """The list ``custom_hooks`` of a config, empty where it has none."""
     hooks = cfg.get('custom_hooks') or []
     if not isinstance(hooks, (list, tuple)):
         raise UserError(f'custom_hooks must be a list such as [dict(type="EMAHook")], got {hooks}.')
     return list(hooks)
 
 
-def _kind(hook) -> str:
+def kind_of_hook(hook) -> str:
     """Name of a hook's class; a config in pure Python has the class itself."""
     kind = hook.get('type') if isinstance(hook, dict) else type(hook)
     return kind.__name__ if isinstance(kind, type) else str(kind).rpartition('.')[2]
@@ -354,15 +355,15 @@ def _kind(hook) -> str:
 
 def ensure_hooks(cfg: Config, *hooks: str) -> None:
     """Add hooks that the tools rely on to ``custom_hooks`` unless they are there."""
-    present = _custom_hooks(cfg)
-    names = {_kind(hook) for hook in present}
+    present = custom_hooks(cfg)
+    names = {kind_of_hook(hook) for hook in present}
     cfg.custom_hooks = present + [
         dict(type=hook) for hook in hooks if hook.rpartition('.')[2] not in names]
 
 
 def ensure_finite_loss(cfg: Config) -> None:
     """Watch the loss, with the settings of ``default_hooks.finite_loss``; None there does not."""
-    if any(_kind(hook) == 'FiniteLossHook' for hook in _custom_hooks(cfg)):
+    if any(kind_of_hook(hook) == 'FiniteLossHook' for hook in custom_hooks(cfg)):
         return
     cfg.default_hooks = cfg.get('default_hooks') or ConfigDict()
     setting = cfg.default_hooks.setdefault('finite_loss', ConfigDict())

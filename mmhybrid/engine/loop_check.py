@@ -15,7 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..errors import UserError
 
-__all__ = ['check_loops']
+__all__ = ['check_loops', 'class_of', 'train_loop']
 
 # mmdet's, which yield indices without end and share no base class with mmengine's.
 ENDLESS = ('InfiniteSampler', 'MultiSourceSampler', 'GroupMultiSourceSampler')
@@ -188,7 +188,7 @@ def _without_workers(loader: dict, name: str) -> list[str]:
 
 def _check_end(cfg, split: str, loader: dict, name: str, scope) -> None:
     """A loop that goes through the data once needs data with an end."""
-    sampler = _class(loader.get('sampler'), DATA_SAMPLERS, scope)
+    sampler = class_of(loader.get('sampler'), DATA_SAMPLERS, scope)
     if sampler is None or not any(each is InfiniteSampler or each.__name__ in ENDLESS
                                   for each in sampler.__mro__):
         return
@@ -197,7 +197,7 @@ def _check_end(cfg, split: str, loader: dict, name: str, scope) -> None:
         raise UserError(f'{name}.sampler is {kind}, which never ends, so neither would the '
                         f'{"validation" if split == "val" else "test"}. Use '
                         f"{name}.sampler=dict(type='DefaultSampler', shuffle=False).")
-    loop = _train_loop(cfg.train_cfg, scope)
+    loop = train_loop(cfg.train_cfg, scope)
     if loop is not None and issubclass(loop, EpochBasedTrainLoop):
         raise UserError(
             f'{name}.sampler is {kind}, which never ends, so neither would the first epoch of '
@@ -205,13 +205,14 @@ def _check_end(cfg, split: str, loader: dict, name: str, scope) -> None:
             "train by iterations, train_cfg=dict(type='IterBasedTrainLoop', max_iters=N).")
 
 
-def _train_loop(train_cfg: dict, scope):
+def train_loop(train_cfg: dict, scope) -> type | None:
+    """Class of the training loop; None if it is unknown, which building it will tell."""
     if 'type' not in train_cfg:
         return EpochBasedTrainLoop if train_cfg['by_epoch'] else IterBasedTrainLoop
-    return _class(train_cfg, LOOPS, scope)
+    return class_of(train_cfg, LOOPS, scope)
 
 
-def _class(node, registry, scope):
+def class_of(node, registry, scope):
     """The class that a dict names; None if it is unknown, which building it will tell."""
     kind = _registered(node, registry, scope)
     return kind if isinstance(kind, type) else None

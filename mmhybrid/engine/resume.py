@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from mmengine.dist import get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 
@@ -27,6 +27,8 @@ KEY = 'run_settings'  # in a checkpoint
 MOVING = {'_global_step', 'last_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter',
           'base_values', 'verbose', 'total_iters', 'param_name', 'min_values', 'rule_worse'}
 SETTINGS = (int, float, str, list, tuple, Mapping)
+# Options that have their effect through the rate and the schedules.
+OF_SETTINGS = ('epochs', 'batch', 'accumulate', 'lr')
 # Hyperparameters that one kind of optimizer has and another has not.
 MARKS = ('betas', 'momentum', 'rho', 'alpha', 'etas', 'lambd')
 
@@ -44,26 +46,30 @@ class ResumeSettingsHook(Hook):
             resumed run goes on with, "checkpoint" or "config". With "config" it has, at each
             iteration, the learning rate that it would have had under this config from the start;
             what the optimizer has learned about the gradients is kept.
+        options: what the command line of this run said about its length, batch, rate and so on. A
+            resumed run that says something else says so, and one whose new rate or schedule would
+            have no effect is refused.
 
     Raises:
         UserError: on resume, if the checkpoint holds no state of a run, or one of another optimizer
-            or of other schedules.
+            or of other schedules, or of averaged weights where this run averages none.
         NothingLeft: if the checkpoint is that of the last epoch or iteration, unless a signal cut
             the last validation short.
     """
 
     priority = 'BELOW_NORMAL'  # after CheckpointCheckHook, before RandomStateHook
 
-    def __init__(self, settings: str = 'checkpoint'):
+    def __init__(self, settings: str = 'checkpoint', options: dict | None = None):
         if settings not in ('checkpoint', 'config'):
             raise ValueError(f'settings must be "checkpoint" or "config", got {settings!r}.')
         self.settings = settings
+        self.options = dict(options or {})
         self._resumed = False
         self._replay: tuple[int, int, int | None] | None = None
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Add what the states themselves do not tell."""
-        checkpoint[KEY] = _settings(runner)
+        checkpoint[KEY] = dict(_settings(runner), options=self.options)
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         """Compare, and let the one or the other win."""
@@ -74,12 +80,16 @@ class ResumeSettingsHook(Hook):
         path = runner._load_from
         _check_is_of_a_run(checkpoint, path)
         _check_optimizers(runner, checkpoint, saved, path)
+        _check_averages(runner, checkpoint, path)
         if self.settings == 'checkpoint':
             _check_schedules(runner, checkpoint, saved)
         changed = [*_optimizer_changes(runner, checkpoint), *_schedule_changes(runner, checkpoint)]
+        if changed and self.settings == 'checkpoint':
+            _check_options(self.options, saved, changed)
         if changed:
             _say(runner, changed, self.settings)
         _say_sizes(runner, saved)
+        _say_options(runner, saved, self.options)
         if self.settings == 'config':
             per_epoch = (checkpoint.get(RANDOM_STATE) or {}).get('batches_per_epoch')
             self._replay = checkpoint['meta']['epoch'], checkpoint['meta']['iter'], per_epoch
@@ -106,9 +116,8 @@ def _nothing_left(path, loop, by_epoch: bool) -> str:
                         (loop.iter, loop.max_iters, 'iteration'))
     name = 'max_epochs' if by_epoch else 'max_iters'
     return (f'Nothing is left to train: {path} was written after {key} {done}, and '
-            f'train_cfg.{name} is {total}. To train longer, raise it (--cfg-options '
-            f'train_cfg.{name}=N) together with the end of the schedules in param_scheduler, and '
-            'add --resume-settings config.')
+            f'train_cfg.{name} is {total}. To train longer, add --epochs N '
+            '--resume-settings config.')
 
 
 # --- what belongs together ----------------------------------------------------------------------
@@ -163,6 +172,29 @@ def _check_is_of_a_run(checkpoint: dict, path) -> None:
         raise UserError(f'{path} holds weights, but not the state of a training run (no '
                         f'{", ".join(missing)}), so it cannot be resumed. Resume from a checkpoint '
                         f'that tools/train.py wrote, {_start_anew(path)}')
+
+
+def _check_averages(runner, checkpoint: dict, path) -> None:
+    """Of averaged weights, a run that averages none would go on from the average."""
+    if 'ema_state_dict' in checkpoint and not any(
+            isinstance(hook, EMAHook) for hook in runner._hooks):
+        raise UserError(f'{path} was written by a run that averages its weights, and this one does '
+                        f'not: it would go on from the average. Add --ema (or the EMAHook of that '
+                        f'run), {_start_anew(path)}')
+
+
+def _check_options(options: dict, saved: dict, changed: list[str]) -> None:
+    """Options of this run that the settings of the checkpoint would overrule."""
+    before = saved.get('options') or {}
+    idle = [f'--{name} {options[name]}' for name in OF_SETTINGS
+            if name in options and options[name] != before.get(name)]
+    if idle:
+        listed = '\n'.join(f'  {line}' for line in sorted(changed))
+        raise UserError(
+            f'{" ".join(idle)} would have no effect: the resumed run goes on with the learning '
+            f'rate and the schedules of its checkpoint, which differ (checkpoint and now):\n'
+            f'{listed}\nAdd --resume-settings config to go on with the new ones, or leave the '
+            'option out.')
 
 
 def _check_optimizers(runner, checkpoint: dict, saved: dict, path) -> None:
@@ -297,6 +329,22 @@ def _say_sizes(runner, saved: dict) -> None:
         runner.logger.warning(
             f"The batch changed: {'; '.join(changed)}. The config's counts; the learning rate does "
             'not change with it, and an epoch that was interrupted starts again.')
+
+
+def _say_options(runner, saved: dict, options: dict) -> None:
+    before = saved.get('options')
+    if not isinstance(before, Mapping) or before == options:
+        return
+    changed = [f'{_option(name, before)} before, {_option(name, options)} now'
+               for name in {**before, **options} if before.get(name) != options.get(name)]
+    runner.logger.warning(f'Other options than before the break: {"; ".join(changed)}.')
+
+
+def _option(name: str, options: Mapping) -> str:
+    if name not in options:
+        return f'no --{name.replace("_", "-")}'
+    value = options[name]
+    return f'--{name.replace("_", "-")}' + ('' if value is True else f' {value}')
 
 
 # --- the config wins ----------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from .explanations import SINGLE_VALUE_ADVICE
 
-__all__ = ['check_single_images', 'out_of_memory_advice', 'pooled_norms']
+__all__ = ['FEW', 'check_single_images', 'few_images_note', 'out_of_memory_advice', 'pooled_norms']
+
+FEW = 8  # images; statistics over fewer are noisy
 
 
 def check_single_images(runner) -> None:
@@ -78,6 +80,21 @@ def _needs_two(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and layer.training and not together
 
 
+def few_images_note(runner) -> str | None:
+    """What to say about BatchNorm that trains on few images; None if there is nothing to say."""
+    batch = getattr(runner.train_loop.dataloader.batch_sampler, 'batch_size', None) or FEW
+    if batch >= FEW or any(type(hook).__name__ == 'FrozenNormsHook' for hook in runner._hooks):
+        return None
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model.train()
+    names = [name for name, layer in model.named_modules() if _needs_two(layer)]
+    if not names:
+        return None
+    return (f'{len(names)} BatchNorm layer(s), of which model.{names[0]} is the first, compute '
+            f'over the {batch} image(s) of a process. So few make noisy statistics: --norms auto '
+            'chooses frozen ones, GroupNorm or SyncBN.')
+
+
 def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
     """What to try when a GPU's memory does not suffice: only what is not in use already."""
     loader, wrapper = runner.train_loop.dataloader, runner.optim_wrapper
@@ -87,15 +104,15 @@ def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
     ways = []
     if size > least:
         counts = 2 * getattr(wrapper, '_accumulative_counts', 1)
-        ways.append('smaller batches, --cfg-options train_dataloader.batch_size='
-                    f'{max(least, size // 2)} optim_wrapper.accumulative_counts={counts}')
+        ways.append('smaller batches, --batch '
+                    f'{max(least, size // 2)} --accumulate {counts}')
     if getattr(wrapper, 'cast_dtype', None) is None:
         ways.append('mixed precision, --amp')
     settings = runner.cfg.model.get('backbone') or {}
     if not settings.get('with_cp') and 'with_cp' in inspect.signature(
             type(getattr(model, 'backbone', model))).parameters:
         ways.append('gradient checkpointing, --cfg-options model.backbone.with_cp=True')
-    ways += ['smaller images (scale and crop_size in the pipeline)', 'a smaller model']
+    ways += ['smaller images, --image-size N', 'a smaller model']
     limit = (f'\nBatches of less than {least} are not possible: parts of the model normalize over '
              'the batch.') if least > 1 else ''
     return (f'The GPU is out of memory. {str(error).splitlines()[0]}\nWhat helps: '

@@ -22,7 +22,7 @@ from mmhybrid.registry import MODELS
 from .source import ModelSource, build_model
 
 __all__ = ['Prediction', 'Proposal', 'Step', 'format_proposals', 'predict', 'proposals',
-           'step_of', 'usable']
+           'states_per_value', 'step_of', 'usable']
 
 GIB = 1 << 30
 #: What is left alone of a GPU: CUDA's context with the kernels of libraries, about half a GiB, and
@@ -200,7 +200,7 @@ def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Confi
     """What is there when a step begins."""
     memory.hold([*model.parameters(), *model.buffers()], 'model')
     states = [torch.empty_like(p, dtype=_state_dtype(config, p))
-              for p in trained for _ in range(_states(config))]
+              for p in trained for _ in range(states_per_value(config))]
     memory.hold(states, 'optimizer')
     averages = []
     if any('EMA' in str(hook.get('type')) for hook in config.get('custom_hooks') or ()):
@@ -221,7 +221,8 @@ def _without_states(peak: Peak) -> Peak:
                    parts=parts)
 
 
-def _states(config: Config) -> int:
+def states_per_value(config: Config) -> int:
+    """Float32 values that the optimizer of a config keeps for each one that it trains."""
     optimizer = config.get('optim_wrapper', {}).get('optimizer', {})
     states = _STATES.get(_optimizer(config).removeprefix('Paged').removesuffix('8bit'), 2)
     return states + bool(optimizer.get('momentum')) + bool(optimizer.get('amsgrad'))

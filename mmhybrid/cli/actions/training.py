@@ -33,20 +33,30 @@ from mmhybrid.engine.faster import apply_faster
 from mmhybrid.engine.loop_check import check_loops
 from mmhybrid.engine.options import OptionsAction, check_given
 from mmhybrid.engine.resume import NothingLeft
+from mmhybrid.engine.run_report import tell_end
 from mmhybrid.engine.settings import check_custom_keys
-from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice
+from mmhybrid.engine.small_batches import (
+    check_single_images,
+    few_images_note,
+    out_of_memory_advice,
+)
 from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, describe_lora
 from mmhybrid.engine.stop_signals import stop_signals
 from mmhybrid.engine.stop_signals import train as train_until_stopped
 from mmhybrid.engine.work_dir_lock import WorkDirLock
 from mmhybrid.errors import UserError
 
+from .train_options import add_arguments as add_train_options
+from .train_options import apply_options
+from .train_options import check_arguments as check_train_options
+from .train_options import given as given_options
+
 __all__ = ['add_test_arguments', 'add_training_arguments', 'parse', 'run_test', 'run_training',
            'test', 'train', 'training_parser']
 
 NO_GPUS = ('', 'NoDevFiles', 'none', 'void')  # what Slurm and containers write
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
-TRAINING_HOOKS = ('mmhybrid.StopSignalHook',)
+TRAINING_HOOKS = ('mmhybrid.StopSignalHook', 'mmhybrid.RunReportHook')
 
 
 def train(argv: list[str] | None = None) -> None:
@@ -78,6 +88,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                         choices=['resident', 'paged'],
                         help="keep the optimizer's states in eight bits (needs a GPU and "
                              "bitsandbytes); paged: and in the CPU's memory when the GPU is full")
+    add_train_options(parser)
 
 
 def run_training(args: argparse.Namespace,
@@ -96,6 +107,7 @@ def run_training(args: argparse.Namespace,
         UserError: for everything that the user can put right.
     """
     check_arguments(args)
+    check_train_options(args)
     with stop_signals():
         return _run_training(args, change)
 
@@ -139,6 +151,9 @@ def _run_training(args, change) -> Runner:
                 'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
         if isinstance(runner, Runner):
             check_single_images(runner)
+            note = few_images_note(runner)
+            if note:
+                runner.logger.info(note)
         try:
             with building(args.config, cfg, LATE):
                 train_until_stopped(runner)
@@ -147,6 +162,8 @@ def _run_training(args, change) -> Runner:
             runner.call_hook('after_run')
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(out_of_memory_advice(error, runner)) from error
+        else:
+            tell_end(runner, args)
     return runner
 
 
@@ -156,10 +173,13 @@ def _apply_resume_settings(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f'--resume-settings {args.resume_settings} is for a run that goes on: add '
                         '--resume.')
     ensure_hooks(cfg, 'mmhybrid.ResumeSettingsHook')
+    hook = next(hook for hook in cfg.custom_hooks if isinstance(hook, dict)
+                and 'ResumeSettingsHook' in str(hook.get('type')))  # text or the class
     if args.resume_settings:
-        hook = next(hook for hook in cfg.custom_hooks if isinstance(hook, dict)
-                    and 'ResumeSettingsHook' in str(hook.get('type')))  # text or the class
         hook['settings'] = args.resume_settings
+    options = given_options(args)
+    if options:
+        hook['options'] = options
 
 
 def test(argv: list[str] | None = None) -> dict:
@@ -285,8 +305,12 @@ def _build(cfg, args, splits, notes, warnings, lock=None) -> Runner:
         warnings += lock.acquire()
     guard_image_files()
     ensure_hooks(cfg, *HOOKS)
-    notes += prepare_launch(cfg, _launcher(args))
+    launcher = _launcher(args)
+    notes += prepare_launch(cfg, launcher)
     with building(args.config, cfg):
+        if 'train' in splits:
+            processes = 1 if launcher == 'none' else int(os.environ['WORLD_SIZE'])
+            notes += apply_options(cfg, args, processes)
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         if isinstance(runner, Runner):  # its other forms build in an order of their own
             if 'train' in splits:
