@@ -1,6 +1,6 @@
 """The toy of toy.py behind a config file: tools/train.py and tools/test.py in a second."""
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,6 +10,7 @@ from mmengine.config import config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DATASETS, METRICS, MODELS
 from mmengine.visualization import Visualizer
+from PIL import Image
 from torch import nn
 from yapf.yapflib import yapf_api
 
@@ -87,10 +88,11 @@ def write(folder, extra='', name='small.py'):
 
 
 @contextmanager
-def quick():
+def quick(pictures=False):
     """Start afresh, as a process that runs one tool, and leave out what takes half of the time.
 
-    mmengine formats the config for every checkpoint and asks compilers for their versions.
+    mmengine formats the config for every checkpoint and asks compilers for their versions; curves
+    are drawn at the end of a training unless ``pictures`` are wanted.
     """
     forget_instances()
     before = dict(os.environ)
@@ -98,7 +100,10 @@ def quick():
         # One mmengine looks the function up when it loads, the other whenever it formats.
         holder = config if hasattr(config, 'FormatCode') else yapf_api
         with mock.patch.object(holder, 'FormatCode', lambda text, **_: (text, True)), \
-                mock.patch('mmengine.runner.runner.collect_env', dict):
+                mock.patch('mmengine.runner.runner.collect_env', dict), \
+                nullcontext() if pictures else mock.patch(
+                    'mmhybrid.engine.run_report.hook.draw_curves',
+                    lambda *_: Image.new('RGB', (1, 1))):
             yield
     finally:
         torch.set_flush_denormal(False)

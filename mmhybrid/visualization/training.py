@@ -55,7 +55,7 @@ def draw_curves(loss: np.ndarray, rate: np.ndarray, last: int,
                    transform=third.transAxes)
     for axis in (first, second, third):
         axis.set_xlabel('epoch' if per_epoch else 'iteration')
-        axis.set_xlim(0, max(1e-9, last / unit))
+        axis.set_xlim(0, 1.02 * last / unit)
         axis.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=10)
@@ -108,6 +108,7 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
         The picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     counts, rows, columns, left_out = _most_confused(counts, list(rows), list(columns))
@@ -116,7 +117,7 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
     side = max(4.5, 0.32 * max(counts.shape) + 1.5)
     figure = Figure(figsize=(side + 2.2, side + 1), dpi=_DPI, layout='constrained')
     axis = figure.subplots()
-    shown = axis.imshow(shares, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+    shown = axis.imshow(shares, cmap='Blues', norm=PowerNorm(0.5, 0, 1), aspect='auto')
     names = [[_short(name) for name in group] for group in (columns, rows)]
     axis.set_xticks(range(len(columns)), names[0], rotation=45, ha='right', fontsize=8,
                     rotation_mode='anchor')
@@ -127,8 +128,8 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
         for (row, column), share in np.ndenumerate(shares):
             if counts[row, column]:
                 axis.text(column, row, f'{share:.2f}', ha='center', va='center', fontsize=7,
-                          color='white' if share > 0.6 else 'black')
-    figure.colorbar(shown, ax=axis, shrink=0.8, label='share of the row')
+                          color='white' if share > 0.4 else 'black')
+    figure.colorbar(shown, ax=axis, shrink=0.8, aspect=30, label='share of the row')
     more = f'{left_out} classes that are confused less are left out' if left_out else ''
     figure.suptitle('\n'.join(filter(None, [title, more])), fontsize=10)
     return _picture(figure, FigureCanvasAgg)

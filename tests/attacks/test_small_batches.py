@@ -120,10 +120,10 @@ def test_advice_does_not_lead_to_batches_that_cannot_be(built):
     assert 'batch_size' not in text and 'Batches of less than 2 are not possible' in text
     assert '--amp' in text and 'crop_size' in text and 'More.' not in text
     text = out_of_memory_advice(ERROR, built(**POOLED, **loader(batch_size=3)))
-    assert 'train_dataloader.batch_size=2 optim_wrapper.accumulative_counts=2' in text
+    assert '--batch 2 --accumulate 2' in text
     text = out_of_memory_advice(ERROR, built(**loader(batch_size=2), **{
         'optim_wrapper.accumulative_counts': 3}))
-    assert 'train_dataloader.batch_size=1 optim_wrapper.accumulative_counts=6' in text
+    assert '--batch 1 --accumulate 6' in text
     assert 'batch_size' not in out_of_memory_advice(ERROR, built(**loader(batch_size=1)))
 
 

@@ -1,10 +1,14 @@
 """tools/train.py and tools/test.py on real configs, heads, files and metrics."""
+import csv
+import json
 import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmhybrid.cli.actions.training import test as run_test
 from mmhybrid.cli.actions.training import train as run_train
@@ -73,6 +77,47 @@ def test_resume_is_bitwise(trained, tmp_path):
     for key, state in whole['optimizer']['state'].items():
         for name, value in state.items():
             assert torch.equal(value, resumed['optimizer']['state'][key][name]), (key, name)
+
+
+def test_the_end_of_a_training(trained):
+    """Scores of classes, confusions, curves, and where everything is."""
+    kind, it, work_dir, _ = trained
+    report = work_dir / 'report'
+    assert sorted(path.name for path in report.iterdir()) == [
+        'classes.csv', 'confusion.csv', 'confusion.png', 'curves.png', 'validations.json']
+    validation, = json.loads((report / 'validations.json').read_text())
+    metrics = validation['metrics']
+    with open(report / 'classes.csv', newline='') as file:
+        heads, *rows = csv.reader(file)
+    assert heads == ['class', *(['objects', 'box AP', 'box AP50', 'mask AP', 'mask AP50']
+                                if kind == 'det' else ['pixels', 'IoU', 'accuracy'])]
+    scores = np.array([row[1:] for row in rows], float)
+    with open(report / 'confusion.csv', newline='') as file:
+        (_, *columns), *lines = csv.reader(file)
+    counts = np.array([line[1:] for line in lines], int)
+    occurs = scores[:, 0] > 0
+    if kind == 'det':
+        for column, key in ((1, 'coco/bbox_mAP'), (3, 'coco/segm_mAP')):
+            assert np.nanmean(scores[:, column]) == pytest.approx(metrics[key], abs=6e-4)
+        assert (columns[-1], lines[-1][0]) == ('missed', 'background')
+        assert (counts[:-1].sum(1) == scores[:, 0]).all()
+    else:
+        union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+        assert np.nanmean(scores[:, 1]) == pytest.approx(metrics['mIoU'] / 100, abs=6e-5)
+        assert np.nanmean(scores[occurs, 1]) == pytest.approx(
+            metrics['mIoU_present'] / 100, abs=6e-5)
+        assert np.allclose(scores[occurs, 1], (counts.diagonal() / np.maximum(union, 1))[occurs],
+                           atol=1e-5)
+    for name in ('curves.png', 'confusion.png'):
+        picture = Image.open(report / name)
+        assert min(picture.size) >= 400 and len(np.unique(np.asarray(picture))) > 20
+    log = next(work_dir.glob('*/*.log')).read_text()
+    end = log[log.index('Training ended after '):]
+    for part in (it.last, 'report/curves.png', 'report/classes.csv', 'report/confusion.png',
+                 f'mmhybrid predict PICTURES --weights {work_dir}',
+                 f'mmhybrid test {it.config} {work_dir / it.last}'):
+        assert part in end
+    assert 'Classes in the last validation' in log
 
 
 def test_checkpoints_load_safely(trained):

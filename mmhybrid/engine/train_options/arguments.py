@@ -90,7 +90,8 @@ def _rate(text: str) -> float:
 def given(args: argparse.Namespace) -> dict[str, int | float | str | bool]:
     """The options that were given, by name."""
     values = {name: getattr(args, name, None) for name in OPTIONS}
-    return {name: value for name, value in values.items() if value not in (None, False)}
+    return {name: value for name, value in values.items()
+            if value is not None and value is not False}
 
 
 def flag(name: str) -> str:

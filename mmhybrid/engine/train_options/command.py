@@ -53,8 +53,7 @@ def apply_options(cfg, args: argparse.Namespace, processes: int) -> list[str]:
         notes += apply_epochs(cfg, options['epochs'], processes)
     if {'early_stop', 'save_best'} & options.keys():
         notes += _keep_best(cfg, options)
-    for name in LOGGERS.keys() & options.keys():
-        notes.append(_log_to(cfg, name))
+    notes += [_log_to(cfg, name) for name in LOGGERS if name in options]
     return notes
 
 
@@ -141,8 +140,7 @@ def _keep_best(cfg, options: dict) -> list[str]:
 
 def _log_to(cfg, name: str) -> str:
     kind = LOGGERS[name]
-    visualizer = cfg.get('visualizer') or ConfigDict(type='Visualizer', name='visualizer')
-    cfg.visualizer = visualizer
+    visualizer = cfg.get('visualizer') or dict(type='Visualizer', name='visualizer')
     backends = list(visualizer.get('vis_backends') or [dict(type='LocalVisBackend')])
     if any(str(each.get('type')).endswith(kind) for each in backends):
         return f'--{name}: the config logs there already.'
@@ -151,5 +149,5 @@ def _log_to(cfg, name: str) -> str:
     if name == 'wandb':
         settings['init_kwargs'] = dict(project='mmhybrid', name=osp.basename(cfg.work_dir))
         where = 'project mmhybrid; WANDB_MODE=offline keeps it here'
-    visualizer.vis_backends = [*backends, settings]
+    cfg.visualizer = dict(visualizer, vis_backends=[*backends, settings])
     return f'--{name}: {where}'

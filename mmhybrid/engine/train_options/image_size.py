@@ -27,6 +27,12 @@ def apply_image_size(cfg, pixels: int) -> list[str]:
     Raises:
         UserError: the pipeline names no size.
     """
+    places = [cfg.get(name) for name in LOADERS] + [dict(pipeline=cfg.get('tta_pipeline') or [])]
+    everything = [step for place in places for pipeline in _pipelines(place)
+                  for step in _steps(pipeline)]
+    for step in everything:
+        if str(step.get('type')).endswith('TimmTransform'):
+            step.setdefault('input_size', 224)  # its default is a size, too
     train = [step for pipeline in _pipelines(cfg.train_dataloader) for step in _steps(pipeline)]
     before = _side(train, cfg)
     if before is None:
@@ -35,9 +41,7 @@ def apply_image_size(cfg, pixels: int) -> list[str]:
                         'pipeline.')
     factor, changed = pixels / before, []
     done: set[int] = set()  # one pipeline may stand in two places
-    places = [cfg.get(name) for name in LOADERS] + [dict(pipeline=cfg.get('tta_pipeline') or [])]
-    for step in (step for place in places for pipeline in _pipelines(place)
-                 for step in _steps(pipeline)):
+    for step in everything:
         if id(step) not in done:
             done.add(id(step))
             _resize(step, factor)

@@ -135,15 +135,10 @@ def available_memory() -> int:
 
 def largest_that(fits: Callable[[int], bool], most: int) -> int:
     """The largest number up to ``most`` that fits, if all smaller ones do; 0 if none does."""
-    low, high = 0, 1  # low fits
-    while high < most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most)
-    if high > low and fits(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    low, high = 0, None  # what fits, and what is known not to
+    while (high or most + 1) - low > 1:
+        number = (low + high) // 2 if high else min(most, max(1, 2 * low))
+        low, high = (number, high) if fits(number) else (low, number)
     return low
 
 
