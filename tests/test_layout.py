@@ -35,7 +35,7 @@ MAY_IMPORT = {
     'models': {'layers', 'ops', 'registry', 'weights'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'datasets.loading',
-        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors',
+        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors', 'visualization',
     },
     'analysis.models': {'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors'},
     'prediction': {

@@ -3,8 +3,10 @@ from mmhybrid import models  # noqa: F401  registers them
 
 from .amp import AmpOptimWrapper
 from .checkpoint_check import CheckpointCheckHook
+from .early_stop import EarlyStopHook
 from .faster import CompileHook, CudaGraphsHook
 from .finite_loss import FiniteLossHook
+from .frozen_norms import FrozenNormsHook
 from .graphs import use_cuda_graphs
 from .optimizers import lamb
 from .param_groups import HybridOptimWrapperConstructor
@@ -14,8 +16,6 @@ from .resume import ResumeSettingsHook
 from .run_report import RunReportHook
 from .search import DirectionSearchHook
 from .stop_signals import StopSignalHook
-from .train_options.hooks import EarlyStopHook
-from .train_options.norms import FrozenNormsHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'CompileHook', 'CudaGraphsHook',

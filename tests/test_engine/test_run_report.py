@@ -8,9 +8,9 @@ import pytest
 import small_runs
 import torch
 
+from mmhybrid.cli.actions.training import parse, run_training, training_parser
 from mmhybrid.engine.run_report import hook as report
 from mmhybrid.engine.run_report.scores import ClassScores, PixelWatcher, confusions
-from mmhybrid.engine.tools import parse, run_training, training_parser
 from mmhybrid.visualization.training import draw_confusion, draw_curves
 
 LABELS = {7: 0, 9: 1}

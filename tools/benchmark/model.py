@@ -27,7 +27,6 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
-from synthetic import find_everything, synthetic_batch  # noqa: E402
 from timing import (  # noqa: E402
     CLOCKS,
     ENVIRONMENT,
@@ -49,6 +48,7 @@ from mmhybrid.analysis.models.source import (  # noqa: E402
     find_model,
     takes_samples,
 )
+from mmhybrid.analysis.models.synthetic import find_everything, synthetic_batch  # noqa: E402
 from mmhybrid.cli.actions.running import run_command  # noqa: E402
 from mmhybrid.engine.options import OptionsAction  # noqa: E402
 from mmhybrid.errors import UserError  # noqa: E402

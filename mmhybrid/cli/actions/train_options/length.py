@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from mmengine.registry import DATASETS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from ..errors import UserError
-from ..loop_check import train_loop
+from mmhybrid.engine.loop_check import train_loop
+from mmhybrid.errors import UserError
 
 __all__ = ['apply_epochs']
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
 
 __all__ = ['apply_image_size']
 

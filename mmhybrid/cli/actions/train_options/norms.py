@@ -4,17 +4,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from torch.nn.modules.batchnorm import _BatchNorm
+from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.engine.config import has_weights
+from mmhybrid.engine.distributed import SYNC_BN
+from mmhybrid.engine.small_batches import FEW
+from mmhybrid.errors import UserError
 
-from ...registry import HOOKS
-from ..amp import has_accelerator
-from ..distributed import SYNC_BN
-from ..errors import UserError
-from ..small_batches import FEW
-
-__all__ = ['FrozenNormsHook', 'apply_norms']
+__all__ = ['apply_norms']
 
 GROUPS = 32
 WIDTHS = ('channels', 'out_channels', 'conv_out_channels', 'feat_channels')
@@ -46,7 +42,7 @@ def apply_norms(cfg, policy: str, processes: int) -> list[str]:
     if processes > 1 and has_accelerator() and batch * processes >= FEW:
         return [f'{told}chosen sync: {_sync(cfg, processes)}.']
     chosen = []
-    if _has_weights(cfg):
+    if has_weights(cfg):
         chosen.append(f'frozen: {_frozen(cfg, processes)}')
     if any(_batch_norms(cfg.model)):
         chosen.append(f'gn: {_groups(cfg, processes)}')
@@ -56,15 +52,8 @@ def apply_norms(cfg, policy: str, processes: int) -> list[str]:
     return [f'{told}chosen {"; ".join(chosen)}.']
 
 
-def _has_weights(cfg) -> bool:
-    backbone = cfg.model.get('backbone') or {}
-    init = backbone.get('init_cfg') or cfg.model.get('init_cfg') or {}
-    return bool(cfg.get('load_from') or cfg.get('pretrained') or backbone.get('pretrained')
-                or isinstance(init, dict) and init.get('checkpoint'))
-
-
 def _frozen(cfg, processes: int) -> str:
-    if not _has_weights(cfg):
+    if not has_weights(cfg):
         raise UserError('--norms frozen keeps the statistics of the weights that training starts '
                         'from, and this one starts from random weights. Give some (--pretrained), '
                         'or take --norms gn.')
@@ -111,31 +100,3 @@ def _sync(cfg, processes: int) -> str:
 
 
 _APPLY = dict(frozen=_frozen, gn=_groups, sync=_sync)
-
-
-@HOOKS.register_module()
-class FrozenNormsHook(Hook):
-    """BatchNorm layers of the backbone use and keep the statistics that training starts with.
-
-    Their weights and biases go on learning. Unlike a backbone's own ``norm_eval`` it works with all
-    backbones.
-
-    Raises:
-        UserError: when training begins, if the backbone has no BatchNorm.
-    """
-
-    priority = 'LOW'
-
-    def before_train(self, runner) -> None:
-        """Find the layers."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        part = getattr(model, 'backbone', model)
-        self._layers = [layer for layer in part.modules() if isinstance(layer, _BatchNorm)]
-        if not self._layers:
-            raise UserError(f'--norms frozen: the backbone ({type(part).__name__}) has no '
-                            'BatchNorm. Leave the option out.')
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        """Loops put the whole model into training mode when they begin and after validations."""
-        for layer in self._layers:
-            layer.eval()

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
 
 __all__ = ['AUTO', 'add_arguments', 'check_arguments', 'given']
 

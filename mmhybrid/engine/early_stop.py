@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from mmengine.hooks import EarlyStoppingHook
 
-from ...registry import HOOKS
+from ..registry import HOOKS
 
 __all__ = ['EarlyStopHook']
 

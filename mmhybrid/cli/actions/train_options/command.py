@@ -8,9 +8,10 @@ import os.path as osp
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 
-from ..config import custom_hooks, kind_of_hook
-from ..errors import UserError
-from ..loop_check import class_of
+from mmhybrid.engine.config import custom_hooks, has_weights, kind_of_hook
+from mmhybrid.engine.loop_check import class_of
+from mmhybrid.errors import UserError
+
 from .arguments import AUTO, flag, given
 from .batch import apply_batch
 from .image_size import apply_image_size
@@ -66,11 +67,9 @@ def _freeze(cfg, count: int) -> str:
                         'Leave the option out, or freeze parts with --cfg-options '
                         'optim_wrapper.paramwise_cfg.custom_keys.')
     backbone.frozen_stages = count
-    random = not any((cfg.get('pretrained'), cfg.get('load_from'), backbone.get('pretrained'),
-                      backbone.get('init_cfg')))
     return (f'--freeze {count}: the stem and the first {count} stages (blocks) of the backbone '
-            'stay as they are' + ('; they are random: give weights with --pretrained.' if random
-                                  else '.'))
+            'stay as they are' + ('; they are random: give weights with --pretrained.' if not
+                                  has_weights(cfg) else '.'))
 
 
 def _average(cfg) -> str:

@@ -10,12 +10,12 @@ import toy
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
+from mmhybrid.cli.actions.train_options import apply_options, check_arguments
+from mmhybrid.cli.actions.train_options import largest_batch as largest
+from mmhybrid.cli.actions.training import parse, run_training, training_parser
+from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.config import load_config
-from mmhybrid.engine.errors import UserError
-from mmhybrid.engine.tools import parse, run_training, training_parser
-from mmhybrid.engine.tools import train as run_train
-from mmhybrid.engine.train_options import apply_options, check_arguments
-from mmhybrid.engine.train_options import largest_batch as largest
+from mmhybrid.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 DET, SEG = 'cascade_mambavision_t_coco', 'upernet_mambavision_t_ade20k'
@@ -272,10 +272,14 @@ def test_a_model_is_tried_on_a_gpu_with_what_it_will_have(monkeypatch):
 
 # --- the model --------------------------------------------------------------------------------
 
+def with_weights(cfg):
+    cfg.model.backbone.pretrained = 'x'
+
+
 def test_freeze():
     cfg, said = applied(DET, '--freeze', '2')
     assert cfg.model.backbone.frozen_stages == 2 and 'they are random' in said
-    cfg, said = applied(DET, '--freeze', '0', change=lambda cfg: cfg.update(pretrained='x'))
+    cfg, said = applied(DET, '--freeze', '0', change=with_weights)
     assert cfg.model.backbone.frozen_stages == 0 and 'random' not in said
     cfg, _ = applied('cascade_swin_t_coco', '--freeze', '1')
     assert cfg.model.backbone.frozen_stages == 1
@@ -288,19 +292,19 @@ def norms(cfg):
 
 
 def test_norms(monkeypatch):
-    with_weights = dict(change=lambda cfg: cfg.update(pretrained='x'))
-    cfg, said = applied(SEG, '--norms', 'auto', **with_weights)  # 2 images
+    some = dict(change=with_weights)
+    cfg, said = applied(SEG, '--norms', 'auto', **some)  # 2 images
     assert norms(cfg) == {'GN'} and cfg.model.decode_head.norm_cfg.num_groups == 32
     assert 'chosen frozen: ' in said and 'gn: GroupNorm' in said
     assert 'mmhybrid.FrozenNormsHook' in [hook['type'] for hook in cfg.custom_hooks]
-    cfg, said = applied(SEG, '--norms', 'auto', '--batch', '8', **with_weights)
+    cfg, said = applied(SEG, '--norms', 'auto', '--batch', '8', **some)
     assert norms(cfg) == {'SyncBN'} and 'enough for BatchNorm' in said
     cfg, said = applied(SEG, '--norms', 'auto')
     assert norms(cfg) == {'GN'} and 'frozen' not in said
     cfg, said = applied('cascade_mambavision_mini_coco', '--norms', 'auto', '--batch', '2')
     assert 'Nothing was changed' in said
-    monkeypatch.setattr('mmhybrid.engine.train_options.norms.has_accelerator', lambda: True)
-    cfg, said = applied(SEG, '--norms', 'auto', processes=8, **with_weights)
+    monkeypatch.setattr('mmhybrid.cli.actions.train_options.norms.has_accelerator', lambda: True)
+    cfg, said = applied(SEG, '--norms', 'auto', processes=8, **some)
     assert cfg.sync_bn == 'torch' and norms(cfg) == {'SyncBN'} and 'all 8 processes' in said
     with pytest.raises(UserError, match='there is one process'):
         applied(SEG, '--norms', 'sync')

@@ -23,14 +23,20 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS
 from torch.torch_version import TorchVersion
 
+from mmhybrid.analysis.models.memory import (
+    GIB,
+    Step,
+    predict,
+    states_per_value,
+    step_of,
+    usable,
+)
+from mmhybrid.analysis.models.source import ModelSource, build_model
+from mmhybrid.analysis.models.synthetic import synthetic_batch
 from mmhybrid.analysis.pretended_gpu import MINIMUM_TORCH
-
-from ...compat.whole_checkpoints import write_aside
-from ..errors import UserError
-from ..memory import GIB, Step, predict, states_per_value, step_of, usable
-from ..small_batches import pooled_norms
-from ..synthetic import synthetic_batch
-from ..whole_models import ModelSource, build_model
+from mmhybrid.compat.whole_checkpoints import write_aside
+from mmhybrid.engine.small_batches import pooled_norms
+from mmhybrid.errors import UserError
 
 __all__ = ['available_memory', 'largest_batch', 'largest_that', 'predicted_batch']
 

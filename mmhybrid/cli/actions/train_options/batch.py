@@ -1,7 +1,8 @@
 """``--batch``, ``--accumulate`` and ``--lr``: images per step, and the rate that goes with them."""
 from __future__ import annotations
 
-from ..errors import UserError
+from mmhybrid.errors import UserError
+
 from .arguments import AUTO
 from .largest_batch import largest_batch
 
