@@ -259,9 +259,10 @@ def _worst(path: str, truth: np.ndarray, found: np.ndarray, dataset
     names, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
     known = _known(truth, len(names), dataset)
     wrong = np.where(known & (truth != found), 0, 255)
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2).astype(np.uint8)
     return [('ground truth', draw_regions(image, np.where(known, truth, -1), names, palette, -1)),
             ('prediction', draw_regions(image, found, names, palette, -1)),
-            ('wrong', draw_regions(image, wrong, ['wrong'], [_FOUND]))]
+            ('wrong', draw_regions(grey, wrong, ['wrong'], [_FOUND]))]
 
 
 def _write(folder: Folder, report: dict) -> None:
