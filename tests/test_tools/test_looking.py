@@ -6,13 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from looked_at import write_run
 from mmengine.structures import InstanceData
 from PIL import Image
-from shrink import shrink
-from small_runs import quick
 from torch import nn
-from trained import trained
 
 from mmhybrid import cli
 from mmhybrid.cli.actions.looking.activation import explain_picture
@@ -20,7 +17,6 @@ from mmhybrid.cli.actions.looking.opening import Input, as_map, evenly, find_lay
 from mmhybrid.errors import UserError
 from mmhybrid.visualization import as_colors, draw_bars, draw_confusion, draw_heat, draw_map, sheet
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
@@ -186,23 +182,8 @@ def test_charts_of_nothing():
 def runs(tmp_path_factory):
     """Checkpoints of barely begun trainings, as their work directories."""
     folder = tmp_path_factory.mktemp('runs')
-    from mmengine.registry import DATASETS
-    for name in ('cascade_mambavision_mini_coco', 'upernet_vmamba_mini_ade20k'):
-        torch.manual_seed(0)
-        whole = shrink(Config.fromfile(CONFIGS / f'{name}.py'))
-        cfg = Config({key: whole[key] for key in ('default_scope', 'data_root', 'model',
-                                                  'test_dataloader')})
-        place = folder / name.split('_')[0]
-        place.mkdir()
-        with quick():
-            trained(cfg, place / 'epoch_1.pth', _classes(cfg, DATASETS))
-    return SimpleNamespace(det=str(folder / 'cascade'), seg=str(folder / 'upernet'))
-
-
-def _classes(cfg, datasets):
-    dataset = cfg.test_dataloader.dataset
-    kind = datasets.get(f'{cfg.default_scope}.{dataset.type}')
-    return (dataset.get('metainfo') or kind.METAINFO)['classes']
+    return SimpleNamespace(det=write_run('cascade_mambavision_mini_coco', folder / 'det'),
+                           seg=write_run('upernet_vmamba_mini_ade20k', folder / 'seg'))
 
 
 def look(capfd, *arguments, code=0):

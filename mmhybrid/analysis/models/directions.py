@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmhybrid.analysis.scan_response import Scan, contributions
 from mmhybrid.errors import UserError
 from mmhybrid.layers import SS2D, LocalSS2D, LocalVimMixer, VimMixer, decay_rates
-from mmhybrid.layers.directional import Branch, scan_branches
+from mmhybrid.layers.mixers.directional import Branch, scan_branches
 from mmhybrid.ops.cross_scan import ScanPlan, scan_plan
 from mmhybrid.ops.cross_scan.scan import scan_dtype
 from mmhybrid.ops.map_conv import map_conv_reference
