@@ -65,17 +65,18 @@ def loader(sampler, size=12, batch_size=2, num_workers=0):
 
 def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSampler', val=True,
         launcher='none', hook=True, num_workers=0, wrapper=None, optim=None,
-        load_from=None):
+        load_from=None, kind=Runner, **cfg):
     """Train the toy; returns the runner.
 
     ``resume`` and ``load_from``: path of a checkpoint. ``optim``: further settings of the
-    optimizer wrapper.
+    optimizer wrapper. ``kind``: the runner's class. ``cfg``: what it reads from its config.
     """
     LOADED.clear()
     val_cfg = dict(
         val_dataloader=loader(dict(type='DefaultSampler', shuffle=False), size=5),
         val_cfg=dict(), val_evaluator=Evaluator(ToyMetric())) if val else {}
-    runner = Runner(
+    cfg = dict(cfg, **(dict(model_wrapper_cfg=wrapper) if wrapper else {}))
+    runner = kind(
         model=ToyModel(), work_dir=str(work_dir),
         train_dataloader=loader(dict(type=sampler, shuffle=True), num_workers=num_workers),
         train_cfg=train_cfg,
@@ -88,7 +89,7 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         load_from=resume or load_from, resume=bool(resume),
         env_cfg=dict(dist_cfg=dict(backend='gloo')), default_scope='mmengine',
         experiment_name=uuid.uuid4().hex, log_level='WARNING', **val_cfg,
-        **(dict(cfg=dict(model_wrapper_cfg=wrapper)) if wrapper else {}))
+        **(dict(cfg=cfg) if cfg else {}))
     runner.train()
     return runner
 

@@ -15,11 +15,12 @@ from .random_state import RandomStateHook
 from .resume import ResumeSettingsHook
 from .run_report import RunReportHook
 from .search import DirectionSearchHook
+from .sharding import ShardedRunner
 from .stop_signals import StopSignalHook
 
 __all__ = [
     'AmpOptimWrapper', 'CheckpointCheckHook', 'CompileHook', 'CudaGraphsHook',
     'DirectionSearchHook', 'EarlyStopHook', 'FiniteLossHook', 'FrozenNormsHook',
     'HybridOptimWrapperConstructor', 'ProgressHook', 'RandomStateHook', 'ResumeSettingsHook',
-    'RunReportHook', 'StopSignalHook', 'lamb', 'use_cuda_graphs',
+    'RunReportHook', 'ShardedRunner', 'StopSignalHook', 'lamb', 'use_cuda_graphs',
 ]

@@ -6,6 +6,7 @@ import os.path as osp
 import re
 
 from mmhybrid.weights import WeightsError, read_checkpoint
+from mmhybrid.weights.shards import is_folder_of_pieces
 
 from ..errors import UserError
 
@@ -31,7 +32,7 @@ def newest_whole(work_dir: str) -> tuple[str | None, list[str]]:
     named, problem = _named(record)
     if named is not None:
         beside = osp.join(work_dir, osp.basename(named))  # the folder may have been moved or copied
-        found = next((each for each in (beside, named) if osp.isfile(each)), None)
+        found = next((each for each in (beside, named) if _exists(each)), None)
         problem = f'names {named}, which does not exist'
         if found is not None:
             iterations, problem = _iterations(found)
@@ -84,7 +85,7 @@ def _best_of(folder: str) -> tuple[tuple[str, int] | None, list[str]]:
     series: dict[str, list[tuple[int, str]]] = {}
     left_out = []
     for name in sorted(os.listdir(folder)) if osp.isdir(folder) else []:
-        if not name.endswith('.pth') or not osp.isfile(osp.join(folder, name)):
+        if not name.endswith('.pth') or not _exists(osp.join(folder, name)):
             continue
         if re.search(r'-[0-9a-f]{8}\.pth$', name):
             continue
@@ -104,6 +105,10 @@ def _best_of(folder: str) -> tuple[tuple[str, int] | None, list[str]]:
                 break
             left_out += [problem] if problem else []
     return max(found, key=lambda it: it[1], default=None), left_out
+
+
+def _exists(path: str) -> bool:
+    return osp.isfile(path) or is_folder_of_pieces(path)
 
 
 def _iterations(path: str) -> tuple[int | None, str | None]:

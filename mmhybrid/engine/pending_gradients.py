@@ -14,6 +14,8 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 
+from .pieces import is_sharded, piece_like, whole_tensor
+
 __all__ = ['KEY', 'collect', 'restore']
 
 KEY = 'pending_gradients'  # in a checkpoint
@@ -57,7 +59,9 @@ def restore(runner, saved: dict | None) -> None:
             _say_lost(f'accumulative_counts is {_listed(counts)} and was '
                       f'{_listed(saved["accumulative_counts"])}')
         return
-    if saved['ranks'] and len(saved['ranks']) != get_world_size():
+    parameters = _parameters(runner)
+    divided = any(map(is_sharded, parameters.values()))
+    if saved['ranks'] and len(saved['ranks']) != get_world_size() and not divided:
         _say_lost(f'they are those of {len(saved["ranks"])} process(es), and this run has '
                   f'{get_world_size()}')
         return
@@ -65,9 +69,11 @@ def restore(runner, saved: dict | None) -> None:
         wrapper._inner_count = saved['counts'][name]
     if not saved['ranks']:
         return
-    parameters = _parameters(runner)
-    for name, gradient in saved['ranks'][get_rank()].items():
-        parameters[name].grad = gradient.to(parameters[name]).clone()
+    mine = _mean(saved['ranks']) if divided else saved['ranks'][get_rank()]
+    for name, gradient in mine.items():
+        parameter = parameters[name]
+        parameter.grad = piece_like(gradient.to(parameter.device, parameter.dtype, copy=True),
+                                    parameter)
     print_log('The gradients since the last optimizer step are restored, so none is lost.',
               logger='current')
 
@@ -98,10 +104,19 @@ def _parameters(runner) -> dict[str, torch.nn.Parameter]:
             if id(parameter) in moved}
 
 
+def _mean(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """What processes that divide the model hold together: they average in every iteration."""
+    names = {name for each in ranks for name in each}
+    return {name: sum(each[name] for each in ranks if name in each) / len(ranks) for name in names}
+
+
 def _gather(gradients: dict[str, torch.Tensor]) -> list[dict]:
     """The gradients of all ranks, on rank 0; one tensor at a time, for they can be large."""
     if get_world_size() == 1:
         return [{name: gradient.cpu().clone() for name, gradient in gradients.items()}]
+    if any(map(is_sharded, gradients.values())):
+        means = {name: whole_tensor(gradient).cpu() for name, gradient in gradients.items()}
+        return [means] * get_world_size() if get_rank() == 0 else []
     present = all_gather_object({name: tuple(g.shape) for name, g in gradients.items()})
     shapes = {name: shape for each in present for name, shape in each.items()}
     like = next(iter(gradients.values()), torch.zeros(()))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
+from mmengine.dist import all_gather_object, all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import IterBasedTrainLoop
 
@@ -185,6 +185,8 @@ class StopSignalHook(Hook):
         """Save, and with one process stop."""
         if not _asked() or self._cut_at == (runner.epoch, runner.iter) or not is_main_process():
             return
+        if _saves_together(runner):
+            return  # when this validation is over, for the others do not know
         self._cut_at = runner.epoch, runner.iter
         _exchange_averages(runner)
         path = self._save(runner, runner.iter, validating=True)
@@ -212,7 +214,10 @@ class StopSignalHook(Hook):
         """Save unless it is done; returns the path."""
         hook = next((hook for hook in runner._hooks if isinstance(hook, CheckpointHook)), None)
         newest = getattr(hook, 'last_ckpt', None)
-        if self._saved == (runner.epoch, iteration) and newest and not validating:
+        done = self._saved == (runner.epoch, iteration) and newest and not validating
+        if _saves_together(runner):
+            done = all_gather_object(done)[0]
+        if done:
             return newest
         folder = getattr(hook, 'out_dir', None) or runner.work_dir
         runner.message_hub.update_info(VALIDATING, validating)
@@ -250,6 +255,11 @@ def _exchange_averages(runner) -> None:
     for hook in runner._hooks:
         if isinstance(hook, EMAHook):
             hook._swap_ema_parameters()
+
+
+def _saves_together(runner) -> bool:
+    """Whether all processes have to save in the same moment, because each has a part."""
+    return getattr(runner, 'saves_together', False) and get_world_size() > 1
 
 
 def _asked() -> int:

@@ -21,6 +21,7 @@ from .reading import (
 )
 from .recognition import Identity, identify, kind_of
 from .released import RELEASED, Released, released_as
+from .shards import is_folder_of_pieces, put_together
 from .sources import fetch, is_known_source
 
 __all__ = ['Identity', 'RELEASED', 'Released', 'TRUST_VARIABLE', 'WeightsError', 'check_file',
@@ -50,5 +51,7 @@ def read_checkpoint(source: str | os.PathLike, map_location='cpu', trust: bool =
     path = os.path.expanduser(name)
     if '://' not in name and not is_known_source(name) and (
             os.sep in name or os.path.lexists(path)):
+        if is_folder_of_pieces(path):
+            return put_together(path, lambda file: read_file(file, map_location, trust))
         check_path(path, name)
     return read_file(fetch(source), map_location, trust, name=name)

@@ -22,6 +22,7 @@ from .containers import (
 from .errors import WeightsError, printable
 from .headers import check_header, read_header
 from .pickles import CutOff
+from .shards import REST, is_folder_of_pieces
 from .tree import NotData, check_tree
 
 __all__ = ['TRUST_VARIABLE', 'check_file', 'check_path', 'file_format', 'read_file',
@@ -151,6 +152,8 @@ def _opened(path: str | os.PathLike, name: str) -> BinaryIO:
 def check_file(path: str | os.PathLike) -> str:
     """Look at the beginning and the end of a file; returns its format, see :func:`file_format`."""
     name = printable(os.fsdecode(path))
+    if is_folder_of_pieces(path):
+        path, name = (os.path.join(os.fsdecode(each), REST) for each in (path, name))
     check_path(path, name)
     with _opened(path, name) as file:
         return file_format(file, name)

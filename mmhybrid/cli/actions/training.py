@@ -35,6 +35,7 @@ from mmhybrid.engine.options import OptionsAction, check_given
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.run_report import tell_end
 from mmhybrid.engine.settings import check_custom_keys
+from mmhybrid.engine.sharding import apply_fsdp
 from mmhybrid.engine.small_batches import (
     check_single_images,
     few_images_note,
@@ -79,6 +80,9 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                              'on with (default: checkpoint)')
     parser.add_argument('--pretrained', metavar='PATH', help='weights the backbone starts from')
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--fsdp', nargs='?', const='full', choices=['full', 'sharded'],
+                        help='divide weights, gradients and optimizer states among the processes; '
+                             'checkpoints are full files (default), or folders of sharded ones')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the batch size of all processes')
     parser.add_argument('--lora', type=int, metavar='RANK',
@@ -124,6 +128,7 @@ def _run_training(args, change) -> Runner:
     if args.auto_scale_lr:
         apply_auto_scale_lr(cfg)
     apply_faster(cfg, args.cuda_graphs, args.compile)
+    apply_fsdp(cfg, args.fsdp, _launcher(args))
     _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)

@@ -45,7 +45,8 @@ def _arguments(*functions: Callable) -> str:
 SETTINGS = frozenset((
     _arguments(Runner.__init__) + ' '
     'activation_checkpointing compile compile_backbone cuda_graphs custom_imports data_root '
-    'efficient_conv_bn_eval extra_settings find_unused_parameters model_wrapper_cfg pretrained '
+    'efficient_conv_bn_eval extra_settings find_unused_parameters fsdp model_wrapper_cfg '
+    'pretrained '
     'published_checkpoint runner_type sync_bn tta_model tta_pipeline').split()) - {'cfg'}
 
 #: Names that configs use for parts of themselves. Nothing reads them once the config is whole.
@@ -77,6 +78,7 @@ PLACES = {
     '^.custom_imports': 'imports allow_failed_imports',
     '^.compile': 'target ' + _arguments(torch.compile),
     '^.compile_backbone': _arguments(CompileHook),
+    '^.fsdp': 'checkpoints',
     '^.cuda_graphs': _arguments(CudaGraphsHook),
     '^.published_checkpoint': 'name url licence ...',
     '^.default_hooks': 'timer logger param_scheduler checkpoint sampler_seed runtime_info '
