@@ -21,6 +21,9 @@ def add_arguments(parser):
                              'training pipeline)')  # fmt: skip
     parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'),
                         help="of mixed precision (default: the config's)")  # fmt: skip
+    parser.add_argument('--fsdp', type=int, metavar='PROCESSES',
+                        help='GPUs that divide the model among themselves (train --fsdp); '
+                             'the prediction is for each of them')  # fmt: skip
     add_cfg_options(parser)
 
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from mmhybrid.layers import ConvBlock
 from mmhybrid.weights import shards
 
+from ..errors import UserError
 from ..models.backbones.mambavision import HybridBlock
 from ..models.backbones.plain import MixerBlock
 from ..models.backbones.vmamba import VSSBlock
-from .errors import UserError
 from .finite_loss import FiniteLossHook
 from .pieces import is_sharded, piece_like, whole_tensor
 
@@ -94,6 +94,7 @@ def _against(cfg: Config) -> Iterator[str]:
     apart = 'do not go together. Leave one of them out.'
     for key, name in (('cuda_graphs', '--cuda-graphs (cuda_graphs)'),
                       ('compile_backbone', '--compile (compile_backbone)'),
+                      ('lora', '--lora (lora)'),
                       ('compile', "mmengine's setting compile"),
                       ('efficient_conv_bn_eval', 'efficient_conv_bn_eval'),
                       ('model_wrapper_cfg', 'model_wrapper_cfg (the wrapper would be another one)'),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import os.path as osp
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ def put_together(folder: str | os.PathLike, read: Callable[[str], object]) -> di
     """
     folder = os.fsdecode(folder)
     rest = osp.join(folder, REST)
-    checkpoint = read(rest)
-    about = checkpoint.pop('pieces', None) if isinstance(checkpoint, dict) else None
+    checkpoint: Any = read(rest)
+    about: Any = checkpoint.pop('pieces', None) if isinstance(checkpoint, dict) else None
     ranks, shapes = _described(about, rest)
     parts: list[list[torch.Tensor]] = [[] for _ in shapes]
     for rank in range(ranks):
@@ -60,7 +61,7 @@ def put_together(folder: str | os.PathLike, read: Callable[[str], object]) -> di
     return checkpoint
 
 
-def _described(about: object, path: str) -> tuple[int, list[tuple[tuple, tuple]]]:
+def _described(about: Any, path: str) -> tuple[int, list[tuple[tuple, tuple]]]:
     """Number of pieces, and keys and shape of every tensor."""
     try:
         shapes = [(tuple(keys), tuple(int(n) for n in shape)) for keys, shape in about['shapes']]

@@ -225,3 +225,12 @@ def test_what_fits():
             assert recomputed.prediction.step.options == (('with_cp', True),)
         text = memory.format_proposals('VMamba', memory.proposals(source, step, 1), 1)
     assert 'none fits' in text
+
+
+def test_a_divided_model():
+    """Two processes keep half of weights and states; the rest of a step is the same."""
+    source = find_model('MambaVision:tiny', backbone_only=True)
+    step = memory.Step(2, (64, 64), torch.float32)
+    alone, divided = (memory.predict(source, memory.replace(step, ranks=n)) for n in (1, 2))
+    assert divided.persistent == pytest.approx(alone.persistent / 2, rel=0.02)
+    assert 0.5 * alone.peak.bytes < divided.peak.bytes < 0.75 * alone.peak.bytes

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmhybrid.analysis.memory import Memory, Peak
 from mmhybrid.analysis.pretended_gpu import backward, pretended_gpu
+from mmhybrid.engine.sharding import units
 from mmhybrid.errors import UserError
 from mmhybrid.registry import MODELS
 
@@ -44,12 +45,14 @@ class Step:
         size: (height, width) of the padded batch.
         dtype: of autocast; float32 without it.
         options: changes of ``model.backbone``.
+        ranks: processes that divide the model among themselves (``--fsdp``); 1 for none.
     """
 
     batch: int
     size: tuple[int, int]
     dtype: torch.dtype
     options: tuple[tuple[str, object], ...] = ()
+    ranks: int = 1
 
     def with_batch(self, batch: int) -> Step:
         """The same with another number of images."""
@@ -169,9 +172,10 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
     with pretended_gpu():
         model.to_empty(device='cuda')
         trained = [p for p in model.parameters() if p.requires_grad]
-        kept = _held(memory, model, trained, config)
+        kept = _held(memory, model, trained, config, step.ranks)
         images = torch.empty(step.batch, _channels(backbone), *step.size, device='cuda')
         persistent = memory.in_use
+        kept += _divided(memory, model, step.ranks) if step.ranks > 1 else []
         memory.hold(images, 'images')
         try:
             with memory:
@@ -185,7 +189,7 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
                 f'{step.size[1]} without data: {type(error).__name__}: {error}\nTry another '
                 '--size, or the class of the backbone in place of the config (--traceback shows '
                 'where).') from error
-    weights = sum(p.numel() * p.itemsize for p in trained)
+    weights = sum(p.numel() * p.itemsize for p in trained) // step.ranks
     peaks = [
         memory.peak,
         _without_states(memory.tried),
@@ -196,10 +200,12 @@ def predict(source: ModelSource, step: Step, positive: float | None = None) -> P
     return Prediction(step, max(peaks, key=lambda peak: peak.bytes), persistent)
 
 
-def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Config) -> list[Tensor]:
+def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Config, ranks: int
+          ) -> list[Tensor]:
     """What is there when a step begins."""
-    memory.hold([*model.parameters(), *model.buffers()], 'model')
-    states = [torch.empty_like(p, dtype=_state_dtype(config, p))
+    made = [] if ranks == 1 else [_piece(p, ranks) for p in model.parameters()]
+    memory.hold([made or [*model.parameters()], *model.buffers()], 'model')
+    states = [_piece(p, ranks, _state_dtype(config, p))
               for p in trained for _ in range(states_per_value(config))]
     memory.hold(states, 'optimizer')
     averages = []
@@ -207,10 +213,42 @@ def _held(memory: Memory, model: nn.Module, trained: list[Tensor], config: Confi
         averages = [torch.empty_like(x) for x in model.state_dict().values()]
         memory.hold(averages, 'averaged model')
     if config.get('optim_wrapper', {}).get('accumulative_counts', 1) > 1:
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        memory.hold([p.grad for p in trained], 'gradients')
-    return states + averages
+        waiting = [_piece(p, ranks) for p in trained]
+        if ranks == 1:
+            for parameter, gradient in zip(trained, waiting, strict=True):
+                parameter.grad = gradient
+        memory.hold(waiting, 'gradients')
+        made += waiting
+    return made + states + averages
+
+
+def _piece(parameter: Tensor, ranks: int, dtype: torch.dtype | None = None) -> Tensor:
+    """As much as one of several processes holds of a parameter, or of a state as large."""
+    if ranks == 1:
+        return torch.empty_like(parameter, dtype=dtype)
+    return parameter.new_empty(-(-parameter.numel() // ranks), dtype=dtype)
+
+
+def _divided(memory: Memory, model: nn.Module, ranks: int) -> list[Tensor]:
+    """What a step puts together: two units at a time, of which one computes; all else for good.
+
+    Gradients of a unit are divided when they are complete.
+    """
+    sizes = {unit: sum(p.numel() for p in unit.parameters()) for unit in units(model)}
+    in_units = {p for unit in sizes for p in unit.parameters()}
+    rest = [p for p in model.parameters() if p not in in_units]
+    made = [rest[0].new_empty(sum(sorted(sizes.values())[-2:]))]
+    memory.hold([*rest, *made], 'parts put together')
+
+    def divide(parameter: Tensor) -> None:
+        with memory.making('gradients'):
+            made.append(_piece(parameter, ranks))
+        parameter.grad = None
+
+    for p in in_units:
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(divide)
+    return made
 
 
 def _without_states(peak: Peak) -> Peak:
@@ -382,9 +420,10 @@ def format_proposals(name: str, found: Sequence[Proposal], gib: float) -> str:
     height, width = step.size
     images = f"{step.batch} image{'s' * (step.batch > 1)}"
     dtype = str(step.dtype).removeprefix('torch.')
+    among = f', the model divided among {step.ranks} processes' * (step.ranks > 1)
     parts = ', '.join(f'{key} {_gib(size)}' for key, size in peak.parts.items())
     lines = [
-        f'{name}: a training step on {images} of {height} x {width} in {dtype}',
+        f'{name}: a training step on {images} of {height} x {width} in {dtype}{among}',
         f'  predicted peak {_gib(peak.bytes)} GiB, during {peak.operator} ({parts}, '
         f'only then {_gib(peak.temporary)})',
         f'  {_gib(own.persistent)} GiB stay between steps',

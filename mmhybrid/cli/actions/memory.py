@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch.torch_version import TorchVersion
@@ -28,7 +29,9 @@ def predict_memory(args: argparse.Namespace) -> int:
                         f'its shapes, and {torch.__version__} is installed.')
     source = find_model(args.config, args.cfg_options)
     size = checked_shape(args.size) if args.size else None
-    step = step_of(source, args.batch, size, args.dtype)
+    if args.fsdp is not None and args.fsdp < 2:
+        raise UserError(f'--fsdp takes the number of processes, at least 2, got {args.fsdp}.')
+    step = replace(step_of(source, args.batch, size, args.dtype), ranks=args.fsdp or 1)
     found = proposals(source, step, args.gpu)
     print(format_proposals(source.name, found, args.gpu))
     return int(found[0].largest < step.batch)
