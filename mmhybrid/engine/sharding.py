@@ -94,7 +94,6 @@ def _against(cfg: Config) -> Iterator[str]:
     apart = 'do not go together. Leave one of them out.'
     for key, name in (('cuda_graphs', '--cuda-graphs (cuda_graphs)'),
                       ('compile_backbone', '--compile (compile_backbone)'),
-                      ('lora', '--lora (lora)'),
                       ('compile', "mmengine's setting compile"),
                       ('efficient_conv_bn_eval', 'efficient_conv_bn_eval'),
                       ('model_wrapper_cfg', 'model_wrapper_cfg (the wrapper would be another one)'),
@@ -107,6 +106,8 @@ def _against(cfg: Config) -> Iterator[str]:
         kind = _name(hook.get('type') if isinstance(hook, dict) else type(hook))
         if kind in ('CompileHook', 'CudaGraphsHook', 'DirectionSearchHook') or 'EMA' in kind:
             yield f'{kind} {apart}'
+    if (cfg.model.get('backbone') or {}).get('lora'):
+        yield f'--lora (model.backbone.lora) {apart}'
     yield from _against_wrapper(cfg.optim_wrapper)
 
 

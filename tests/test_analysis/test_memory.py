@@ -233,4 +233,4 @@ def test_a_divided_model():
     step = memory.Step(2, (64, 64), torch.float32)
     alone, divided = (memory.predict(source, memory.replace(step, ranks=n)) for n in (1, 2))
     assert divided.persistent == pytest.approx(alone.persistent / 2, rel=0.02)
-    assert 0.5 * alone.peak.bytes < divided.peak.bytes < 0.75 * alone.peak.bytes
+    assert 0.5 * alone.peak.bytes < divided.peak.bytes < 0.8 * alone.peak.bytes
