@@ -6,10 +6,7 @@ _base_ = [
     './_base_/runtime_det.py',
 ]
 
-published_checkpoint = dict(
-    name='mambavision_tiny_1k.pth.tar',
-    url='https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/mambavision_tiny_1k.pth.tar',
-    licence='CC-BY-NC-SA-4.0')
+published_checkpoint = 'mambavision-t-1k'
 
 model = dict(
     backbone=dict(

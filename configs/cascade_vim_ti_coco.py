@@ -8,8 +8,7 @@ _base_ = [
     './_base_/runtime_det_iterations.py',
 ]
 
-published_checkpoint = dict(
-    name='vim_tiny_73p1.pth', url='hf://hustvl/Vim-tiny/vim_tiny_73p1.pth', licence='Apache-2.0')
+published_checkpoint = 'vim-t-first'
 
 model = dict(
     data_preprocessor=dict(pad_size_divisor=1024),  # with the mean colour, after normalisation

@@ -7,10 +7,7 @@ _base_ = [
     './_base_/runtime_det_iterations.py',
 ]
 
-published_checkpoint = dict(
-    name='local_vim_tiny.ckpt',
-    url='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt',
-    licence='Apache-2.0')
+published_checkpoint = 'localvim-t'
 
 model = dict(
     data_preprocessor=dict(

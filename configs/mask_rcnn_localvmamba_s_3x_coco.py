@@ -1,9 +1,6 @@
 # Mask R-CNN with LocalVMamba-S on COCO, 36 epochs at many scales.
 _base_ = './mask_rcnn_localvmamba_t_3x_coco.py'
 
-published_checkpoint = dict(
-    name='local_vssm_small.ckpt',
-    url='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vssm_small.ckpt',
-    licence='Apache-2.0')
+published_checkpoint = 'localvmamba-s'
 
 model = dict(backbone=dict(arch='small'))

@@ -1,10 +1,7 @@
 # Mask R-CNN with VMamba-B[s2l15] on COCO.
 _base_ = './mask_rcnn_vmamba_t_coco.py'
 
-published_checkpoint = dict(
-    name='vssm_base_0229_ckpt_epoch_237.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
-    'vssm_base_0229_ckpt_epoch_237.pth')
+published_checkpoint = 'vmamba-b-s2l15'
 
 model = dict(
     backbone=dict(arch='base_s2l15', drop_path_rate=0.6),

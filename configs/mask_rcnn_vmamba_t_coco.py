@@ -6,11 +6,7 @@ _base_ = [
     './_base_/runtime_det.py',
 ]
 
-published_checkpoint = dict(
-    name='vssm1_tiny_0230s_ckpt_epoch_264.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
-    'vssm1_tiny_0230s_ckpt_epoch_264.pth',
-    licence='MIT')
+published_checkpoint = 'vmamba-t-s1l8'
 
 model = dict(
     backbone=dict(type='mmhybrid.VMamba', arch='tiny_s1l8', drop_path_rate=0.2),

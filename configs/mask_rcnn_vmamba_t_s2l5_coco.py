@@ -1,9 +1,6 @@
 # Mask R-CNN with VMamba-T[s2l5] on COCO.
 _base_ = './mask_rcnn_vmamba_t_coco.py'
 
-published_checkpoint = dict(
-    name='vssm_tiny_0230_ckpt_epoch_262.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/'
-    'vssm_tiny_0230_ckpt_epoch_262.pth')
+published_checkpoint = 'vmamba-t-s2l5'
 
 model = dict(backbone=dict(arch='tiny_s2l5'))

@@ -2,10 +2,7 @@
 # starts from other weights, which were never published.
 _base_ = './mask_rcnn_vmamba_v0_t_coco.py'
 
-published_checkpoint = dict(
-    name='vssmbase_dp06_ckpt_epoch_241.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/'
-    'vssmbase_dp06_ckpt_epoch_241.pth')
+published_checkpoint = 'vmamba-v0-b'
 
 model = dict(backbone=dict(arch='v0_base'), neck=dict(in_channels=[128, 256, 512, 1024]))
 train_dataloader = dict(batch_size=1)  # on 16 GPUs

@@ -1,9 +1,6 @@
 # Mask R-CNN with VMamba-S of the first release on COCO.
 _base_ = './mask_rcnn_vmamba_v0_t_coco.py'
 
-published_checkpoint = dict(
-    name='vssmsmall_dp03_ckpt_epoch_238.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/'
-    'vssmsmall_dp03_ckpt_epoch_238.pth')
+published_checkpoint = 'vmamba-v0-s'
 
 model = dict(backbone=dict(arch='v0_small'))

@@ -1,9 +1,6 @@
 # Mask R-CNN with VMamba-T of the first release on COCO.
 _base_ = './mask_rcnn_vmamba_t_coco.py'
 
-published_checkpoint = dict(
-    name='vssmtiny_dp01_ckpt_epoch_292.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/'
-    'vssmtiny_dp01_ckpt_epoch_292.pth')
+published_checkpoint = 'vmamba-v0-t'
 
 model = dict(backbone=dict(arch='v0_tiny'))

@@ -8,10 +8,7 @@ _base_ = [
     './_base_/runtime_seg.py',
 ]
 
-published_checkpoint = dict(
-    name='local_vim_tiny.ckpt',
-    url='https://github.com/hunto/LocalMamba/releases/download/v1.0.0/local_vim_tiny.ckpt',
-    licence='Apache-2.0')
+published_checkpoint = 'localvim-t'
 
 model = dict(
     backbone=dict(type='mmhybrid.LocalVim', arch='tiny', img_size=512, drop_path_rate=0.1),

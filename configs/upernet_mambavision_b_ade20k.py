@@ -1,9 +1,7 @@
 # UperNet with MambaVision-B on ADE20K.
 _base_ = './upernet_mambavision_t_ade20k.py'
 
-published_checkpoint = dict(
-    name='mambavision_base_1k.pth.tar',
-    url='https://huggingface.co/nvidia/MambaVision-B-1K/resolve/main/mambavision_base_1k.pth.tar')
+published_checkpoint = 'mambavision-b-1k'
 
 model = dict(
     backbone=dict(arch='base'),

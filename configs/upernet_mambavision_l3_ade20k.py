@@ -6,12 +6,8 @@ _base_ = [
     './_base_/runtime_seg.py',
 ]
 
-published_checkpoint = dict(
-    # The released config names a "700m" file, which is not among the published ones.
-    name='mambavision_L3_21k_740m_512.pth.tar',
-    url='https://huggingface.co/nvidia/MambaVision-L3-512-21K/resolve/main/'
-    'mambavision_L3_21k_740m_512.pth.tar',
-    licence='CC-BY-NC-SA-4.0')
+# The released config names a "700m" file, which is not among the published ones.
+published_checkpoint = 'mambavision-l3-512-21k'
 
 model = dict(
     data_preprocessor=dict(size=(640, 640)),

@@ -1,9 +1,7 @@
 # UperNet with MambaVision-S on ADE20K.
 _base_ = './upernet_mambavision_t_ade20k.py'
 
-published_checkpoint = dict(
-    name='mambavision_small_1k.pth.tar',
-    url='https://huggingface.co/nvidia/MambaVision-S-1K/resolve/main/mambavision_small_1k.pth.tar')
+published_checkpoint = 'mambavision-s-1k'
 
 model = dict(
     backbone=dict(arch='small', window_size=(8, 8, 160, 56)),

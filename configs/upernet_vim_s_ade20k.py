@@ -2,9 +2,7 @@
 # sums directions without halving, for which no weights are public; this one fits those that are.
 _base_ = './upernet_vim_ti_ade20k.py'
 
-published_checkpoint = dict(
-    name='vim_s_midclstok_80p5acc.pth',
-    url='hf://hustvl/Vim-small-midclstok/vim_s_midclstok_80p5acc.pth')
+published_checkpoint = 'vim-s'
 
 model = dict(
     backbone=dict(arch='small', feature='residual', last='add'),

@@ -6,10 +6,7 @@ _base_ = [
     './_base_/runtime_seg.py',
 ]
 
-published_checkpoint = dict(
-    name='vim_t_midclstok_76p1acc.pth',
-    url='hf://hustvl/Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth',
-    licence='Apache-2.0')
+published_checkpoint = 'vim-t'
 
 model = dict(
     backbone=dict(

@@ -2,10 +2,7 @@
 # starts from other weights, which were never published.
 _base_ = './upernet_vmamba_v0_t_ade20k.py'
 
-published_checkpoint = dict(
-    name='vssmbase_dp06_ckpt_epoch_241.pth',
-    url='https://github.com/MzeroMiko/VMamba/releases/download/%23v0cls/'
-    'vssmbase_dp06_ckpt_epoch_241.pth')
+published_checkpoint = 'vmamba-v0-b'
 
 model = dict(
     backbone=dict(arch='v0_base'),

@@ -52,14 +52,13 @@ def resolve(reference):
     if path.is_file():
         return str(path)
 
-    import difflib
+    from mmhybrid.spelling import did_you_mean, nearest_few
 
     known = sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob('*.py'))
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+    near = nearest_few(name, known, cutoff=0.4) or known
     raise FileNotFoundError(
-        f"'{reference}' names no config of mmhybrid (looked in {folder}). Did you mean "
-        + ' or '.join(f"'{PREFIX}{n}'" for n in near)
-        + '?'
+        f"'{reference}' names no config of mmhybrid (looked in {folder})."
+        + did_you_mean(*(PREFIX + each for each in near))
     )
 
 

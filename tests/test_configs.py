@@ -208,12 +208,8 @@ def test_recipe(path):
     assert [cfg.train_dataloader.batch_size, cfg.auto_scale_lr.base_batch_size] == (
         expected['images'])
     if expected['start']:
-        row = RELEASED[expected['start']]
-        assert row.family == backbone['type'].partition('.')[2]
-        assert cfg.published_checkpoint == dict(
-            name=row.file, url=row.address, licence=row.licence)
-    else:
-        assert cfg.get('published_checkpoint') is None
+        assert RELEASED[expected['start']].family == backbone['type'].partition('.')[2]
+    assert cfg.get('published_checkpoint') == expected['start']
 
 
 @pytest.mark.parametrize('name', ['cascade_vim_ti_coco', 'mask_rcnn_localvim_t_coco'])

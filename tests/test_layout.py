@@ -15,10 +15,11 @@ PACKAGE = ROOT / 'mmhybrid'
 # A part is a file or folder of the package; a folder inside one, if it is listed, is another part.
 MAY_IMPORT = {
     'errors': set(),
+    'spelling': set(),
     'private_files': set(),
     'ops': {'private_files'},
     'layers': {'ops'},
-    'datasets': set(),
+    'datasets': {'spelling'},
     'datasets.loading': {'datasets', 'registry', 'compat', 'weights', 'errors'},
     'evaluation': {'registry'},
     'visualization': {'datasets'},
@@ -27,23 +28,25 @@ MAY_IMPORT = {
     'processes': set(),
     'torch_ops': set(),
     'mmcv_ops': {'roi_align', 'torch_ops'},
-    'config_scheme': set(),
+    'config_scheme': {'spelling'},
     'hook_file': set(),
-    'weights': {'private_files'},
+    'weights': {'private_files', 'spelling'},
     'compat': {'weights', 'mmcv_ops', 'config_scheme', 'processes'},
     'analysis': set(),
-    'models': {'layers', 'ops', 'registry', 'weights'},
+    'models': {'layers', 'ops', 'registry', 'weights', 'spelling'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'datasets.loading',
-        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors', 'visualization',
+        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors', 'spelling', 'visualization',
     },
-    'analysis.models': {'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors'},
+    'analysis.models': {
+        'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors', 'spelling',
+    },
     'prediction': {
         'engine', 'datasets.loading', 'models', 'weights', 'visualization', 'compat', 'errors',
-        '__init__',
+        'spelling', '__init__',
     },
-    'starter': {'models', 'weights', 'datasets', 'errors'},
-    'papers': {'config_scheme', 'errors'},
+    'starter': {'models', 'weights', 'datasets', 'errors', 'spelling'},
+    'papers': {'config_scheme', 'errors', 'spelling'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
     'doctor_probes': {
@@ -53,6 +56,7 @@ MAY_IMPORT = {
     'cli': {
         '__init__', 'plugin', 'compat', 'doctor', 'engine', 'analysis', 'datasets', 'weights',
         'hook_file', 'papers', 'cli.actions', 'analysis.models', 'errors',
+        'spelling',
     },
     'cli.actions': {
         'engine', 'prediction', 'starter', 'datasets', 'datasets.loading', 'models', 'layers',

@@ -1,10 +1,7 @@
 # Vim-Ti+ on ImageNet: Vim-Ti fine-tuned on a grid of 8 pixels; published weights: vim-t-stride8.
 _base_ = './vim_ti_imagenet.py'
 
-published_checkpoint = dict(
-    name='vim_t_midclstok_76p1acc.pth',
-    url='hf://hustvl/Vim-tiny-midclstok/vim_t_midclstok_76p1acc.pth',
-    licence='Apache-2.0')
+published_checkpoint = 'vim-t'
 
 model = dict(backbone=dict(stride=8))
 train_cfg = dict(max_epochs=30)

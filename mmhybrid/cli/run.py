@@ -82,7 +82,7 @@ def _is_module(name):
 
 
 def _reason(name):
-    import difflib
+    from mmhybrid.spelling import nearest_few
 
     package, _, rest = name.partition('.')
     root = _tools_of(package)
@@ -94,5 +94,5 @@ def _reason(name):
         for folder, _, files in os.walk(root)
         for path in sorted(os.path.join(folder, file) for file in files if file.endswith('.py'))
     ]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+    near = nearest_few(name, known, cutoff=0.5) or sorted(known)
     return f'{package} brings {", ".join(near)}.'

@@ -7,11 +7,12 @@ Functions return sentences for the user, problems apart from mere notes.
 """
 from __future__ import annotations
 
-import difflib
 import os.path as osp
 from collections import Counter
 
 import numpy as np
+
+from mmhybrid.spelling import nearest_few
 
 from .coco_file import in_json
 from .coco_records import Records, several
@@ -244,7 +245,7 @@ def _categories(names: list, classes: tuple) -> list[str]:
               '(with or without objects)')
     absent = [name for name in classes if name not in names]
     if absent:
-        near = difflib.get_close_matches(str(absent[0]), map(str, names), n=1)
+        near = nearest_few(str(absent[0]), names, 1)
         hint = f' (did you mean {near[0]!r}?)' if near else ''
         if len(absent) == len(classes):
             return [f'has none of the {len(classes)} classes of the config: its categories are '

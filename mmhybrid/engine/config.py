@@ -1,7 +1,6 @@
 """What the command line does to a config."""
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 import os.path as osp
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from mmhybrid.spelling import did_you_mean, nearest_few, suggestion
 from mmhybrid.weights import RELEASED, is_known_source, is_remote
 
 from ..errors import UserError
@@ -72,8 +72,8 @@ def _similar_file(path: str) -> str:
     names = [entry.name for entry in folder.glob('*.py')] if folder.is_dir() else []
     if not names:
         return f' The folder {folder} holds no configs.'
-    near = difflib.get_close_matches(Path(path).name, names, n=3, cutoff=0.5)
-    return f' Did you mean {" or ".join(str(folder / name) for name in near)}?' if near else ''
+    near = nearest_few(Path(path).name, names, cutoff=0.5)
+    return did_you_mean(*(str(folder / name) for name in near))
 
 
 def redirect_data(cfg: Config, new: str) -> int:
@@ -188,13 +188,15 @@ def _weights_argument(backbone: ConfigDict) -> str:
 
 
 def _published(cfg: Config) -> str:
-    known = cfg.get('published_checkpoint')
-    if not known:
+    name = cfg.get('published_checkpoint')
+    if not name:
         return ' To start the backbone from a file, pass --pretrained PATH.'
-    short = next((row.name for row in RELEASED.values() if row.file == known['name']), None)
-    return (f' The published recipe starts from {known["name"]} (licence {known["licence"]}): '
-            f'--pretrained {short or "URL"} fetches it from {known["url"]} , or download it and '
-            'pass its path.')
+    row = RELEASED.get(name) if isinstance(name, str) else None
+    if row is None:
+        raise UserError(f'published_checkpoint={name!r} is no short name of released weights; '
+                        f'{suggestion(str(name), RELEASED)}.')
+    return (f' The published recipe starts from {row.file} (licence {row.licence}): --pretrained '
+            f'{row.name} fetches it from {row.address} , or download it and pass its path.')
 
 
 def apply_amp(cfg: Config, wanted: bool) -> list[str]:

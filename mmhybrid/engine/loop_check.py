@@ -5,13 +5,14 @@ zero, a run without an iteration, or one epoch that has no end.
 """
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 
 from mmengine.dataset import InfiniteSampler
 from mmengine.registry import DATA_SAMPLERS, LOOPS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 from ..errors import UserError
 
@@ -120,9 +121,9 @@ def _check_optimizer(wrapper, scope) -> None:
                         f'dict(type="AdamW", lr=1e-4), got {optimizer!r}.')
     kind = optimizer['type']
     if isinstance(kind, str) and _registered(optimizer, OPTIMIZERS, scope) is None:
-        near = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, n=1)
+        near = nearest_few(kind, OPTIMIZERS.module_dict, 1)
         raise UserError(f'optim_wrapper.optimizer.type is {kind!r}, which is not registered.'
-                        + (f' Did you mean {near[0]!r}?' if near else ''))
+                        + did_you_mean(*near))
     for key in ('lr', 'weight_decay'):
         if optimizer.get(key) is not None:  # some optimizers find their own
             _number(optimizer, 'optim_wrapper.optimizer', key)

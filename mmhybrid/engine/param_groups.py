@@ -7,7 +7,6 @@ do decay, although the model code marks A_log and D as exempt.
 """
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Callable
@@ -16,6 +15,8 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 
@@ -237,7 +238,6 @@ def _number(value: float | None) -> str:
 
 def _check_key(key: str, valid, where: str) -> None:
     if key not in valid:
-        near = difflib.get_close_matches(key, list(valid), n=1)
-        hint = f' Did you mean {near[0]!r}?' if near else ''
-        raise TypeError(f'{where} got the unknown key {key!r}.{hint} Valid keys: '
+        raise TypeError(f'{where} got the unknown key {key!r}.'
+                        f'{did_you_mean(*nearest_few(key, valid, 1))} Valid keys: '
                         f'{", ".join(valid)}.')

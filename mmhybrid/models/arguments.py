@@ -6,24 +6,13 @@ nearest valid spelling.
 """
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Iterable
 
-__all__ = ['check_names', 'strict_arguments', 'suggestion']
+from mmhybrid.spelling import suggestion
 
-
-def suggestion(name: str, valid: Iterable[str]) -> str:
-    """Say which valid name is nearest to ``name`` and list all of them.
-
-    Returns:
-        For example ``"did you mean 'with_cp'? Valid: arch, with_cp"``.
-    """
-    valid = list(valid)
-    nearest = difflib.get_close_matches(str(name).lower(), valid, n=1, cutoff=0.4)
-    question = f'did you mean {nearest[0]!r}? ' if nearest else ''
-    return f'{question}Valid: {", ".join(valid)}'
+__all__ = ['check_names', 'strict_arguments']
 
 
 def check_names(given: Iterable[str], valid: Iterable[str], what: str) -> None:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from mmengine.fileio import load
 
 from mmhybrid.config_scheme import config_dir
 from mmhybrid.errors import UserError
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 __all__ = ['FILE', 'NOT_MEASURED', 'STATES', 'Claim', 'Paper', 'Row', 'find_claim', 'read_papers']
 
@@ -116,11 +116,10 @@ def find_claim(papers: Iterable[Paper], name: str) -> Claim:
     claims = {claim.id: claim for paper in papers for claim in paper.claims}
     if name in claims:
         return claims[name]
-    near = difflib.get_close_matches(name, claims, n=3) or [
+    near = nearest_few(name, claims) or [
         known for known in claims if known.startswith(f'{name.partition("/")[0]}/')]
-    raise UserError(f'There is no claim {name}. ' + (
-        f'Did you mean {" or ".join(near)}? ' if near else '')
-        + '`mmhybrid reproduce --list` names them all.')
+    raise UserError(f'There is no claim {name}.{did_you_mean(*near)} `mmhybrid reproduce --list` '
+                    'names them all.')
 
 
 def _paper(name: str, entry: dict, path: Path) -> Paper:

@@ -1,7 +1,6 @@
 """A detector or a segmentor that takes pictures and returns plain results."""
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from PIL import Image, ImageOps
 
 from mmhybrid.errors import UserError
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 from ..datasets.loading.pipeline_guard import guard_image_files
 from ..engine.building import building
@@ -85,10 +85,11 @@ class Wanted:
             raise UserError(f'classes is the text {self.classes!r}; expected a list of names.')
         for name in self.classes or ():
             if name not in predictor.names:
-                near = difflib.get_close_matches(name, predictor.names, 3) or predictor.names[:10]
-                more = ', ...' if not len(near) < 10 < len(predictor.names) else ''
-                raise UserError(f'The model knows no class {name!r}. Did you mean '
-                                f'{", ".join(near)}{more}?')
+                near = nearest_few(name, predictor.names)
+                more = ', ...' if len(predictor.names) > 10 else ''
+                known = f' It knows {", ".join(predictor.names[:10])}{more}.'
+                raise UserError(f'The model knows no class {name!r}.'
+                                + (did_you_mean(*near) or known))
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """Backbones by short name: what a config says of them, and the maps that they give."""
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from importlib import import_module
 
 from mmhybrid.errors import UserError
+from mmhybrid.spelling import did_you_mean, nearest_few
 from mmhybrid.weights import RELEASED
 
 from ..models.backbones.timm_features import TimmFeatures
@@ -84,10 +84,9 @@ def find_backbone(name: str) -> Backbone:
     table = _table()
     found = table.get(name.lower().replace('_', '-'))
     if found is None:
-        near = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.3) or [*table][:3]
-        raise UserError(f'--model {name} is no backbone of this package. Did you mean '
-                        f'{" or ".join(near)}? There are {", ".join(table)}, and '
-                        f'{TIMM}NAME for networks of timm.')
+        near = nearest_few(name.lower(), table, cutoff=0.3)
+        raise UserError(f'--model {name} is not a backbone of this package.{did_you_mean(*near)} '
+                        f'There are {", ".join(table)}, and {TIMM}NAME for networks of timm.')
     return found
 
 

@@ -2,12 +2,13 @@
 """
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
+
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 from .addresses import shown
 from .download import download
@@ -97,10 +98,10 @@ def fetch(source: str | os.PathLike) -> Path:
     if row is not None:
         return fetch(row.address)
     if os.sep not in text and '.' not in text:
-        near = difflib.get_close_matches(text.lower(), RELEASED, n=3, cutoff=0.6)
+        near = nearest_few(text.lower(), RELEASED)
         if near:
-            raise FileNotFoundError(f'there is no file {text}, and no published weights of this '
-                                    f'name; did you mean {" or ".join(near)}?')
+            raise FileNotFoundError(f'there is no file {text}, and no published weights have this '
+                                    f'name.{did_you_mean(*near)}')
     raise FileNotFoundError(f'there is no checkpoint file {os.path.abspath(path)}; check the path '
                             'or download the file first')
 

@@ -136,7 +136,7 @@ def test_other_addresses(tmp_path, monkeypatch):
         CheckpointLoader.load_checkpoint('pavi://x')
     with pytest.raises(WeightsError, match='not in the list of OpenMMLab'):
         CheckpointLoader.load_checkpoint('open-mmlab://no-such-model')
-    with pytest.raises(FileNotFoundError, match='did you mean mambavision-t-1k'):
+    with pytest.raises(FileNotFoundError, match="Did you mean 'mambavision-t-1k'"):
         CheckpointLoader.load_checkpoint('mambavision-t1k')
     monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
     (tmp_path / 'open_mmlab.json').write_text('{"mine": "mine.pth"}')

@@ -146,8 +146,8 @@ def test_faults_are_named(tmp_path, change, words):
 
 
 @pytest.mark.parametrize(('name', 'words'), [
-    ('vim/figure1', 'Did you mean vim/figure-1'),
-    ('vim', 'Did you mean vim/'), ('nonsense', '--list` names them all')])
+    ('vim/figure1', "Did you mean 'vim/figure-1"),
+    ('vim', "Did you mean 'vim/"), ('nonsense', '--list` names them all')])
 def test_an_unknown_claim_names_its_neighbours(name, words):
     with pytest.raises(UserError, match=re.escape(words)):
         find_claim(PAPERS, name)

@@ -171,7 +171,7 @@ def test_score_and_classes_choose(detector, segmentor):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (dict(classes=['thing 7x']), "no class 'thing 7x'. Did you mean thing 7"),
+    (dict(classes=['thing 7x']), "no class 'thing 7x'. Did you mean 'thing 7"),
     (dict(classes='thing 7'), 'expected a list of names'),
     (dict(score=1.5), 'threshold is 1.5'), (dict(score=float('nan')), 'threshold is nan'),
     (dict(tile=8), 'Tiles of 8 pixels'), (dict(tile=64, overlap=1), 'overlap of tiles is 1'),

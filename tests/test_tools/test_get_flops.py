@@ -272,7 +272,7 @@ def test_standard_output_is_the_table_alone():
 
 
 @pytest.mark.parametrize(('arguments', 'parts'), [
-    (['VMambaClasifier:tiny'], ['neither a config file', 'Did you mean VMambaClassifier']),
+    (['VMambaClasifier:tiny'], ['neither a config file', "Did you mean 'VMambaClassifier'"]),
     (['VMambaClassifier:huge'], ['VMambaClassifier:huge cannot be built', "arch='huge'"]),
     (['configs/nowhere.py'], ['There is no config configs/nowhere.py']),
     (['VMambaClassifier:tiny', '--shape', '1', '2', '3'], ['--shape got 1 2 3', '800 1280']),

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os.path as osp
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mmhybrid.engine.config import load_config
 from mmhybrid.errors import UserError
 from mmhybrid.registry import MODELS
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 __all__ = ['ModelSource', 'build_model', 'checked_shape', 'find_model', 'takes_samples']
 
@@ -70,9 +70,9 @@ def _named_model(spec: str, options: dict | None, backbone_only: bool) -> ModelS
     name, _, arch = spec.partition(':')
     known = [key for key, value in MODELS.module_dict.items() if _is_ours(value)]
     if name.removeprefix('mmhybrid.') not in known:
-        near = difflib.get_close_matches(name, known, n=1) or sorted(known)
-        raise UserError(f'{spec} is neither a config file (*.py) nor one of our models. Did you '
-                        f'mean {" or ".join(near)}?')
+        near = nearest_few(name, known, 1) or sorted(known)
+        raise UserError(f'{spec} is neither a config file (*.py) nor one of our models.'
+                        + did_you_mean(*near))
     config = Config(dict(model=dict(type=f"mmhybrid.{name.removeprefix('mmhybrid.')}")))
     if arch:
         config.model.arch = arch

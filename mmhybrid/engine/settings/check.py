@@ -18,9 +18,9 @@ from typing import NamedTuple
 from mmengine.config import Config
 
 from mmhybrid.errors import UserError
+from mmhybrid.spelling import did_you_mean, is_slip, nearest
 
 from .signatures import ANYTHING, Keywords, keywords
-from .spelling import is_slip, nearest
 from .tables import (
     DEFAULT_TYPES,
     EXTRA,
@@ -52,9 +52,8 @@ class Unknown(NamedTuple):
     def __str__(self) -> str:
         text = f'{self.path}={reprlib.repr(self.value)}'
         if self.kind:
-            return f'{text}: no {self.kind} of this name is registered. Did you mean {self.near!r}?'
-        hint = f' Did you mean {self.near!r}?' if self.near else ''
-        return f'{text}: nothing reads this.{hint}'
+            return f'{text}: no {self.kind} of this name is registered.{did_you_mean(self.near)}'
+        return f'{text}: nothing reads this.' + (did_you_mean(self.near) if self.near else '')
 
 
 def check_settings(cfg: Config, path: str, before: Iterable[str], options: Iterable[str]

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from mmengine.config import Config
 
 from mmhybrid.errors import UserError
-
-from .spelling import is_slip, nearest
+from mmhybrid.spelling import did_you_mean, is_slip, nearest
 
 __all__ = ['check_custom_keys']
 
@@ -39,8 +38,8 @@ def check_custom_keys(cfg: Config, path: str, parameters: Iterable[str]) -> list
     slips = {key: near for key in idle if f'{place}.{key}' not in meant
              and (near := _meant(key, names))}
     if slips:
-        listed = '\n'.join(f'  {place}.{key}: no parameter has this in its name. '
-                           f'Did you mean {near!r}?' for key, near in slips.items())
+        listed = '\n'.join(f'  {place}.{key}: no parameter has this in its name.'
+                           + did_you_mean(near) for key, near in slips.items())
         paths = ', '.join(repr(f'{place}.{key}') for key in slips)
         raise UserError(f'{path} has rules without effect:\n{listed}\nCorrect or remove '
                         f'them, or keep them with extra_settings=[{paths}].')

@@ -80,7 +80,6 @@ PLACES = {
     '^.compile_backbone': _arguments(CompileHook),
     '^.fsdp': 'checkpoints',
     '^.cuda_graphs': _arguments(CudaGraphsHook),
-    '^.published_checkpoint': 'name url licence ...',
     '^.default_hooks': 'timer logger param_scheduler checkpoint sampler_seed runtime_info '
                        'visualization finite_loss ...',
     '^.train_dataloader': _LOADER,

@@ -7,9 +7,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmhybrid.layers import casts_weights, recomputed
+from mmhybrid.spelling import suggestion
 from mmhybrid.weights.adapters import fit_adapters
 
-from ..arguments import check_names, suggestion
+from ..arguments import check_names
 from ..initialization import initialize_from_checkpoint
 from ..lora import Lora, adapt
 

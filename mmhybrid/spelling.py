@@ -1,11 +1,11 @@
-"""How near two names are."""
+"""Names that were probably meant, and how to say so."""
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ['is_slip', 'nearest']
+__all__ = ['did_you_mean', 'is_slip', 'nearest', 'nearest_few', 'suggestion']
 
 
 def edits(left: str, right: str) -> int:
@@ -48,6 +48,28 @@ def nearest(name: str, valid: Iterable[str]) -> str | None:
     slips = [each for each in valid if is_slip(name, each)]
     if slips:
         return min(slips, key=lambda each: edits(name, each))
-    near = difflib.get_close_matches(name, valid, n=1) or [
+    near = nearest_few(name, valid, 1) or [
         each for each in valid if len(each) > 2 and name.startswith(each)]
     return near[0] if near else None
+
+
+def nearest_few(name: str, valid: Iterable[str], count: int = 3, cutoff: float = 0.6) -> list[str]:
+    """Up to ``count`` valid names that have most in common with ``name``, the nearest first."""
+    return difflib.get_close_matches(name, list(map(str, valid)), n=count, cutoff=cutoff)
+
+
+def did_you_mean(*names: str) -> str:
+    """Ask for these names in a sentence that follows another; '' if there are none."""
+    return f' Did you mean {" or ".join(map(repr, names))}?' if names else ''
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Say which valid name is nearest to ``name`` and list all of them.
+
+    Returns:
+        For example ``"did you mean 'with_cp'? Valid: arch, with_cp"``.
+    """
+    valid = list(valid)
+    nearest = nearest_few(str(name).lower(), valid, 1, 0.4)
+    question = f'did you mean {nearest[0]!r}? ' if nearest else ''
+    return f'{question}Valid: {", ".join(valid)}'
