@@ -36,23 +36,8 @@ box_heads = [
 ]
 
 rcnn_stages = [
-    dict(
-        assigner=dict(
-            type='MaxIoUAssigner',
-            pos_iou_thr=iou,
-            neg_iou_thr=iou,
-            min_pos_iou=iou,
-            match_low_quality=False,
-            ignore_iof_thr=-1),
-        sampler=dict(
-            type='RandomSampler',
-            num=16,
-            pos_fraction=0.5,
-            neg_pos_ub=-1,
-            add_gt_as_proposals=True),
-        mask_size=28,
-        pos_weight=-1,
-        debug=False) for iou in (0.5, 0.6, 0.7)
+    dict(stage, sampler=dict(stage['sampler'], num=16, pos_fraction=0.5))
+    for stage in _base_.model.train_cfg.rcnn
 ]
 
 model = dict(
@@ -92,27 +77,19 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
+# Those of coco_instance.py, at another scale.
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(side, side), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    _base_.test_pipeline[0],
+    dict(_base_.test_pipeline[1], scale=(side, side)),
+    *_base_.test_pipeline[2:],
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    _base_.tta_pipeline[0],
     dict(
         type='TestTimeAug',
         transforms=[
-            [dict(type='Resize', scale=(side, side), keep_ratio=True)],
-            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
-            [
-                dict(
-                    type='PackDetInputs',
-                    meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor',
-                               'flip', 'flip_direction'))
-            ],
+            [dict(_base_.test_pipeline[1], scale=(side, side))],
+            *_base_.tta_pipeline[1]['transforms'][1:],
         ]),
 ]
 

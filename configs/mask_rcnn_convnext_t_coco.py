@@ -5,16 +5,14 @@ _base_ = [
     './_base_/datasets/coco_instance.py',
     './_base_/schedules/coco_1x.py',
     './_base_/runtime_det.py',
+    './_base_/models/convnext_t_layers.py',
 ]
 
 model = dict(
     backbone=dict(type='mmhybrid.TimmFeatures', name='convnext_tiny', drop_path_rate=0.4),
     neck=dict(in_channels=[96, 192, 384, 768]))
-# mmdet's layers: two stages, thirds of the third stage, and what follows it.
-layers = dict(
-    {f'stages_2.blocks.{block}': 3 + block // 3 for block in range(9)},
-    **{'stem_': 0, 'stages_0': 1, 'stages_1': 2, 'stages_2': 3, 'stages_3': 6})
 optim_wrapper = dict(
     paramwise_cfg=dict(no_decay='1d', custom_keys={
-        f'backbone.net.{name}': dict(lr_mult=0.95 ** (7 - layer)) for name, layer in layers.items()
+        f'backbone.net.{name}': dict(lr_mult=0.95 ** (7 - layer))
+        for name, layer in _base_.layers.items()
     }))

@@ -11,8 +11,5 @@ published_checkpoint = 'mambavision-t-1k'
 
 model = dict(
     backbone=dict(
-        type='mmhybrid.MambaVision',
-        arch='tiny',
-        window_size=(8, 8, 112, 56),
-        drop_path_rate=0.2),
+        type='mmhybrid.MambaVision', arch='tiny', window_size=(8, 8, 112, 56), drop_path_rate=0.2),
     neck=dict(in_channels=[80, 160, 320, 640]))

@@ -37,21 +37,7 @@ model = dict(
         rpn=dict(allowed_border=-1),
         rpn_proposal=dict(max_per_img=1000),
         rcnn=[
-            dict(
-                assigner=dict(
-                    type='MaxIoUAssigner',
-                    pos_iou_thr=iou,
-                    neg_iou_thr=iou,
-                    min_pos_iou=iou,
-                    match_low_quality=False,
-                    ignore_iof_thr=-1),
-                sampler=dict(
-                    type='RandomSampler',
-                    num=512,
-                    pos_fraction=0.25,
-                    neg_pos_ub=-1,
-                    add_gt_as_proposals=True) if iou == 0.5 else dict(type='PseudoSampler'),
-                mask_size=28,
-                pos_weight=-1,
-                debug=False) for iou in (0.5, 0.6, 0.7)
+            _base_.model.train_cfg.rcnn[0],
+            *(dict(stage, sampler=dict(type='PseudoSampler'))
+              for stage in _base_.model.train_cfg.rcnn[1:]),
         ]))
