@@ -8,6 +8,7 @@ from interpreter import DEVICE, begin_cases, generator
 from torch import nn
 
 from mmhybrid.layers import MambaVisionMixer, recomputed
+from mmhybrid.ops import mambavision_mixer
 from mmhybrid.ops.mambavision_mixer import fused, passes
 from mmhybrid.ops.mambavision_mixer.reference import prescan_reference
 from mmhybrid.ops.selective_scan import passes as scan_passes
@@ -86,6 +87,26 @@ def test_every_gradient(length, dim, lean, options):
     mixer = make_mixer(dim, fused=True, lean=lean, **options)
     got = compare(mixer, x, 2e-6, **options)
     assert got['y'].dtype == torch.float32
+
+
+@pytest.mark.parametrize(('causal', 'branch'), [
+    (True, 'concat'), (False, 'gate'), (True, 'linear-gate'), (False, 'none')])
+def test_other_forms_are_layers_around_the_kernels_of_the_scan(causal, branch):
+    options = dict(state_dim=2, causal=causal, branch=branch)
+    mixer, x, dy = make_mixer(12, backend='triton', **options), *torch.randn(2, 2, 7, 12)
+    assert mixer.path(x) == 'plain'
+    run = scan_passes.Forward.run
+    with mock.patch.object(scan_passes.Forward, 'run', autospec=True, side_effect=run) as scans, \
+            mock.patch.object(mambavision_mixer, 'mix', side_effect=AssertionError):
+        got = results(mixer, x, dy)
+    assert scans.call_count == 1
+    twin = MambaVisionMixer(12, backend='torch', **options).double()
+    twin.load_state_dict(mixer.state_dict())
+    expected = results(twin, x.double(), dy.double())
+    assert set(got) == set(expected) and len(got) == 2 + 9 - (branch in ('linear-gate', 'none'))
+    for name, value in got.items():
+        error = relative_rms(value, expected[name])
+        assert error <= 2e-6 * (1 if name == 'y' else 4), f'{name}: {error:.1e}'
 
 
 def test_every_run_gives_the_same_bits():

@@ -124,6 +124,34 @@ def test_local_ss2d(v_restore):
     compare(mixer, torch.randn(1, 2, 3, 8))
 
 
+@pytest.mark.parametrize(('attention', 'fused'),
+                         [('channel', 1), ('channel-spatial', 0), ('none', 0)])
+def test_forms_of_attention_over_directions(attention, fused):
+    """The published one in one kernel, the others in layers behind the scan's."""
+    torch.manual_seed(0)
+    mixer = LocalSS2D(8, ('h', 'v_flip', 'w2'), attention=attention, state_dim=1)
+    with mock.patch.object(ss2d, 'attend_norm', wraps=ss2d.attend_norm) as one_kernel, \
+            mock.patch.object(ss2d, 'map_conv', wraps=ss2d.map_conv) as convolution, \
+            counted_scans() as kernels:
+        compare(mixer, torch.randn(1, 2, 3, 8))
+    assert one_kernel.call_count == fused
+    assert convolution.call_count == kernels.call_count == 1
+
+
+@pytest.mark.parametrize('attention', ['channel', 'channel-spatial'])
+def test_search_for_directions(attention):
+    """All (here three) under learned weights: layers behind one call of the scan's kernels."""
+    torch.manual_seed(0)
+    with mock.patch.object(ss2d, 'DIRECTIONS', ('h', 'v_flip', 'w2')):
+        mixer = LocalSS2D(8, None, attention=attention, state_dim=1)
+    with torch.no_grad():
+        mixer.multi_scan.weights.normal_()
+    with mock.patch.object(ss2d, 'attend_norm', side_effect=AssertionError), \
+            counted_scans() as kernels:
+        compare(mixer, torch.randn(1, 2, 3, 8))
+    assert kernels.call_count == 1
+
+
 @pytest.mark.parametrize('divide', [True, False])
 def test_vim(divide):
     torch.manual_seed(0)
