@@ -75,11 +75,11 @@ def test_targets_of_mixers_are_kept(tmp_path):
 
 def test_a_missed_target_is_said():
     good = host.Count(60, 0, 2, 8, {})
-    found = dict.fromkeys(('forward', 'backward', 'forward+backward'), good)
+    found = dict.fromkeys(('no grad', 'forward', 'backward', 'forward+backward'), good)
     assert host.verdict({'scan': found}) == (
         True, 'targets kept: scan: forward calls 60 (at most 60), forward+backward calls 60 '
         '(at most 170), backward allocations 2 (at most 2)')  # fmt: skip
-    for kind, worse in (('forward', good._replace(calls=61)),
+    for kind, worse in (('no grad', good._replace(calls=61)), ('forward', good._replace(calls=61)),
                         ('forward+backward', good._replace(calls=171)),
                         ('backward', good._replace(allocations=3))):  # fmt: skip
         kept, line = host.verdict({'scan': found | {kind: worse}, 'SS2D': found})

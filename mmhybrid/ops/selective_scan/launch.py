@@ -119,6 +119,9 @@ def _may_be_nowhere(tensors, pointers) -> bool:
     )
 
 
+_tuple = tuple.__new__
+
+
 class Prepared(NamedTuple):
     """A call from eager code, described.
 
@@ -155,7 +158,8 @@ def prepared(
         return None
     pointers, description = found
     key = (flags, torch.is_grad_enabled(), *description)
-    return Prepared(tensors, key, pointers, known.get(key))
+    # Past the function that names the fields: this, too, runs at every call.
+    return _tuple(Prepared, (tensors, key, pointers, known.get(key)))
 
 
 def fast_apply(function: type[torch.autograd.Function]) -> Callable:
