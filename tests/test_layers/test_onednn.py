@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmhybrid.layers import ConvBlock, ConvStem, Downsample, Mlp, onednn, token_linear
+from mmhybrid.layers import SS2D, ConvBlock, ConvStem, Downsample, Mlp, onednn, token_linear
 
 ACTIVATIONS = {None: lambda y: y, 'relu': F.relu, 'gelu': F.gelu,
                'gelu_tanh': lambda y: F.gelu(y, approximate='tanh')}
@@ -137,6 +137,21 @@ def test_hooks_see_what_the_layers_give(calls):
         handle.remove()
         block(image)
     assert calls == ['convolution'] * 2
+
+
+def test_a_gated_mixer_projects_into_dense_parts(calls):
+    mixer, x = SS2D(8, gate=True, conv_bias=True).eval(), torch.randn(2, 5, 6, 8)
+    wanted, seen = mixer(x).detach(), []
+    with torch.no_grad():
+        assert all(part.is_contiguous() for part in mixer.project(x))
+        calls.clear()
+        near(mixer(x), wanted)
+        assert calls == ['linear'] * 3  # what is scanned, the gate, the output
+        for name in ('in_proj', 'out_norm'):  # and what hooks were given stays what it was
+            getattr(mixer, name).register_forward_hook(
+                lambda module, args, y: seen.append((y, y.clone())))
+        near(mixer(x), wanted)
+    assert len(seen) == 2 and all(torch.equal(*pair) for pair in seen)
 
 
 def test_statistics_of_a_batch_are_still_taken(calls):

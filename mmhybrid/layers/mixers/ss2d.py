@@ -19,6 +19,7 @@ from mmhybrid.ops.map_conv import map_conv, map_conv_reference
 from mmhybrid.ops.merge_norm import Attention, attend_norm, merge_norm
 from mmhybrid.ops.selective_scan import choose_backend
 
+from .. import onednn
 from ..direction_merge import DirectionMixture, make_attention, merge_directions
 from ..linear import map_linear
 from ..norm import LayerNorm, LayerNorm2d
@@ -152,17 +153,23 @@ class SS2D(nn.Module):
         """
         if rates is None:
             (rates,) = decay_rates([self.A_logs])
-        x, gate = self.in_proj(x), None
-        if self.channel_first:
-            x = x.permute(0, 2, 3, 1)
-        if self.gate:
-            x, gate = x.chunk(2, dim=-1)
+        x, gate = self.project(x)
         name = choose_backend(self.backend, x.device, scan_dtype(x, self.A_logs),
                               self.A_logs.shape[1])
         convolution = map_conv if name == 'triton' else map_conv_reference
         x = convolution(x, self.conv2d.weight, self.conv2d.bias)
         y = self.scan(x, gate, rates, name)
         return self.out_proj(y.permute(0, 3, 1, 2) if self.channel_first else y)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map to what is scanned, (B, H, W, D), and the gate, if there is one."""
+        if self.gate and not self.channel_first and onednn.takes(x, self.in_proj):
+            # two products, so that each result is dense, as the convolution wants it
+            return tuple(onednn.linear(x, w, None) for w in self.in_proj.weight.chunk(2))
+        x = self.in_proj(x)
+        if self.channel_first:
+            x = x.permute(0, 2, 3, 1)
+        return x.chunk(2, dim=-1) if self.gate else (x, None)
 
     def scan(self, x: Tensor, gate: Tensor | None, rates: Tensor, backend: str) -> Tensor:
         """Map (B, H, W, D) to the sum of its scans, normalised and under the gate."""
@@ -183,7 +190,11 @@ class SS2D(nn.Module):
             y = self.out_norm(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).to(dtype)
         else:
             y = self.out_norm(y).to(dtype)
-        return y if gate is None else y * F.silu(gate)
+        if gate is None:
+            return y
+        if onednn.takes(gate):  # new memory for a large map costs more than the product
+            return F.silu(gate).mul_(y)
+        return y * F.silu(gate)
 
     def scan_directions(self, x: Tensor, rates: Tensor, merge: bool, backend: str
                         ) -> Tensor | list[Tensor]:
