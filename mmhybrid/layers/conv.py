@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import onednn
-from .drop_path import drop_path_or_identity
+from .drop_path import drop_path_or_identity, dropped
 
 __all__ = ['ConvBlock', 'ConvStem', 'Downsample']
 
@@ -66,14 +66,14 @@ class ConvBlock(nn.Module):
         self.drop_path = drop_path_or_identity(drop_path)
         _channels_last(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out."""
-        if not self.drop_path.training and _foldable(
+    def forward(self, x: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Shape (B, C, H, W) in and out; ``drop`` are factors (B,) drawn before."""
+        if drop is None and not self.drop_path.training and _foldable(
                 x, (self.conv1, self.norm1), (self.conv2, self.norm2)):
             y = onednn.convolution(x, self.conv1, self.norm1, 'gelu_tanh')
             return onednn.convolution(y, self.conv2, self.norm2, residual=x)
         y = F.gelu(self.norm1(self.conv1(x)), approximate='tanh')
-        return x + self.drop_path(self.norm2(self.conv2(y)))
+        return x + dropped(self.norm2(self.conv2(y)), self.drop_path if drop is None else drop)
 
 
 class Downsample(nn.Module):

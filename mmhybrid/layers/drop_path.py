@@ -45,12 +45,14 @@ def drop_path_or_identity(rate: float) -> nn.Module:
     return DropPath(rate) if rate else nn.Identity()
 
 
-def draw_together(paths: Sequence[nn.Module], x: Tensor) -> list[Tensor | None]:
+def draw_together(paths: Sequence[nn.Module], x: Tensor, sizes: Sequence[int] | None = None
+                  ) -> list[Tensor | None]:
     """Draw the factors of many modules of this file in a few calls for all of them.
 
     Args:
         paths: a :class:`DropPath` or ``nn.Identity`` each.
         x: a branch (B, ...).
+        sizes: B of each module's branch; None for that of x.
 
     Returns:
         For each module its factors (B,), float32, or None where it drops nothing.
@@ -59,7 +61,8 @@ def draw_together(paths: Sequence[nn.Module], x: Tensor) -> list[Tensor | None]:
     active = [i for i, path in enumerate(paths) if isinstance(path, DropPath) and path.training]
     if active:
         keeps = [1 - paths[i].rate for i in active]
-        drawn = x.new_empty((len(active), len(x)), dtype=torch.float32).uniform_().unbind()
+        own = [len(x) if sizes is None else sizes[i] for i in active]
+        drawn = x.new_empty(sum(own), dtype=torch.float32).uniform_().split(own)
         # the whole part of a number that is uniform in [keep, 1 + keep) is 1 with probability keep
         torch._foreach_add_(drawn, keeps)
         torch._foreach_floor_(drawn)

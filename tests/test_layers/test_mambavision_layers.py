@@ -177,6 +177,15 @@ def test_factors_drawn_together():
     assert draw_together([nn.Identity()], x) == [None] and draw_together([], x) == []
 
 
+def test_factors_of_branches_of_unequal_sizes():
+    torch.manual_seed(0)
+    paths, sizes = [DropPath(0.5), nn.Identity(), DropPath(0.1), DropPath(0.25)], [6000, 3, 1, 2000]
+    half, nothing, tenth, quarter = draw_together(paths, torch.ones(2, 3), sizes)
+    assert nothing is None and [len(half), len(tenth), len(quarter)] == [6000, 1, 2000]
+    assert half.unique().tolist() == [0., 2.] and len(quarter.unique()) == 2
+    assert abs(half.mean() - 1) < 0.05 and abs(quarter.mean() - 1) < 0.05
+
+
 def test_layer_norm_2d_is_contiguous_and_per_pixel():
     x = torch.randn(2, 8, 5, 3)
     out = LayerNorm2d(8)(x)
@@ -192,6 +201,16 @@ def test_attention_refuses_heads_that_do_not_divide():
 def test_mixer_refuses_odd_width():
     with pytest.raises(ValueError, match='even number'):
         MambaVisionMixer(15)
+
+
+def test_states_of_generators_are_left_alone_while_a_graph_is_recorded(monkeypatch):
+    block, x = ConvBlock(4), torch.randn(2, 4, 5, 5, requires_grad=True)
+    monkeypatch.setattr('mmhybrid.layers.recompute._recording', lambda x: True)
+    monkeypatch.setattr(torch, 'get_rng_state', lambda: pytest.fail('asked for'))
+    recomputed(block, x, draws=False).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(pytest.fail.Exception, match='asked for'):
+        recomputed(block, x)
 
 
 def test_recomputing_changes_nothing_but_memory():

@@ -359,6 +359,31 @@ def test_tight_windows_train():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.parametrize('windows', ['published', 'tight'])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_one_draw_decides_what_is_dropped(monkeypatch, windows, with_cp):
+    """Of images, and of the windows of a 6 x 9 map in stage 3 and a 3 x 5 map in stage 4."""
+    net = toy(windows=windows, window_size=(8, 8, 5, 3), drop_path_rate=0.5, with_cp=with_cp)
+    draws, real = [], torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, 'uniform_', lambda x: draws.append(len(x)) or real(x))
+    monkeypatch.setattr(torch.Tensor, 'bernoulli_', lambda x, p: pytest.fail('drawn apart'))
+    x = torch.randn(2, 3, 93, 137)
+    sum(y.sum() for y in net(x)).backward()
+    # two convolutional blocks, three blocks of two branches on four windows, two on two
+    assert draws == [2 * (2 + 3 * 2 * 4 + 2 * 2 * 2)]
+    net.eval()(x)
+    assert len(draws) == 1
+
+
+@pytest.mark.parametrize('windows', ['published', 'tight'])
+def test_a_stage_whose_branches_are_all_dropped_changes_nothing(monkeypatch, windows):
+    net = toy(windows=windows, window_size=(8, 8, 5, 3), drop_path_rate=0.5)
+    stage, x = net.levels[2], torch.randn(2, 32, 7, 11)
+    assert not torch.equal(stage(x), x)
+    monkeypatch.setattr(torch, '_foreach_floor_', torch._foreach_zero_)
+    assert torch.equal(stage(x), x)
+
+
 @pytest.mark.parametrize('side, window, expected', [
     (7, 14, [(1, 7)]), (14, 7, [(2, 7)]), (50, 14, [(2, 13), (2, 12)]), (5, 4, [(1, 3), (1, 2)]),
     (1, 1, [(1, 1)]), (9, 1, [(9, 1)]), (25, 56, [(1, 25)]),

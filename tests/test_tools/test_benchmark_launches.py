@@ -73,6 +73,18 @@ def step_of(module, size, dtype=torch.float16):
 LOSS = {'mean': 1, 'div': 1, 'ones_like': 1}
 
 
+def test_stochastic_depth_is_drawn_together():
+    """Four launches for all blocks, the others use the factors: 13 where 24 drew them apart."""
+    case = script.CASES['mambavision_t_tight_det']
+    dropping = case._replace(arguments=case.arguments | {'drop_path_rate': 0.2})
+    found = {}
+    for one in script.counted(dropping, shallow=True):
+        found[one.operator] = found.get(one.operator, 0) + one.launches
+    assert not any('bernoulli' in name for name in found) and found['aten::uniform_'] == 1
+    most = int(TABLE['mambavision_t_tight_det']['shallow_launches']) + 13
+    assert sum(found.values()) <= most, f'{sum(found.values())} launches, and {most} were enough'
+
+
 def test_a_linear_layer_under_autocast():
     found = step_of(nn.Linear(8, 4), (6, 8))
     # casts: x, weight, bias and the result for the loss; its gradient, and those of the weights

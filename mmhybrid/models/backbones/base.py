@@ -171,10 +171,11 @@ class StagedBackbone(DenseBackbone):
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool, *more) -> Tensor:
     """Apply blocks in order, recomputing them in the backward pass if ``with_cp``.
 
-    ``more`` are further arguments of every block.
+    ``more`` are further arguments of every block, numbers drawn at random among them.
     """
     for block in blocks:
-        x = recomputed(block, x, *more) if with_cp and x.requires_grad else block(x, *more)
+        again = with_cp and x.requires_grad
+        x = recomputed(block, x, *more, draws=False) if again else block(x, *more)
     return x
 
 

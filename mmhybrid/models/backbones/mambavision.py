@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, islice
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from mmhybrid.layers import (
     MambaVisionMixer,
     Mlp,
     add_norm,
+    draw_together,
     drop_path_or_identity,
     dropped,
     near_equal,
@@ -76,6 +78,7 @@ ARCHITECTURES = {
 _REQUIRED = ('dim', 'stem_width', 'depths', 'num_heads', 'window_size')
 _OPTIONAL = dict(mlp_ratio=4, layer_scale=None)
 _STAGES = 4
+_Drops = tuple[Tensor | None, Tensor | None]  # factors of a block's branches
 
 
 class HybridBlock(nn.Module):
@@ -104,8 +107,8 @@ class HybridBlock(nn.Module):
         self.drop_path = drop_path_or_identity(drop_path)
 
     def forward(self, x: Tensor, kept: Callable[[Tensor], Tensor] | None = None,
-                normed: Tensor | None = None, following: nn.Module | None = None
-                ) -> Tensor | tuple[Tensor, Tensor]:
+                normed: Tensor | None = None, following: nn.Module | None = None,
+                drops: Sequence[Tensor | None] = (None, None)) -> Tensor | tuple[Tensor, Tensor]:
         """Mix tokens, then channels; drop path acts per entry of the first axis.
 
         Args:
@@ -113,6 +116,7 @@ class HybridBlock(nn.Module):
             kept: see :class:`mmhybrid.layers.Attention`, which the mixer then must be.
             normed: ``norm1(x)``, where that is known.
             following: the norm that reads the result, to be computed together with it.
+            drops: factors (B,) of both branches, where they were drawn before.
 
         Returns:
             (B, L', C), the kept tokens; with ``following`` a pair of them and their norm.
@@ -123,11 +127,12 @@ class HybridBlock(nn.Module):
             y = self.mixer(normed)
         else:
             y, x = self.mixer(normed, kept), kept(x)
-        x, normed = add_norm(x, y, self.norm2, self.gamma_1, self.drop_path)
+        first, second = (self.drop_path if drop is None else drop for drop in drops)
+        x, normed = add_norm(x, y, self.norm2, self.gamma_1, first)
         y = self.mlp(normed)
         if following is not None:
-            return add_norm(x, y, following, self.gamma_2, self.drop_path)
-        return x + dropped(y if self.gamma_2 is None else self.gamma_2 * y, self.drop_path)
+            return add_norm(x, y, following, self.gamma_2, second)
+        return x + dropped(y if self.gamma_2 is None else self.gamma_2 * y, second)
 
 
 class ConvStage(nn.Module):
@@ -147,9 +152,22 @@ class ConvStage(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(dim, rate) for rate in drop_paths)
         self.downsample = Downsample(dim, 2 * dim) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
-        return run_blocks(self.blocks, x, self.with_cp)
+    def branches(self, batch: int, size: tuple[int, int]) -> list[tuple[nn.Module, int]]:
+        """Drop paths, and how many entries each one decides about, for maps of (H, W)."""
+        return [(block.drop_path, batch) for block in self.blocks]
+
+    def forward(self, x: Tensor, drops: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller.
+
+        Args:
+            x: the map.
+            drops: factors of the ``branches``; None to draw them here.
+        """
+        if drops is None:
+            (drops,) = _drawn([self], x)
+        for block, drop in zip(self.blocks, drops, strict=True):
+            x = run_blocks([block], x, self.with_cp, drop)
+        return x
 
 
 #: Where a stage has attention in place of a scan, as the paper's ablation names it.
@@ -219,36 +237,54 @@ class HybridStage(nn.Module):
             for j, rate in enumerate(drop_paths))
         self.downsample = Downsample(dim, 2 * dim) if downsample else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller."""
-        return self._tight(x) if self.tight else self._padded(x)
+    def branches(self, batch: int, size: tuple[int, int]) -> list[tuple[nn.Module, int]]:
+        """Drop paths, and how many entries each one decides about, for maps of (H, W)."""
+        down, across = (windows_along(side, self.window) for side in size)
+        return [(block.drop_path, batch * down * across) for block in self.blocks for _ in range(2)]
 
-    def _tight(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drops: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Shape (B, C, H, W) in and out; ``downsample`` is left to the caller.
+
+        Args:
+            x: the map.
+            drops: factors of the ``branches``; None to draw them here.
+        """
+        if drops is None:
+            (drops,) = _drawn([self], x)
+        pairs = list(zip(drops[::2], drops[1::2], strict=True))
+        return self._tight(x, pairs) if self.tight else self._padded(x, pairs)
+
+    def _tight(self, x: Tensor, drops: Sequence[_Drops]) -> Tensor:
         """Windows of nearly equal size, the equal ones together: windows exchange nothing."""
         rows, columns = (near_equal(side, self.window) for side in x.shape[-2:])
 
+        handed = _Handed(drops)
+
         def run(part: Tensor, window: tuple[int, int]) -> Tensor:
-            tokens = self._mix(self.blocks, window_partition(part, window))
+            tokens = window_partition(part, window)
+            tokens = self._mix(self.blocks, tokens, handed.next(len(tokens)))
             return window_unpartition(tokens, window, tuple(part.shape[-2:]))
 
         heights, widths = ([number * side for number, side in cut] for cut in (rows, columns))
         return _patchwork(_cut(x, heights, widths, 2), rows, columns, run)
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def _padded(self, x: Tensor, drops: Sequence[_Drops]) -> Tensor:
         """Windows of one size; of their padding only what reaches the map is computed."""
         w, (H, W) = self.window, x.shape[-2:]
         last = self.blocks[-1]
         tokens = window_partition(x, w)
         whole = H % w == W % w == 0
         if whole or len(self.blocks) == 1 or not isinstance(last.mixer, Attention):
-            return window_unpartition(self._mix(self.blocks, tokens), w, (H, W))
-        pair = self._mix(self.blocks[:-1], tokens, last.norm1)
+            return window_unpartition(self._mix(self.blocks, tokens, drops), w, (H, W))
+        pair = self._mix(self.blocks[:-1], tokens, drops[:-1], last.norm1)
+        handed = _Handed(drops[-1:])
 
         def run(part: tuple[Tensor, ...], real: tuple[int, int]) -> Tensor:
             kept = partial(_corner, window=w, real=real)
             _, down, across = part[0].shape[:3]
-            y = run_blocks([last], part[0].flatten(0, 2), self.with_cp, kept,
-                           *(t.flatten(0, 2) for t in part[1:]))
+            tokens, normed = (*(t.flatten(0, 2) for t in part), None)[:2]
+            (own,) = handed.next(len(tokens))
+            y = run_blocks([last], tokens, self.with_cp, kept, normed, None, own)
             return window_unpartition(y, real, (down * real[0], across * real[1]))
 
         rows, columns = ([(n, r) for n, r in ((side // w, w), (1, side % w)) if n and r]
@@ -259,13 +295,14 @@ class HybridStage(nn.Module):
         parts = [list(zip(*bands, strict=True)) for bands in zip(*grids, strict=True)]
         return _patchwork(parts, rows, columns, run)
 
-    def _mix(self, blocks: Sequence[HybridBlock], tokens: Tensor,
+    def _mix(self, blocks: Sequence[HybridBlock], tokens: Tensor, drops: Sequence[_Drops],
              following: nn.Module | None = None) -> Tensor | tuple[Tensor, Tensor | None]:
         """Apply blocks in order, each together with the norm that reads its result.
 
         Args:
             blocks: at least one.
             tokens: (B, L, C).
+            drops: of each block.
             following: the norm behind the last of them.
 
         Returns:
@@ -273,14 +310,44 @@ class HybridStage(nn.Module):
             the block behind it is to be computed again from its tokens alone.
         """
         if self.with_cp and tokens.requires_grad:
-            tokens = run_blocks(blocks, tokens, True)
+            for block, own in zip(blocks, drops, strict=True):
+                tokens = run_blocks([block], tokens, True, None, None, None, own)
             return tokens if following is None else (tokens, None)
-        normed = None
-        for block, norm in zip(blocks, [*(b.norm1 for b in blocks[1:]), following], strict=True):
-            tokens = block(tokens, None, normed, norm)
+        normed, norms = None, [*(b.norm1 for b in blocks[1:]), following]
+        for block, own, norm in zip(blocks, drops, norms, strict=True):
+            tokens = block(tokens, None, normed, norm, own)
             if norm is not None:
                 tokens, normed = tokens
         return tokens if following is None else (tokens, normed)
+
+
+class _Handed:
+    """Hands the factors of a stage's windows out to its parts, one after the other."""
+
+    def __init__(self, drops: Sequence[_Drops]):
+        self._drops, self._start = drops, 0
+
+    def next(self, count: int) -> list[_Drops]:
+        """Those of the next ``count`` windows."""
+        start, self._start = self._start, self._start + count
+        return [tuple(None if drop is None else drop[start:self._start] for drop in pair)
+                for pair in self._drops]
+
+
+def _drawn(stages: Sequence[ConvStage | HybridStage], x: Tensor) -> list[list[Tensor | None]]:
+    """Factors of the drop paths of stages that follow each other, from one draw for all of them.
+
+    Args:
+        stages: the first one reads x, and each further one a map of half the sides, rounded up.
+        x: (B, C, H, W).
+    """
+    (batch, _, *size), branches = x.shape, []
+    for stage in stages:
+        branches.append(stage.branches(batch, tuple(size)))
+        size = [-(-side // 2) for side in size]
+    paths, sizes = zip(*chain.from_iterable(branches), strict=True)
+    drawn = iter(draw_together(paths, x, sizes))
+    return [list(islice(drawn, len(own))) for own in branches]
 
 
 def _cut(x: Tensor, heights: list[int], widths: list[int], axis: int) -> list[list[Tensor]]:
@@ -450,15 +517,14 @@ class MambaVision(StagedBackbone):
             Contiguous maps (B, C_i, H_i, W_i); each stride halves the sides, rounding up.
         """
         x = self.patch_embed(x)
-        maps = []
-        for i, stage in enumerate(self.levels):
-            x = stage(x)
+        stages, maps = self.levels[:self.out_indices[-1] + 1], []
+        for i, (stage, drops) in enumerate(zip(stages, _drawn(stages, x), strict=True)):
+            x = stage(x, drops)
             if i in self.out_indices:
                 # the norm is not on the way to the next stage
                 maps.append(getattr(self, f'outnorm{i}')(x).contiguous())
-            if i == self.out_indices[-1]:
-                break
-            x = stage.downsample(x)
+            if i < len(stages) - 1:
+                x = stage.downsample(x)
         return tuple(maps)
 
     def train(self, mode: bool = True) -> MambaVision:

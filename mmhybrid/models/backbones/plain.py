@@ -238,7 +238,7 @@ class PlainBackbone(DenseBackbone):
             if stream is None or rotation is not None or saving:
                 stream = self.entering(stream, hidden, rotation, drop)
                 if saving and stream.requires_grad:
-                    hidden = recomputed(block, stream, grid, ready)
+                    hidden = recomputed(block, stream, grid, ready, draws=False)
                 else:
                     hidden = block(stream, grid, ready)
             else:

@@ -267,7 +267,8 @@ class VSSStage(nn.Module):
         pending = ()
         for block, own in zip(self.blocks, ready or prepare(self.blocks, x), strict=True):
             again = self.with_cp and x.requires_grad
-            x, branch = recomputed(block, x, own, *pending) if again else block(x, own, *pending)
+            inputs = x, own, *pending
+            x, branch = recomputed(block, *inputs, draws=False) if again else block(*inputs)
             pending = branch, own.last_drop
         return x + dropped(*pending)
 

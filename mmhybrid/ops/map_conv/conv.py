@@ -67,8 +67,8 @@ def map_conv_reference(u: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     """The same in PyTorch, on any device; under autocast in its precision."""
     x = F.conv2d(u.permute(0, 3, 1, 2), weight, bias, padding=1, groups=u.shape[-1])
     # New memory for a large map costs a CPU more than the activation does.
-    spent = x.device.type == 'cpu' and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return F.silu(x, inplace=spent).permute(0, 2, 3, 1)
+    kept = x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return F.silu(x, inplace=not kept).permute(0, 2, 3, 1)
 
 
 def _evenly_spaced(u: Tensor) -> bool:
