@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from mmhybrid.ops.precision import autocast_off
+from mmhybrid.spelling import suggestion
 from mmhybrid.weights.adapters import DOWN, SCALE, UP
 
-from .arguments import check_names, suggestion
+from .arguments import check_names
 
 __all__ = ['TARGETS', 'Lora', 'adapt']
 
