@@ -50,8 +50,9 @@ def default_backbone(prepared: Prepared, gpu: bool) -> tuple[str, str]:
     return 'mambavision-t', 'the smallest of MambaVision with published weights'
 
 
-def make_plan(prepared: Prepared, backbone: Backbone, weights: str | None, gpu: bool) -> Plan:
-    """Choose size, batch, length and step."""
+def make_plan(prepared: Prepared, backbone: Backbone, weights: str | None, gpu: bool,
+              batch: int | None = None) -> Plan:
+    """Choose size, batch, length and step; ``batch`` if something else has chosen that."""
     sizes = np.array([one.size for found in prepared.splits.values() for one in found])
     long, short = np.percentile(sizes.max(1), 95), np.percentile(sizes.min(1), 95)
     count, why = len(prepared.splits['train']), []
@@ -59,7 +60,7 @@ def make_plan(prepared: Prepared, backbone: Backbone, weights: str | None, gpu: 
     scale = _segmentor_scale(long, short) if semantic else _detector_scale(
         prepared, long, short, why)
     small = backbone.name == MINI
-    batch = min(8 if small else 4 if gpu or semantic else 2, max(1, count))
+    batch = batch or min(8 if small else 4 if gpu or semantic else 2, max(1, count))
     batch = max(batch, 2) if semantic else batch
     steps = count / batch
     if semantic:

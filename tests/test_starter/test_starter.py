@@ -296,3 +296,35 @@ def test_few_pictures_with_weights_keep_batchnorm(tmp_path, monkeypatch):
     monkeypatch.setattr('mmhybrid.cli.actions.init._size_of', lambda address: '123 MB')
     text = init(exports.yolo(tmp_path), '--weights', 'mambavision-t-1k').read_text()
     assert 'norm_eval=True' in text and 'mask_head=None' in text and 'scale=(160, 160)' in text
+
+
+def test_with_a_gpu_the_batch_is_one_that_is_predicted_to_fit(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def predicted(source, step, limit, most):
+        asked.append((step.size, step.dtype, most, 20 * 2**30 < limit < 24 * 2**30))
+        return 3
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr('mmhybrid.cli.actions.init.has_accelerator', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda _: argparse.Namespace(total_memory=24 * 2**30))
+    monkeypatch.setattr('mmhybrid.cli.actions.init.predicted_batch', predicted)
+    text = init(exports.yolo(tmp_path), '--model', 'mambavision-t').read_text()
+    assert 'batch_size=3,' in text and 'base_batch_size=3' in text
+    assert asked == [((160, 160), torch.float32, 4, True)]
+    assert 'config: a batch of 3 is predicted to fit 24 GiB' in capsys.readouterr().err
+
+
+def test_without_a_prediction_the_batch_is_what_it_was(tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise UserError('x cannot run without data')
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties',
+                        lambda _: argparse.Namespace(total_memory=24 * 2**30))
+    monkeypatch.setattr('mmhybrid.cli.actions.init.predicted_batch', fails)
+    text = init(exports.yolo(tmp_path), '--model', 'mambavision-t').read_text()
+    assert 'batch_size=4,' in text
+    assert 'the batch is a guess, because its memory could not be predicted: x cannot' in \
+        capsys.readouterr().err

@@ -93,7 +93,9 @@ def _dtype(cfg: ConfigDict, asked: str | None) -> torch.dtype:
     if asked:
         return getattr(torch, asked)
     wrapper = cfg.get('optim_wrapper', {})
-    if 'Amp' not in str(wrapper.get('type')):
+    kind = str(wrapper.get('type'))
+    off = kind.startswith('mmhybrid.') and wrapper.get('dtype', 'float16') is None  # ours: float32
+    if 'Amp' not in kind or off:
         return torch.float32
     return getattr(torch, wrapper.get('dtype') or 'float16')
 

@@ -9,13 +9,17 @@ import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from mmhybrid.analysis.models.memory import GIB, step_of, usable
+from mmhybrid.analysis.models.source import find_model
 from mmhybrid.datasets.exports import ExportError, Questions, read_export
 from mmhybrid.datasets.exports.common import MARKER
 from mmhybrid.datasets.exports.preparing import Prepared, prepare, write
@@ -25,7 +29,7 @@ from mmhybrid.errors import UserError
 from mmhybrid.starter.config_text import config_text, counted
 from mmhybrid.starter.heads import Head, default_head, find_head
 from mmhybrid.starter.models import Backbone, backbone_names, find_backbone, named_weights
-from mmhybrid.starter.plan import default_backbone, make_plan
+from mmhybrid.starter.plan import Plan, default_backbone, make_plan
 from mmhybrid.visualization.data_report import report_html
 from mmhybrid.weights import (
     RELEASED,
@@ -38,10 +42,13 @@ from mmhybrid.weights import (
 )
 from mmhybrid.weights.released import find_released
 
+from .train_options.largest_batch import predicted_batch
+
 __all__ = ['main']
 
 FOLDER = 'mmhybrid'  # in the data folder
 ABANDONED = 3600  # seconds after which an unfinished folder is taken for dead
+MOST, STEPS = 16, 16  # images in a batch, and batches of an epoch, where memory leaves a choice
 _ANSWERS = ('format', 'annotations', 'crowd', 'classes', 'ignore', 'group')
 
 
@@ -70,15 +77,46 @@ def main(args: argparse.Namespace) -> None:
     if _is_there(out, recipe):
         say(f'{out} holds the same already, and nothing was changed.')
     else:
-        plan = make_plan(prepared, backbone, args.weights, has_accelerator())
+        annotations = f'{out.name}/' if out.parent == Path(data) else f'{out}/'
+
+        def text(plan: Plan) -> str:
+            return config_text(prepared, backbone, head, plan, name, f'{data}/', annotations,
+                               args.weights)
+
+        plan = _fitting(make_plan(prepared, backbone, args.weights, has_accelerator()), text,
+                        lambda batch: make_plan(prepared, backbone, args.weights, True, batch),
+                        len(prepared.splits['train']))
         facts += plan.why
-        config = config_text(prepared, backbone, head, plan, name, f'{data}/',
-                             f'{out.name}/' if out.parent == Path(data) else f'{out}/',
-                             args.weights)
+        config = text(plan)
         page = report_html(prepared, name, questions.told, facts, args.seed)
         _write(out, recipe, prepared, {f'{name}.py': config, 'report.html': page})
         _tell(prepared, questions, facts, args.weights, backbone)
     _next(out / f'{name}.py')
+
+
+def _fitting(plan: Plan, text: Callable[[Plan], str], again: Callable[[int], Plan], count: int
+             ) -> Plan:
+    """With a GPU, a plan whose batch is predicted to fit it; at least 16 steps an epoch."""
+    if not torch.cuda.is_available():
+        return plan
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, 'config.py')
+            path.write_text(text(plan), encoding='utf-8')
+            source = find_model(str(path))
+        found = predicted_batch(source, step_of(source), usable(memory),
+                                max(plan.batch, min(MOST, count // STEPS)))
+    except UserError as error:
+        plan.why.append(f'the batch is a guess, because its memory could not be predicted: {error}')
+        return plan
+    fits = f'is predicted to fit {memory:.0f} GiB (--batch auto of train tries it)'
+    if not found:
+        plan.why.append(f'not even one image {fits}: take a smaller model')
+    elif found != plan.batch:
+        plan = again(found)
+        plan.why.append(f'a batch of {plan.batch} {fits}')
+    return plan
 
 
 def _model(args: argparse.Namespace, prepared: Prepared) -> tuple[Backbone, Head, list[str]]:
@@ -274,7 +312,6 @@ def _next(config: Path) -> None:
                         else str(config))
     print(f'\nLook at {shlex.quote(str(config.with_name("report.html")))}, then\n'
           f'    mmhybrid train {shown}\n'
-          f'    mmhybrid predict PICTURES --weights work_dirs/{config.stem}')
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        print(f'(batches that fit this GPU: mmhybrid memory {shown} --gpu {memory:.0f})')
+          f'    mmhybrid predict PICTURES --weights work_dirs/{config.stem}\n'
+          'Options of train: --epochs N, --batch auto (the largest that fits), --image-size N, '
+          '--early-stop N, ...')
