@@ -95,6 +95,13 @@ def few_images_note(runner) -> str | None:
             'chooses frozen ones, GroupNorm or SyncBN.')
 
 
+def _same_rate(cfg) -> str:
+    """Those options scale the rate by a rule, which this run has not asked for."""
+    rate = (cfg.optim_wrapper.get('optimizer') or {}).get('lr')
+    scaled = (cfg.get('auto_scale_lr') or {}).get('enable')
+    return f' --lr {rate:g}' if isinstance(rate, float) and not scaled else ''
+
+
 def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
     """What to try when a GPU's memory does not suffice: only what is not in use already."""
     loader, wrapper = runner.train_loop.dataloader, runner.optim_wrapper
@@ -105,7 +112,7 @@ def out_of_memory_advice(error: torch.cuda.OutOfMemoryError, runner) -> str:
     if size > least:
         counts = 2 * getattr(wrapper, '_accumulative_counts', 1)
         ways.append('smaller batches, --batch '
-                    f'{max(least, size // 2)} --accumulate {counts}')
+                    f'{max(least, size // 2)} --accumulate {counts}{_same_rate(runner.cfg)}')
     if getattr(wrapper, 'cast_dtype', None) is None:
         ways.append('mixed precision, --amp')
     settings = runner.cfg.model.get('backbone') or {}

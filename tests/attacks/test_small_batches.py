@@ -117,14 +117,14 @@ ERROR = torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB
 def test_advice_does_not_lead_to_batches_that_cannot_be(built):
     text = out_of_memory_advice(ERROR, built(**POOLED, **loader(batch_size=2)))
     assert text.startswith('The GPU is out of memory. CUDA out of memory. Tried to allocate 2 GiB.')
-    assert 'batch_size' not in text and 'Batches of less than 2 are not possible' in text
-    assert '--amp' in text and 'crop_size' in text and 'More.' not in text
+    assert '--batch' not in text and 'Batches of less than 2 are not possible' in text
+    assert '--amp' in text and '--image-size' in text and 'More.' not in text
     text = out_of_memory_advice(ERROR, built(**POOLED, **loader(batch_size=3)))
-    assert '--batch 2 --accumulate 2' in text
+    assert '--batch 2 --accumulate 2 --lr 0.01' in text
     text = out_of_memory_advice(ERROR, built(**loader(batch_size=2), **{
         'optim_wrapper.accumulative_counts': 3}))
     assert '--batch 1 --accumulate 6' in text
-    assert 'batch_size' not in out_of_memory_advice(ERROR, built(**loader(batch_size=1)))
+    assert '--batch' not in out_of_memory_advice(ERROR, built(**loader(batch_size=1)))
 
 
 def test_advice_leaves_out_what_is_in_use(built):
