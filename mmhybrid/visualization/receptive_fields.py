@@ -1,6 +1,7 @@
 """A picture of effective receptive fields side by side."""
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,6 +12,7 @@ __all__ = ['draw_receptive_fields']
 _DPI = 110
 _SIDE = 2.6  # inches per panel
 _COLUMNS = 5
+_LETTERS = 36  # of a title over a panel
 _DARKEST = 1e-4  # of the largest value, and everything below
 
 
@@ -36,11 +38,11 @@ def draw_receptive_fields(fields: Mapping[str, np.ndarray], title: str = '') -> 
     for axis, (name, field) in zip(axes, fields.items(), strict=False):
         shown = axis.imshow(np.log10(np.maximum(field, _DARKEST)), cmap='inferno', vmax=0,
                             vmin=np.log10(_DARKEST))
-        axis.set_title(name, fontsize=9)
+        axis.set_title(textwrap.fill(name, _LETTERS), fontsize=9)
     for axis in axes:
         axis.set_axis_off()
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(textwrap.fill(title, columns * _LETTERS), fontsize=9)
     figure.colorbar(shown, ax=list(axes), shrink=0.8, label='log10 of the gradient, 0 the largest')
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -56,7 +56,7 @@ def draw_fields(args: argparse.Namespace) -> None:
               flush=True)
     path = Path(args.out_dir or 'work_dirs/receptive_field') / 'receptive_fields.png'
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = 'noise' if args.images is None else ' '.join(args.images)
+    kind = 'noise' if args.images is None else ' '.join(Path(each).name for each in args.images)
     draw_receptive_fields(fields, f'{len(images)} images of {args.size} x {args.size}: {kind}'
                           ).save(path)
     print(f'The picture is {path}')

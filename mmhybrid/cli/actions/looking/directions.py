@@ -34,8 +34,8 @@ def draw_responses(args: argparse.Namespace) -> None:
         rows = [_row(name, response(mixers[name], *seen[name], _token(place, given)), given, place)
                 for name in (mixers if args.layer else _some(seen))]
         target = folder.new(Path(path).stem)
-        sheet(rows, f'{Path(path).name}: what the ringed place takes from where, by direction; '
-              'in brackets from itself').save(target)
+        sheet(rows, f'{Path(path).name}: what the ringed place takes from other places, by '
+              'direction').save(target)
         print(f'[{number}/{len(paths)}] {target}', flush=True)
     print(f'What the directions bring, in {len(paths)} pictures, is in {folder.path}/')
 
@@ -119,14 +119,15 @@ def _token(place: tuple[int, int], given: Input) -> tuple[float, float]:
 def _row(name: str, found: Response, given: Input, place: tuple[int, int]
          ) -> list[tuple[str, Image.Image]]:
     image, maps = given.picture.rgb(), found.added.clone()
-    shares = (maps.sum(dim=(1, 2)) + found.rest) / (maps.sum() + found.rest.sum())
-    own = maps[(slice(None), *found.at)] / (maps.sum() + found.rest.sum())
+    own = maps[(slice(None), *found.at)].sum()
     maps[(slice(None), *found.at)] = 0  # it outshines all others
+    others = maps.sum(dim=(1, 2)) + found.rest
+    first = f'{name} ({own / (own + others.sum()):.1%} from itself)  ' if own else f'{name}  '
     panels = []
     for k, direction in enumerate(found.directions):
         picture = draw_heat(image, given.over_picture(maps[k]), float(maps.max()))
         scale = picture.width / image.shape[1]
         mark(picture, *(scale * (side + 0.5) for side in place))
-        panels.append((f'{"" if k else name + "  "}{direction}: {shares[k]:.0%} ({own[k]:.0%})',
-                       picture))
+        share = others[k] / (others.sum() or 1)
+        panels.append((f'{"" if k else first}{direction}: {share:.0%}', picture))
     return panels
