@@ -3,6 +3,7 @@
 #   bash tools/dist_train.sh CONFIG PROCESSES [options of tools/train.py]
 # On several machines start it on each, with the same MASTER_ADDR and PORT:
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 PORT=29500 bash tools/dist_train.sh CONFIG 8
+# MAX_RESTARTS=3 in front lets all processes start again from the newest checkpoint when one is lost.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: bash tools/dist_train.sh CONFIG PROCESSES [options of tools/train.py]" >&2

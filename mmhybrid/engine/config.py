@@ -234,7 +234,14 @@ def apply_auto_scale_lr(cfg: Config) -> None:
 
 
 def apply_resume(cfg: Config, resume: str | None) -> list[str]:
-    """``resume``: None, "auto" (the latest checkpoint in work_dir) or a path."""
+    """``resume``: None, "auto" (the latest checkpoint in work_dir) or a path; returns notes.
+
+    Processes that a launcher starts again go on from what they have written since it started.
+    """
+    written = _since_the_start(cfg.work_dir)
+    if written is not None:
+        cfg.resume, cfg.load_from = True, written
+        return [f'Start {int(os.environ[RESTARTS]) + 1} of this job: it goes on from {written}']
     if resume is None and not cfg.get('resume'):
         return []
     if resume in (None, 'auto'):
@@ -248,6 +255,18 @@ def apply_resume(cfg: Config, resume: str | None) -> list[str]:
         return notes
     cfg.resume, cfg.load_from = True, resume
     return []
+
+
+RESTARTS, JOB_START = 'TORCHELASTIC_RESTART_COUNT', 'MMHYBRID_JOB_START'
+
+
+def _since_the_start(work_dir: str) -> str | None:
+    """The newest checkpoint, if torchrun has restarted this job and it is of this job."""
+    start = os.environ.get(JOB_START)
+    if os.environ.get(RESTARTS, '0') == '0' or start is None:
+        return None
+    path, _ = newest_whole(work_dir)
+    return path if path is not None and osp.getmtime(path) >= float(start) else None
 
 
 FLIP_TTA = dict(

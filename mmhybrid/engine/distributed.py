@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 
 import torch
@@ -18,8 +19,12 @@ import torch.distributed as dist
 from ..errors import UserError
 from .amp import has_accelerator
 
-__all__ = ['launched_rank', 'leave_process_group', 'prepare_launch', 'replace_sync_bn']
+__all__ = ['end_if_alone', 'launched_rank', 'leave_process_group', 'prepare_launch', 'replace_sync_bn']
 
+ALONE = 75  # exit code, see end_if_alone
+# Parts of errors of connections, gloo's and NCCL's.
+BROKEN = ('gloo/transport', 'Connection closed by peer', 'Connection reset by peer',
+          'remote process exited', 'NCCL error', 'NCCL communicator')
 SYNC_BN = ('SyncBN', 'MMSyncBN', 'SyncBatchNorm', 'NaiveSyncBatchNorm')
 
 
@@ -72,6 +77,25 @@ def launched_rank() -> int:
     """Number of this process among those that a launcher started, before they are connected."""
     number = os.environ.get('RANK', os.environ.get('SLURM_PROCID', '0'))
     return int(number) if number.isdecimal() else 0  # else prepare_launch says so
+
+
+def end_if_alone(error: BaseException) -> None:
+    """End this process quietly if an error says that the connection to another one broke.
+
+    That one, and its launcher, say why; here it would be a traceback of each of many processes.
+    tools/dist_launch.py knows the exit code and names the process that was lost.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if not isinstance(error, RuntimeError) or not any(mark in str(error) for mark in BROKEN):
+        return
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        print(f'\nERROR (process {dist.get_rank()}): the connection to another process broke, '
+              'because that one ended or cannot be reached; what it said is in its own output.\n',
+              file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ALONE)  # gloo's threads still wait for the other one, and would for long
 
 
 def leave_process_group() -> None:

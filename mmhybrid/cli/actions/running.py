@@ -8,7 +8,7 @@ import traceback
 
 import torch
 
-from mmhybrid.engine.distributed import launched_rank, leave_process_group
+from mmhybrid.engine.distributed import end_if_alone, launched_rank, leave_process_group
 from mmhybrid.engine.explanations import explain
 from mmhybrid.engine.stop_signals import Stopped
 
@@ -36,6 +36,8 @@ def run_command(main, argv=None) -> int:
         print('\nStopped.', file=sys.stderr)
         return 130
     except Exception as error:
+        if not full:
+            end_if_alone(error)
         text = explain(error)
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         if text is None or full:
