@@ -123,7 +123,7 @@ def apply_eight_bit(cfg: Config, wanted: str | None) -> list[str]:
         What to say in the log.
 
     Raises:
-        UserError: if there is no such optimizer, no bitsandbytes or no GPU.
+        UserError: if there is no such optimizer, no bitsandbytes, or no GPU for paging.
     """
     if wanted is None:
         return []
@@ -137,8 +137,9 @@ def apply_eight_bit(cfg: Config, wanted: str | None) -> list[str]:
     if name not in ROOT_OPTIMIZERS.module_dict:
         raise UserError(f'--optimizer-8bit needs the package bitsandbytes, which is not installed '
                         f'(or does not import): {INSTALL}')
-    if not has_accelerator():
-        raise UserError('--optimizer-8bit needs a GPU. On a CPU leave it out.')
+    if wanted == 'paged' and not has_accelerator():
+        raise UserError('--optimizer-8bit paged moves states between a GPU and the CPU, and there '
+                        'is no GPU. Leave "paged" out.')
     dropped = [key for key in _OF_TORCH if optimizer.pop(key, None) is not None]
     optimizer.type = name
     less = f', without {", ".join(dropped)}' if dropped else ''

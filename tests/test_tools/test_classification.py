@@ -1,5 +1,6 @@
 """Classification from folders of images: train, resume, test, search; and the recipes."""
 import pickle
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 from mmhybrid import cli
 from mmhybrid.cli.actions.running import run_command
@@ -177,7 +179,21 @@ def test_mistakes_with_adapters(trained, with_adapters, tmp_path, capfd):
         [*command[:3], '--lora', '0'], '--pretrained', before)
     assert 'rank 40, but the weights of layers.0.mixer have rank 3' in fails(
         [*command[:3], '--lora', '40'], '--pretrained', before)
-    assert '--optimizer-8bit needs' in fails(command[:3], '--optimizer-8bit')
+
+
+@pytest.mark.skipif(find_spec('bitsandbytes') is None, reason='bitsandbytes is not installed')
+def test_states_in_eight_bits_resume_bit_for_bit(trained, tmp_path):
+    config, folder, work_dir = trained
+    for name, options in (('w', []), ('again', ['--resume', tmp_path / 'w/epoch_3.pth'])):
+        run_train([str(config), '--data-root', str(folder), '--work-dir', str(tmp_path / name),
+                   '--optimizer-8bit', *map(str, options), '--cfg-options',
+                   'optim_wrapper.optimizer.fused=True'])
+    whole, resumed = (state_of(tmp_path / name / 'epoch_6.pth') for name in ('w', 'again'))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    states = torch.load(tmp_path / 'w/epoch_6.pth', weights_only=False)['optimizer']['state']
+    assert torch.uint8 in {leaf.dtype for leaf in tree_leaves(states) if torch.is_tensor(leaf)}
+    log = next((tmp_path / 'w').glob('*/*.log')).read_text()
+    assert 'The optimizer is AdamW8bit of bitsandbytes, without fused.' in log
 
 
 def test_search_on_a_classifier(toy, tmp_path):

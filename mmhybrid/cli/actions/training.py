@@ -90,8 +90,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
                              'backbone (see docs/small_gpus.md)')
     parser.add_argument('--optimizer-8bit', nargs='?', const='resident',
                         choices=['resident', 'paged'],
-                        help="keep the optimizer's states in eight bits (needs a GPU and "
-                             "bitsandbytes); paged: and in the CPU's memory when the GPU is full")
+                        help="keep the optimizer's states in eight bits (needs bitsandbytes); "
+                             "paged: and in the CPU's memory when the GPU is full")
     add_train_options(parser)
 
 
