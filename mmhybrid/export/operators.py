@@ -6,6 +6,7 @@ import onnx_ir as ir
 import torch
 
 from ..ops.cross_scan import orders
+from . import boxes  # noqa: F401  registers operators
 from . import scan as scans
 from .nodes import call, constant, numbers, tensor
 
@@ -19,6 +20,8 @@ def translations() -> dict:
         ours.export_scan.default: scans.scan,
         ours.reorder.default: reorder,
         ours.scan_tables.default: scan_tables,
+        ours.export_nms.default: nms,
+        ours.export_roi_align.default: roi_align,
     }
 
 
@@ -92,3 +95,50 @@ def _inserted(table, at, value):
     before = call('Slice', table, constant([0]), at, constant([0]))
     after = call('Slice', table, at, call('Shape', table), constant([0]))
     return call('Concat', before, value, after, axis=0)
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+def nms(boxes, scores, iou_threshold: float, score_threshold: float, most: int):
+    """Nodes of :func:`mmhybrid.export.boxes.nms`."""
+    found = call('NonMaxSuppression', boxes, call('Unsqueeze', scores, constant([1])),
+                 constant([most]), numbers([iou_threshold], np.float32),
+                 numbers([score_threshold], np.float32))
+    place = call('Gather', found, constant([0, 2]), axis=1)  # class and box
+    kept = call('GatherND', scores, place)
+    # Some runtimes tell the best of all classes together, others class after class.
+    count = call('Shape', kept)
+    top = call('Min', count, constant([most]))
+    values, order = call('TopK', kept, top, num_outputs=2)
+    place = call('Gather', place, order, axis=0)
+    missing = call('Sub', constant([most]), top)
+    pads = call('Concat', constant([0, 0]), missing, constant([0]), axis=0)
+    place = call('Pad', place, pads, numbers(-1))
+    classes, index = call('Split', place, constant([1, 1]), num_outputs=2, axis=1)
+    return [call('Squeeze', part, constant([1])) for part in (classes, index)]
+
+
+def roi_align(maps, rois, levels, size: int, scales, samples: int, aligned: bool):
+    """Nodes of :func:`mmhybrid.export.boxes.roi_align`."""
+    parts, places = [], []
+    for level, (of_level, scale) in enumerate(zip(maps, scales, strict=True)):
+        mine = call('NonZero', call('Equal', levels, numbers(level)))
+        place = call('Squeeze', mine, constant([0]))
+        chosen = call('Gather', rois, place, axis=0)
+        image = call('Cast', call('Squeeze', _columns(chosen, 0, 1), constant([1])),
+                     to=ir.DataType.INT64.value)
+        parts.append(call(
+            'RoiAlign', of_level, _columns(chosen, 1, 5), image, mode='avg', output_height=size,
+            output_width=size, sampling_ratio=samples, spatial_scale=float(scale),
+            coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel'))
+        places.append(place)
+    if len(parts) == 1:
+        return parts[0]
+    place = call('Concat', *places, axis=0)
+    total = call('Squeeze', call('Shape', place))
+    back = call('ScatterElements', place, place, call('Range', numbers(0), total, numbers(1)))
+    return call('Gather', call('Concat', *parts, axis=0), back, axis=0)
+
+
+def _columns(x, start: int, end: int):
+    return call('Slice', x, constant([start]), constant([end]), constant([1]))
