@@ -29,19 +29,16 @@ def named_paths(text):
 
 def test_contributing_names_what_is_there():
     paths = set(named_paths(CONTRIBUTING)) - MADE - {'head_backbone_size_recipe_dataset.py'}
-    assert {'mmhybrid/ops', 'tests/test_layout.py', 'mmhybrid/weights/released.py'} <= paths
+    assert {'mmhybrid/ops', 'tests/test_layout.py', 'mmhybrid/families'} <= paths
     missing = sorted(path for path in paths if path != 'private_files.py'
                      and not (ROOT / path).exists())
     assert not missing and (ROOT / 'mmhybrid/private_files.py').is_file()
 
 
 @pytest.mark.parametrize(('file', 'name'), [
-    ('mmhybrid/engine/param_groups.py', 'SSM_NAMES'),
-    ('mmhybrid/starter/models.py', 'FAMILIES'),
-    ('mmhybrid/cli/actions/receptive_fields.py', 'FAMILIES'),
+    ('mmhybrid/families/__init__.py', 'FAMILIES'),
     ('mmhybrid/ops/selective_scan/__init__.py', '_BACKENDS'),
     ('mmhybrid/datasets/exports/recognise.py', 'FORMS'),
-    ('mmhybrid/models/backbones/vmamba.py', 'ARCHITECTURES'),
 ])  # fmt: skip
 def test_contributing_names_tables_that_are_there(file, name):
     assert file in CONTRIBUTING and f'`{name}`' in CONTRIBUTING

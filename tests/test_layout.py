@@ -17,6 +17,7 @@ MAY_IMPORT = {
     'errors': set(),
     'spelling': set(),
     'private_files': set(),
+    'families': set(),
     'ops': {'private_files'},
     'layers': {'ops'},
     'datasets': {'spelling'},
@@ -30,13 +31,14 @@ MAY_IMPORT = {
     'mmcv_ops': {'roi_align', 'torch_ops'},
     'config_scheme': {'spelling'},
     'hook_file': set(),
-    'weights': {'private_files', 'spelling'},
+    'weights': {'private_files', 'families', 'spelling'},
     'compat': {'weights', 'mmcv_ops', 'config_scheme', 'processes'},
     'analysis': set(),
-    'models': {'layers', 'ops', 'registry', 'weights', 'spelling'},
+    'models': {'layers', 'ops', 'registry', 'weights', 'families', 'spelling'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'datasets.loading',
-        'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors', 'spelling', 'visualization',
+        'families', 'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors', 'spelling',
+        'visualization',
     },
     'analysis.models': {
         'analysis', 'engine', 'models', 'layers', 'ops', 'registry', 'errors', 'spelling',
@@ -45,7 +47,7 @@ MAY_IMPORT = {
         'engine', 'datasets.loading', 'models', 'weights', 'visualization', 'compat', 'errors',
         'spelling', '__init__',
     },
-    'starter': {'models', 'weights', 'datasets', 'errors', 'spelling'},
+    'starter': {'models', 'weights', 'families', 'datasets', 'errors', 'spelling'},
     'papers': {'config_scheme', 'errors', 'spelling'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
     # Runs in child processes only, and looks at everything.
@@ -59,8 +61,9 @@ MAY_IMPORT = {
         'spelling',
     },
     'cli.actions': {
-        'engine', 'prediction', 'starter', 'datasets', 'datasets.loading', 'models', 'layers',
-        'ops', 'weights', 'visualization', 'analysis', 'analysis.models', 'errors', 'compat',
+        'engine', 'prediction', 'starter', 'families', 'datasets', 'datasets.loading', 'models',
+        'layers', 'ops', 'weights', 'visualization', 'analysis', 'analysis.models', 'errors',
+        'compat',
         '__init__',
     },
     '__main__': {'cli'},
@@ -74,6 +77,7 @@ FORBIDDEN_OUTSIDE = {
     'ops': WITHOUT_MM,
     'analysis': WITHOUT_MM,
     'layers': WITHOUT_MM + ('timm',),  # importing timm imports torchvision
+    'families': WITHOUT_MM + ('torch', 'timm', 'numpy'),
     'datasets': ('mmcv', 'mmdet', 'mmseg', 'torch'),
     'doctor': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # it looks at them from child processes
     'cli': WITHOUT_MM + ('torch', 'timm', 'numpy'),  # each subcommand asks others for them

@@ -87,9 +87,9 @@ def run(args):
         if args.config or args.checkpoint:
             args.usage_error('--receptive-field takes backbones, and no CONFIG CHECKPOINT before '
                              'it; weights come from --weights')
-        from mmhybrid.cli.actions.receptive_fields import FAMILIES, draw_fields
+        from mmhybrid.cli.actions.receptive_fields import draw_fields, one_of_each
 
-        args.receptive_field = args.receptive_field or FAMILIES
+        args.receptive_field = args.receptive_field or one_of_each()
         return draw_fields(args)
     if args.config and not args.checkpoint and not args.config.endswith('.py'):
         args.config, args.checkpoint = None, args.config

@@ -16,6 +16,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mmhybrid.families import FAMILIES
 from mmhybrid.spelling import did_you_mean, nearest_few
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -24,10 +25,9 @@ __all__ = ['HybridOptimWrapperConstructor', 'is_exempt']
 
 POLICIES = ('published', 'ssm', '1d')
 NORM_LAYERS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-# Names of the state-space parameters in MambaVision, Vim, VMamba and LocalVim (numbered by
-# direction). They hold one number per channel and state (or a per-direction stack of these), so
-# their rank does not give them away.
-SSM_NAMES = re.compile(r'(A_log|A_log_\d+|A_logs|A_b_log|D|D_\d+|Ds|D_b|dt_projs_bias)')
+# State-space parameters hold one number per channel and state (or a per-direction stack of these),
+# so their rank does not give them away. Ours are marked; those of other implementations have names.
+STATE_NAMES = re.compile('|'.join(family.state_names for family in FAMILIES.values()))
 
 CHOICES = {
     'no_decay': 'which tensors are exempt from weight decay: "published", "ssm", "1d" or None',
@@ -58,7 +58,7 @@ def is_exempt(policy: str | None, name: str, param: nn.Parameter, owner: nn.Modu
     if param.ndim <= 1 or leaf == 'bias':
         return True
     return policy == 'ssm' and bool(
-        SSM_NAMES.fullmatch(leaf) or isinstance(owner, NORM_LAYERS)
+        STATE_NAMES.fullmatch(leaf) or isinstance(owner, NORM_LAYERS)
         or getattr(param, '_no_weight_decay', False))
 
 

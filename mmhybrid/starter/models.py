@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 
 from mmhybrid.errors import UserError
+from mmhybrid.families import FAMILIES
 from mmhybrid.spelling import did_you_mean, nearest_few
 from mmhybrid.weights import RELEASED
 
@@ -12,7 +12,6 @@ from ..models.backbones.timm_features import TimmFeatures
 
 __all__ = ['MINI', 'Backbone', 'backbone_names', 'find_backbone', 'named_weights']
 
-FAMILIES = ('MambaVision', 'VMamba', 'LocalVMamba', 'Vim', 'LocalVim')
 MINI = 'mambavision-mini'
 TIMM = 'timm:'
 # That of configs/cascade_mambavision_mini_coco.py.
@@ -39,7 +38,7 @@ class Backbone:
     @property
     def plain(self) -> bool:
         """Whether it has one width throughout, and a table of positions."""
-        return self.family in ('Vim', 'LocalVim')
+        return self.family in FAMILIES and FAMILIES[self.family].is_plain
 
     def released(self) -> str | None:
         """Short name of published weights of classification that fit."""
@@ -56,15 +55,14 @@ def _short(arch: str) -> str:
 
 def _table() -> dict[str, Backbone]:
     found = {MINI: Backbone(MINI, 'MambaVision', _MINI, (32, 64, 128, 256))}
-    for family in FAMILIES:
-        known = import_module(f'mmhybrid.models.backbones.{family.lower()}').ARCHITECTURES
+    for family in FAMILIES.values():
+        known = family.architectures
         for arch, values in known.items():
-            name = f'{family.lower()}-{_short(arch)}'
-            plain = 'depths' not in values
+            name = f'{family.name.lower()}-{_short(arch)}'
             # VMamba's tiny is another name of tiny_s1l8, under which weights are listed.
             arch = next(key for key, other in known.items() if other is values)
-            found[name] = Backbone(name, family, arch, tuple(
-                values['dim'] * (1 if plain else 2**stage) for stage in range(4)))
+            found[name] = Backbone(name, family.name, arch, tuple(
+                values['dim'] * (1 if family.is_plain else 2**stage) for stage in range(4)))
     return found
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mmhybrid.models as models
+from mmhybrid.families.vmamba import V0 as V0_FORM
 from mmhybrid.models.backbones import localvim, localvmamba, mambavision, vim, vmamba
 from mmhybrid.models.dropins import common as dropin
 
@@ -130,7 +131,7 @@ def test_gated_scans_of_the_first_release_run_in_float32():
 
 # --- drop-ins ------------------------------------------------------------------------------------
 
-V0 = dict(STAGED, **vmamba.V0)
+V0 = dict(STAGED, **V0_FORM)
 VSSM = dict(dims=16, depths=(1, 2, 1, 1), mlp_ratio=0.0, downsample_version='v1')
 SEG = dict(img_size=64, embed_dim=16, depth=3, out_indices=(0,))
 LOCAL_SEG = dict(img_size=64, embed_dim=16, depth=3, out_indices=(0,), directions=LINES)

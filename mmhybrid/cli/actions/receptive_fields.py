@@ -14,18 +14,22 @@ from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.analysis.receptive_field import covering_sides, receptive_field
 from mmhybrid.engine.checkpoint_check import check_checkpoint_file
 from mmhybrid.errors import UserError
+from mmhybrid.families import FAMILIES
 from mmhybrid.models.checkpoints import load_backbone
 from mmhybrid.prediction import load
 from mmhybrid.visualization import draw_receptive_fields
 
 from .looking.opening import evenly, image_files
 
-__all__ = ['FAMILIES', 'draw_fields']
+__all__ = ['draw_fields', 'one_of_each']
 
-#: One network of each family.
-FAMILIES = ('MambaVision:tiny', 'VMamba:tiny', 'LocalVMamba:tiny', 'Vim:tiny', 'LocalVim:tiny')
 SHARES = (0.2, 0.5, 0.99)
 _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
+
+
+def one_of_each() -> list[str]:
+    """Name a network of each family."""
+    return [f'{family.name}:{family.smallest}' for family in FAMILIES.values()]
 
 
 def draw_fields(args: argparse.Namespace) -> None:
@@ -70,9 +74,10 @@ def _backbone(spec: str, file: str, size: int, options: dict | None) -> nn.Modul
         return load(spec, device='cpu', options=options).model.backbone
     source = find_model(spec, options, backbone_only=True)
     source.cfg.setdefault('drop_path_rate', 0.0)
-    if str(source.cfg.type).rpartition('.')[2] in ('Vim', 'LocalVim'):
+    name = str(source.cfg.type).rpartition('.')[2]
+    if name in FAMILIES and FAMILIES[name].is_plain:
         source.cfg.setdefault('img_size', size)
-    if str(source.cfg.type).rpartition('.')[2] == 'Vim':
+    if name == 'Vim':
         # the map of the last block itself, not what a pyramid pools from it
         source.cfg.setdefault('pyramid', False)
     network = build_model(source, seed=0)

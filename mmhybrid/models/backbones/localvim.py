@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from mmhybrid.families.localvim import LOCALVIM
 from mmhybrid.layers import LayerNorm, LocalVimMixer, RMSNorm
 from mmhybrid.registry import MODELS
 
@@ -21,12 +22,9 @@ from .plain import PlainBackbone
 
 __all__ = ['ARCHITECTURES', 'LocalVim', 'LocalVimTrunk']
 
-ARCHITECTURES = {
-    'tiny': dict(dim=192, depth=20),
-    'small': dict(dim=384, depth=20),
-}
-_REQUIRED = ('dim', 'depth')
-_OPTIONAL = dict(state_dim=16, dt_rank=None)
+ARCHITECTURES = LOCALVIM.architectures
+_REQUIRED = LOCALVIM.required
+_OPTIONAL = LOCALVIM.optional
 _NORMS = {'ln': LayerNorm, 'rms': RMSNorm}
 
 

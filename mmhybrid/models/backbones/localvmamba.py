@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmhybrid.families.localvmamba import LOCALVMAMBA
 from mmhybrid.layers import LocalSS2D
 from mmhybrid.registry import MODELS
 
@@ -20,16 +21,13 @@ from .local_directions import (
     ColumnRestore,
     resolve_directions,
 )
-from .vmamba import V0, VSSBackbone, checked_vss_architecture
+from .vmamba import VSSBackbone, checked_vss_architecture
 
 __all__ = ['ARCHITECTURES', 'LocalVMamba']
 
-ARCHITECTURES = {
-    'tiny': dict(dim=96, depths=(2, 2, 9, 2)),
-    'small': dict(dim=96, depths=(2, 2, 27, 2)),
-}
+ARCHITECTURES = LOCALVMAMBA.architectures
 _SEARCHED = {'tiny': LOCAL_VMAMBA_TINY, 'small': LOCAL_VMAMBA_SMALL}
-_OPTIONAL = dict(V0, ssm_ratio=2.0, dt_rank=None)
+_OPTIONAL = LOCALVMAMBA.optional
 
 
 @MODELS.register_module()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmhybrid.families.mambavision import MAMBAVISION
 from mmhybrid.layers import (
     Attention,
     ConvBlock,
@@ -59,24 +60,9 @@ __all__ = ['ARCHITECTURES', 'PATTERNS', 'ConvStage', 'HybridBlock', 'HybridStage
 
 # Windows are those of the classification networks; dense recipes give larger ones.  Only the last
 # two windows and head counts are used: stages 1 and 2 are convolutional.
-ARCHITECTURES = {
-    'tiny': dict(dim=80, stem_width=32, depths=(1, 3, 8, 4), num_heads=(2, 4, 8, 16),
-                 window_size=(8, 8, 14, 7)),
-    'tiny2': dict(dim=80, stem_width=32, depths=(1, 3, 11, 4), num_heads=(2, 4, 8, 16),
-                  window_size=(8, 8, 14, 7)),
-    'small': dict(dim=96, stem_width=64, depths=(3, 3, 7, 5), num_heads=(2, 4, 8, 16),
-                  window_size=(8, 8, 14, 7)),
-    'base': dict(dim=128, stem_width=64, depths=(3, 3, 10, 5), num_heads=(2, 4, 8, 16),
-                 window_size=(8, 8, 14, 7), layer_scale=1e-5),
-    'large': dict(dim=196, stem_width=64, depths=(3, 3, 10, 5), num_heads=(4, 8, 16, 32),
-                  window_size=(8, 8, 14, 7), layer_scale=1e-5),
-    'large2': dict(dim=196, stem_width=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32),
-                   window_size=(8, 8, 14, 7), layer_scale=1e-5),
-    'large3': dict(dim=256, stem_width=64, depths=(3, 3, 20, 10), num_heads=(4, 8, 16, 32),
-                   window_size=(8, 8, 16, 8), layer_scale=1e-5),
-}
-_REQUIRED = ('dim', 'stem_width', 'depths', 'num_heads', 'window_size')
-_OPTIONAL = dict(mlp_ratio=4, layer_scale=None)
+ARCHITECTURES = MAMBAVISION.architectures
+_REQUIRED = MAMBAVISION.required
+_OPTIONAL = MAMBAVISION.optional
 _STAGES = 4
 _Drops = tuple[Tensor | None, Tensor | None]  # factors of a block's branches
 

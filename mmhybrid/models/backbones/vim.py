@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from mmhybrid.families.vim import VIM
 from mmhybrid.layers import MapPool, PortableSyncBatchNorm, RMSNorm, VimMixer
 from mmhybrid.registry import MODELS
 
@@ -20,13 +21,9 @@ from .plain import PlainBackbone
 
 __all__ = ['ARCHITECTURES', 'Vim']
 
-ARCHITECTURES = {
-    'tiny': dict(dim=192, depth=24),
-    'small': dict(dim=384, depth=24),
-    'base': dict(dim=768, depth=24),
-}
-_REQUIRED = ('dim', 'depth')
-_OPTIONAL = dict(state_dim=16, dt_rank=None)
+ARCHITECTURES = VIM.architectures
+_REQUIRED = VIM.required
+_OPTIONAL = VIM.optional
 
 
 def checked_vim_architecture(arch: str | dict) -> dict:

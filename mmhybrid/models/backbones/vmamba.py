@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmhybrid.families.vmamba import VMAMBA
 from mmhybrid.layers import (
     SS2D,
     LayerNorm,
@@ -50,29 +51,9 @@ from .base import (
 __all__ = ['ARCHITECTURES', 'PatchMerging', 'VMamba', 'VSSBlock', 'VSSStage']
 
 _STAGES = 4
-_REQUIRED = ('dim', 'depths')
-_OPTIONAL = dict(ssm_ratio=2.0, state_dim=1, dt_rank=None, mlp_ratio=4.0, gate=False,
-                 conv_bias=False, channel_first=True, stem='v2', downsample='v3',
-                 float32_scan=False)
-# The form of the first release: gated mixers without MLP, Swin's stem and patch merging.
-V0 = dict(state_dim=16, mlp_ratio=0.0, gate=True, conv_bias=True, channel_first=False, stem='v1',
-          downsample='v1', float32_scan=True)
-
-# sXlY: ssm_ratio X, Y blocks in stage 3.
-ARCHITECTURES = {
-    'tiny_s1l8': dict(dim=96, depths=(2, 2, 8, 2), ssm_ratio=1.0),
-    'tiny_s2l5': dict(dim=96, depths=(2, 2, 5, 2)),
-    'small_s2l15': dict(dim=96, depths=(2, 2, 15, 2)),
-    'small_s1l20': dict(dim=96, depths=(2, 2, 20, 2), ssm_ratio=1.0),
-    'base_s2l15': dict(dim=128, depths=(2, 2, 15, 2)),
-    'base_s1l20': dict(dim=128, depths=(2, 2, 20, 2), ssm_ratio=1.0),
-    'v0_tiny': dict(dim=96, depths=(2, 2, 9, 2), **V0),
-    'v0_small': dict(dim=96, depths=(2, 2, 27, 2), **V0),
-    'v0_base': dict(dim=128, depths=(2, 2, 27, 2), **V0),
-}
-# The names under which the paper reports its models.
-ARCHITECTURES.update(tiny=ARCHITECTURES['tiny_s1l8'], small=ARCHITECTURES['small_s2l15'],
-                     base=ARCHITECTURES['base_s2l15'])
+_REQUIRED = VMAMBA.required
+_OPTIONAL = VMAMBA.optional
+ARCHITECTURES = VMAMBA.architectures
 
 
 class Permute(nn.Module):
