@@ -134,11 +134,11 @@ def test_odd_pictures(there, look):
 
 
 @pytest.mark.parametrize(('wish', 'words'), [
-    (['--features', '--layer', 'backbone.leyers.1'], 'Did you mean backbone.'),
+    (['--features', '--layer', 'backbone.leyers.1'], "Did you mean 'backbone."),
     (['--features', '--layer', 'decode_head.conv_seg'], None),
     (['--features', '--layer', 'backbone.layers.0.blocks.0.op.out_norm', 'nek'],
      "no layer 'nek'"),
-    (['--cam', '--classes', 'wal'], "knows no class 'wal'. Did you mean wall"),
+    (['--cam', '--classes', 'wal'], "knows no class 'wal'. Did you mean 'wall"),
     (['--directions', '--layer', 'decode_head'], 'The layer decode_head of VMamba holds no scans'),
     (['--features', '--images', 'nowhere.jpg'], 'There is no nowhere.jpg'),
     (['--cam', '--images', 'text.jpg'], 'text.jpg is text inside'),

@@ -109,7 +109,7 @@ def test_photographs_and_weights(tmp_path, capfd):
     (['--weights', '-', '-', '-'], '--weights names 3 files for 2 networks'),
     (['--size', '16'], '--size is 16; expected at least 32'),
     (['--num', '0'], '--num is 0; expected at least 1'),
-    (['--images', '.'], '--images . has no pictures (.bmp, '),
+    (['--images', '.'], 'The folder . holds no picture and no video. It is empty.'),
     (['--weights', '-', 'nowhere.pth'], 'nowhere.pth'),
 ])
 def test_what_a_user_gets_wrong(options, words, tmp_path, monkeypatch, capfd):

@@ -35,7 +35,6 @@ _SIDE = 320  # pixels of a panel
 _AROUND = 0.6  # of the sides of what is shown, on each side of it
 _LEAST = 48  # pixels of the picture in a panel
 _FOUND, _THERE = (230, 60, 60), (60, 190, 75)
-_MOST_CLASSES = 24
 _MOST_CONFUSIONS = 10
 
 
@@ -199,11 +198,8 @@ def _regions(predictor: Predictor, dataset, folder: Folder, examples: int) -> No
     for pair in pairs[:_MOST_CONFUSIONS]:
         print(f'{100 * pair["share"]:>6.1f} % of the wrong pixels: {pair["there"]} taken for '
               f'{pair["found"]}')
-    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    shown = _involved(matrix)
-    if len(shown):
-        draw_confusion(shares[np.ix_(shown, shown)], [names[each].strip() for each in shown], title
-                       ).save(folder.new('confusion'))
+    shown = [name.strip() for name in names]
+    draw_confusion(matrix, shown, shown, title).save(folder.new('confusion'))
     worst = heapq.nlargest(examples, (index for index in wrong if wrong[index]), key=wrong.get)
     for place, index in enumerate(worst, start=1):
         path, truth, found = _labels(predictor, dataset, index)
@@ -244,13 +240,6 @@ def _confusions(matrix: np.ndarray, names) -> list[dict]:
     return [dict(there=names[there].strip(), found=names[found].strip(),
                  pixels=int(off[there, found]), share=off[there, found] / off.sum())
             for there, found in pairs.tolist()]
-
-
-def _involved(matrix: np.ndarray) -> np.ndarray:
-    """The classes with most pixels, at most as many as can be read."""
-    pixels = matrix.sum(axis=0) + matrix.sum(axis=1)
-    most = np.argsort(-pixels, kind='stable')[:_MOST_CLASSES]
-    return np.sort(most[pixels[most] > 0])
 
 
 def _worst(path: str, truth: np.ndarray, found: np.ndarray, dataset

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from mmhybrid.errors import UserError
 from mmhybrid.prediction.loading import find_checkpoint
 from mmhybrid.prediction.predictor import Picture, Predictor, load
 from mmhybrid.prediction.sources import find_items
+from mmhybrid.spelling import did_you_mean, nearest_few
 
 __all__ = ['Folder', 'Input', 'as_map', 'build_test_set', 'evenly', 'find_layers', 'image_files',
            'open_run', 'outputs_of', 'pictures_of', 'prepare', 'without_masks']
@@ -208,11 +208,10 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or not name:
-            near = difflib.get_close_matches(name, modules, 3)
             parts = ', '.join(key for key, _ in model.named_children())
-            raise UserError(f'The model has no layer {name!r}. '
-                            + (f'Did you mean {" or ".join(near)}?' if near else
-                               f'Its parts are {parts}; layers have names such as backbone or '
+            raise UserError(f'The model has no layer {name!r}.'
+                            + (did_you_mean(*nearest_few(name, modules)) or
+                               f' Its parts are {parts}; layers have names such as backbone or '
                                'backbone.patch_embed.'))
     return {name: modules[name] for name in names}
 
