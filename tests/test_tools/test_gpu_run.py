@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -94,10 +95,11 @@ gpu_run.parts_of = lambda out, dry: [
     gpu_run.Part('slow', 1, [sys.executable, '-c', {SLEEPERS!r}])]
 sys.exit(gpu_run.main(['9', '--dry-run']))
 """
-    out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, '-c', script], env=os.environ | {'OUT': str(out)},
-                               stdout=subprocess.PIPE, text=True)
-    log = out / 'slow.log'
+    out, work = tmp_path / 'out', tmp_path / 'work'
+    process = subprocess.Popen(
+        [sys.executable, '-c', script], env=os.environ | {'OUT': str(out), 'WORK': str(work)},
+        stdout=subprocess.PIPE, text=True)
+    log = work / 'slow.log'
     end = time.monotonic() + 60
     while not (log.exists() and log.read_text()) and time.monotonic() < end:
         time.sleep(0.05)
@@ -107,6 +109,63 @@ sys.exit(gpu_run.main(['9', '--dry-run']))
     summary = (out / 'summary.md').read_text()
     assert '| first | passed, ' in summary and '| slow | stopped |' in summary
     assert gone(int(log.read_text()))
+    assert archived(out)['slow.log'] == log.read_bytes()
+
+
+def archived(out):
+    with tarfile.open(out / 'results.tar.gz') as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def test_results_are_safe_within_seconds_in_few_files(gpu_run, tmp_path, monkeypatch):
+    """A run that is cut off without a word leaves whole files with all that was written before."""
+    monkeypatch.setattr(gpu_run, '_SECONDS', 0.02)
+    work, out = tmp_path / 'work', tmp_path / 'out'
+    work.mkdir()
+    write(work / 'ops.csv', [{'shape': 's', 'p50_ms': '1'}])
+    mirror = gpu_run.Mirror(work, out).__enter__()
+    (work / 'triton').mkdir()
+    (work / 'tests.log').write_text(
+        'fine\n\nFAILED tests/test_x.py::test_y\n    assert a == b\nE   assert 1 == 2\nmore\n')
+    (work / 'ops.log').write_text('FAILED seg s3: RuntimeError: out of memory\nshape fine\n'
+                                  'Traceback (most recent call last):\nImportError: no triton\n')
+    end = time.monotonic() + 20
+    wanted = {'ops.csv', 'ops.log', 'tests.log'}
+    while not ((out / 'results.tar.gz').exists() and set(archived(out)) == wanted):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    mirror._stopped.set()  # here the machine goes away
+    mirror._thread.join()
+    assert archived(out)['ops.csv'] == (work / 'ops.csv').read_bytes()
+    assert (out / 'failures.txt').read_text().splitlines() == [
+        '== ops', 'FAILED seg s3: RuntimeError: out of memory', 'ImportError: no triton', '',
+        '== tests', 'FAILED tests/test_x.py::test_y', 'E   assert 1 == 2']
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_a_full_disk_ends_nothing(gpu_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_run, '_SECONDS', 0.01)
+    copies = []
+
+    def fails(self):
+        copies.append(1)
+        if len(copies) < 3:
+            raise OSError('No space left on device')
+
+    monkeypatch.setattr(gpu_run.Mirror, 'copy', fails)
+    with gpu_run.Mirror(tmp_path, tmp_path / 'out'):
+        while len(copies) < 3:
+            time.sleep(0.01)
+    assert capsys.readouterr().out.count('is not up to date: No space left on device') == 2
+
+
+def test_what_is_missed_most_comes_first(gpu_run, tmp_path):
+    """In the order of the parts, and of the cases of steps.py, which has no others."""
+    parts = [part.name for part in gpu_run.parts_of(tmp_path, False)]
+    assert parts == ['imports', 'compile', 'tests', 'ops', 'plans', 'steps', 'host', 'train',
+                     'profile', 'attention', 'resolutions', 'fpn', 'pareto', 'mixer', 'backbone']
+    assert [part.name for part in gpu_run.parts_of(tmp_path, True)] == parts
+    assert sorted(gpu_run.STEPS) == sorted(importlib.import_module('launches').CASES)
 
 
 def write(path, rows):
@@ -190,6 +249,16 @@ def test_mistakes(gpu_run, arguments, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_mistakes_of_folders(gpu_run, monkeypatch, tmp_path, capsys):
+    for variables, message in ((dict(KERNELS=str(tmp_path / 'none.tar.gz')), 'is no file; make it'),
+                               (dict(OUT=str(tmp_path), WORK=str(tmp_path)), 'are both')):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            gpu_run.main(['1', '--dry-run'])
+        assert message in capsys.readouterr().err
+
+
 def test_without_a_gpu(gpu_run, monkeypatch, capsys):
     monkeypatch.setattr('torch.cuda.is_available', lambda: False)
     with pytest.raises(SystemExit):
@@ -251,19 +320,22 @@ def test_a_sweep_has_the_planners_own_plans_and_is_read_again(gpu_run, monkeypat
 def test_dry_run(tmp_path):
     """Everything, interpreted, at the smallest shapes."""
     pytest.importorskip('triton', reason='the kernels need Triton')
-    out = tmp_path / 'out'
+    out, work = tmp_path / 'out', tmp_path / 'work'
     done = subprocess.run(
         ['bash', FOLDER / 'gpu_run.sh', '60', '--dry-run'], cwd=tmp_path,
-        env=os.environ | {'OUT': str(out), 'PYTHON': sys.executable},
+        env=os.environ | {'OUT': str(out), 'PYTHON': sys.executable, 'WORK': str(work)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()
     for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile',
-                 'attention', 'train', 'steps'):
+                 'attention', 'train', 'steps', 'imports', 'resolutions', 'fpn', 'pareto'):
         assert f'| {name} | passed, ' in summary
-    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations', 'steps'):
-        with open(out / f'{name}.csv', newline='') as file:
-            assert list(csv.DictReader(file)), name
-    assert list(out.glob('profile_*.txt'))
+    found = archived(out)
+    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations', 'steps',
+                 'resolutions', 'pareto'):
+        assert list(csv.DictReader(found[f'{name}.csv'].decode().splitlines())), name
+    assert any(name.startswith('profile_') for name in found)
+    assert (out / 'failures.txt').read_text() == 'Nothing has failed so far.\n'
+    assert len(list(out.iterdir())) == 3

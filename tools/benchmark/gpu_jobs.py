@@ -1,12 +1,15 @@
 """Parts of gpu_run.py that are no benchmark of their own: compiling, a sweep of plans, profiles.
 
+    python tools/benchmark/gpu_jobs.py imports
     python tools/benchmark/gpu_jobs.py compile
     python tools/benchmark/gpu_jobs.py sweep --csv tools/benchmark/results/scan_plans.csv
     python tools/benchmark/gpu_jobs.py profile --out FOLDER
 
-compile runs every shape of the benchmarks once, many processes at a time, so that whoever comes
-later finds the kernels in Triton's cache. sweep times launch plans of the scan and appends them as
-`plans.py` reads them. --dry-run takes the CPU, interpreted, and the smallest shapes.
+imports loads what later parts import, many processes at a time: a machine that reads its software
+for the first time takes a minute or two for it. compile runs every shape of the benchmarks once,
+many processes at a time, so that whoever comes later finds the kernels in Triton's cache. sweep
+times launch plans of the scan and appends them as `plans.py` reads them. --dry-run takes the CPU,
+interpreted, and the smallest shapes.
 """
 
 import argparse
@@ -72,6 +75,29 @@ def scan_call(shape, dtype: torch.dtype, device: str) -> tuple[dict, Callable]:
     return leaves, lambda **x: selective_scan(**x, backend='triton')
 
 
+# --- imports --------------------------------------------------------------------------------------
+
+# What parts of a run import, apart from each other.
+IMPORTS = (
+    'torch; torch.cuda.is_available() and torch.zeros(1, device="cuda")', 'torch._inductor.utils',
+    'triton.compiler, triton.backends.nvidia.driver', 'torchvision', 'mmdet.apis', 'mmseg.apis',
+    'pytest, xdist', 'timm', 'mamba_ssm', 'scipy.signal, matplotlib.pyplot',
+    'cv2, pycocotools.mask', 'mmhybrid',
+)  # fmt: skip
+
+
+def imports_part(args) -> int:
+    """Import all of it at once; what is missing is said, and is no failure."""
+    code = 'import time; t = time.time(); import {}; print(f"{{time.time() - t:6.1f}} s: {}")'
+    wanted = IMPORTS[-1:] if args.dry_run else IMPORTS
+    workers = {what: subprocess.Popen([sys.executable, '-c', code.format(what, what.split(';')[0])])
+               for what in wanted}
+    for what, worker in workers.items():
+        if worker.wait():
+            print(f'cannot import {what.split(";")[0]}; what needs it does not run', flush=True)
+    return 0
+
+
 # --- compile --------------------------------------------------------------------------------------
 
 
@@ -80,6 +106,7 @@ def compile_jobs(device: str, dry: bool) -> list[tuple[str, Callable[[], object]
     import backbone
     import mixer
     import ops
+    import steps
 
     dtypes = [torch.float32] if dry else [torch.bfloat16, torch.float16]
     jobs = []
@@ -109,6 +136,15 @@ def compile_jobs(device: str, dry: bool) -> list[tuple[str, Callable[[], object]
                 backbone.step(model.train(what != 'forward'), x, what, 'bfloat16')()
 
         jobs.append((f'backbone {name}', whole))
+    for name, case in () if dry else steps.CASES.items():
+        def step(case=case):
+            module, x = steps.build(case, device, False)
+            module = backbone.choose(module, 'triton')
+            for what in steps.PASSES:
+                module.train(what != 'forward')
+                steps.step_of(module, x, what, getattr(torch, case.dtype))()
+
+        jobs.append((f'step {name}', step))
     for state in () if dry else (1, 8, 16):
         short = next(s for s in ops.GPU_SHAPES if s.state == state)._replace(length=192)
         # A sequence that is cut and one that is not are other kernels, whatever the cut.
@@ -364,7 +400,8 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = {'compile': compile_part, 'sweep': sweep_part, 'profile': profile_part}
+    parts = {'imports': imports_part, 'compile': compile_part, 'sweep': sweep_part,
+             'profile': profile_part}
     parser.add_argument('part', choices=parts)
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda, in a dry run cpu')

@@ -1,8 +1,12 @@
 """All that a GPU can say in a few minutes, for gpu_run.sh, which see.
 
-Parts run one after the other in processes of their own. Each has a share of the time that is left,
-and is killed with all that it started when that is over; what it has measured by then is in its
-file.
+Parts run one after the other in processes of their own, what is missed most first. Each has a share
+of the time that is left, and is killed with all that it started when that is over; what it has
+measured by then is in its file.
+
+The machine may be taken away at any moment. So a few seconds after anything changed, OUT has it:
+summary.md, failures.txt (what failed, with its reason, as soon as it has), and results.tar.gz with
+all rows, logs and profiles. Each is replaced as a whole; there are no other files.
 """
 
 import argparse
@@ -13,14 +17,25 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from kernel_cache import unpack
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 # What a killed process may need to let go of the GPU.
 _GRACE = 10
+# Between two looks at what is new.
+_SECONDS = 3
+
+
+# Cases of steps.py, those that no run has measured first.
+STEPS = ('mambavision_t_det', 'vmamba_t_det', 'vim_ti_seg', 'localvmamba_t_seg', 'localvim_t_seg',
+         'mambavision_t_cls', 'mambavision_t_seg', 'vmamba_t_seg', 'mambavision_t_tight_det')
 
 
 class Part(NamedTuple):
@@ -45,8 +60,7 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
     def script(name, *arguments):
         return [sys.executable, str(FOLDER / name), *arguments]
 
-    def rows(name, *arguments):
-        limit = ('--minutes', '{minutes}')
+    def rows(name, *arguments, limit=('--minutes', '{minutes}')):
         return script(f'{name}.py', *arguments, *limit, '--csv', str(out / f'{name}.csv'))
 
     cpu = ('--device', 'cpu', '--threads', '1')
@@ -73,6 +87,12 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
                             'train_dataloader.persistent_workers=False',
                             'val_dataloader.persistent_workers=False'),
             'host': script('host.py', '--stub', '--only', '^scan$'),
+            'resolutions': rows('resolutions', *cpu, '--sizes', '32', '--models', 'DeiT',
+                                '--batch', '1', '--turns', '1', '--counted-batch', '1'),
+            'fpn': rows('resolutions', *cpu, '--fpn', '--sizes', '32', '--models', 'DeiT',
+                        '--batch', '1', '--turns', '1', '--counted-batch', '1'),
+            'pareto': rows('pareto', *cpu, '--only', 'MambaVision-T$', '--size', '32',
+                           '--batch', '1', '--turns', '1', limit=()),
         }  # fmt: skip
     else:
         commands = {
@@ -80,22 +100,26 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
             'ops': rows('ops', '--rounds', '10', '--seconds', '1'),
             'mixer': rows('mixer', '--rounds', '10', '--seconds', '1'),
             'backbone': rows('backbone', '--dtype', 'bfloat16', '--seconds', '5'),
-            'steps': rows('steps', '--turns', '9', '--seconds', '3'),
+            'steps': rows('steps', '--turns', '9', '--seconds', '3', '--case', *STEPS),
             'attention': rows('attention', '--rounds', '5', '--seconds', '1'),
             'train': script('iterations.py', '--seconds', '30', '--ways', 'eager', 'graphs',
                             '--data', str(out / 'data'), '--csv', str(out / 'iterations.csv')),
             'host': script('host.py'),
+            'resolutions': rows('resolutions', '--seconds', '20'),
+            'fpn': rows('resolutions', '--fpn', '--seconds', '20'),
+            'pareto': rows('pareto', '--seconds', '60', limit=()),
         }
     jobs = ('--dry-run',) if dry else ()
     commands |= {
+        'imports': script('gpu_jobs.py', 'imports', *jobs),
         'compile': script('gpu_jobs.py', 'compile', *jobs),
         'plans': script('gpu_jobs.py', 'sweep', '--csv', str(out / 'scan_plans.csv'),
                         '--minutes', '{minutes}', *jobs),
         'profile': script('gpu_jobs.py', 'profile', '--out', str(out), *jobs),
     }
-    shares = dict(compile=15, tests=25, ops=12, mixer=10, steps=10, host=4, profile=5, plans=10,
-                  train=12, backbone=6, attention=4)  # fmt: skip
-    plain = ('host',)  # its stub compiles
+    shares = dict(imports=20, compile=10, tests=20, ops=8, plans=6, steps=14, host=6, train=10,
+                  profile=5, attention=4, resolutions=6, fpn=6, pareto=6, mixer=8, backbone=5)
+    plain = ('imports', 'host')  # the stub of the latter compiles
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
         for name, share in shares.items() if name in commands
@@ -266,7 +290,84 @@ TABLES = (
      ('step', 'dtype', 'launches', 'most', 'kernels_us')),
     ('attention', 'Attention',
      ('shape', 'variant', 'pass', 'mode', 'p50_ms', 'default_over_this', 'kernel')),
+    ('resolutions', 'Vim against DeiT', ('model', 'size', 'B', 'p50_ms', 'images_per_s')),
+    ('pareto', 'Published accuracy against speed',
+     ('model', 'size', 'B', 'dtype', 'published_top1', 'images_per_s')),
 )  # fmt: skip
+
+
+# --- what survives --------------------------------------------------------------------------------
+
+
+class Mirror:
+    """Keeps what has been written in a folder of few files, whole ones at any moment.
+
+    Args:
+        work: where parts write.
+        out: the folder.
+    """
+
+    def __init__(self, work: Path, out: Path):
+        self._work, self._out = work, out
+        self._seen: dict[Path, tuple] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._go_on, daemon=True)
+
+    def __enter__(self):
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self._thread.join()
+        self.copy()
+
+    def _go_on(self) -> None:
+        while not self._stopped.wait(_SECONDS):
+            try:
+                self.copy()
+            except OSError as error:  # a full disk must not end what measures
+                print(f'[gpu_run] {self._out} is not up to date: {error}', flush=True)
+
+    def copy(self) -> None:
+        """Bring the folder up to date, unless nothing has changed."""
+        found = {path: (path.stat().st_size, path.stat().st_mtime_ns)
+                 for path in sorted(self._work.glob('*')) if path.suffix in _RESULTS}
+        if found == self._seen:
+            return
+        self._seen = found
+        summary = self._work / 'summary.md'
+        if summary in found:
+            self._replace('summary.md', lambda part: part.write_bytes(summary.read_bytes()))
+        failed = failures_of([path for path in found if path.suffix == '.log'])
+        self._replace('failures.txt', lambda part: part.write_text(failed))
+        self._replace('results.tar.gz', lambda part: _archive(part, list(found)))
+
+    def _replace(self, name: str, write) -> None:
+        part = self._out / f'{name}.part'
+        write(part)
+        part.replace(self._out / name)
+
+
+_RESULTS = ('.csv', '.log', '.md', '.txt', '.png')
+_FAILED = re.compile(r'(FAILED|ERROR|\[tests\] ERROR:|E   |[\w.]+(Error|Exit|Exception): )')
+
+
+def _archive(part: Path, files: list[Path]) -> None:
+    with tarfile.open(part, 'w:gz', compresslevel=3) as tar:
+        for path in files:
+            tar.add(path, path.name)
+
+
+def failures_of(logs: list[Path]) -> str:
+    """Lines of logs that say that something failed, and why."""
+    found = []
+    for log in logs:
+        lines = [line for line in log.read_text(errors='replace').splitlines()
+                 if _FAILED.match(line)]
+        found += [f'== {log.stem}', *lines, ''] if lines else []
+    return '\n'.join(found) or 'Nothing has failed so far.\n'
 
 
 def tail(log: Path, count: int) -> list[str]:
@@ -318,7 +419,16 @@ def parse(arguments=None) -> argparse.Namespace:
         if not torch.cuda.is_available():
             parser.error('PyTorch sees no GPU; --dry-run tries everything on a CPU')
     default = ROOT / 'work_dirs' / 'gpu_run' / time.strftime('%Y%m%d-%H%M%S')
-    args.out = Path(os.environ.get('OUT') or default).resolve()
+    args.work = Path(os.environ.get('WORK') or default).resolve()
+    args.out = Path(os.environ.get('OUT') or args.work / 'out').resolve()
+    kernels = os.environ.get('KERNELS')
+    args.kernels = Path(kernels).resolve() if kernels else None
+    if args.kernels and not args.kernels.is_file():
+        parser.error(f'KERNELS={kernels} is no file; make it with kernel_cache.py fill, or leave '
+                     'it out')
+    if args.work == args.out:
+        parser.error(f'WORK and OUT are both {args.work}; expected two folders, the second for few '
+                     'files')
     return args
 
 
@@ -330,12 +440,17 @@ def stop(number, frame):
 def main(arguments=None) -> int:
     """Run everything; 0 when every part passed."""
     args = parse(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
-    parts = parts_of(args.out, args.dry_run)
+    args.work.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(args.work, args.dry_run)
+    if args.kernels:
+        cache = Path(os.environ.get('TRITON_CACHE_DIR') or args.work / 'triton')
+        print(f'[gpu_run] {unpack(args.kernels, cache)} kernels and launchers from {args.kernels}',
+              flush=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        found = run(parts, args.minutes, args.out)
+        with Mirror(args.work, args.out):
+            found = run(parts, args.minutes, args.work)
     except Stopped as error:
         print(f'[gpu_run] stopped by {error}; see {args.out / "summary.md"}', flush=True)
         return 1

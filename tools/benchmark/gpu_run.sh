@@ -3,10 +3,12 @@
 #
 #   bash tools/benchmark/gpu_run.sh MINUTES [--dry-run]
 #
-# OUT=folder takes the results (default: work_dirs/gpu_run/DATE), each row as it is measured;
-# summary.md there is written anew after every part. PYTHON=/path/to/python is used as it is; without
-# it the environment of tools/setup_env.sh is made. --dry-run does everything on a CPU, interpreted
-# and at the smallest shapes. The exit code is 0 when every part ran and passed.
+# OUT=folder takes the results within seconds of each row: summary.md, failures.txt and results.tar.gz.
+# They are whole at any moment, should the machine be taken away. WORK=folder (default:
+# work_dirs/gpu_run/DATE) is where parts write. KERNELS=archive of kernel_cache.py spares compiling.
+# PYTHON=/path/to/python is used as it is; without it the environment of tools/setup_env.sh is made.
+# --dry-run does everything on a CPU, interpreted and at the smallest shapes. The exit code is 0 when
+# every part ran and passed.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"

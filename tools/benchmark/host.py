@@ -83,9 +83,13 @@ PARTS = ('checks', 'planning', 'allocation', 'binding', 'autograd', 'operators',
 
 
 class Stub:
-    """A driver and launchers that take notes instead of using a GPU."""
+    """A driver and launchers that take notes instead of using a GPU.
 
-    def __init__(self):
+    Args:
+        build_launchers: whether Triton's C module of each launcher is built, though not used.
+    """
+
+    def __init__(self, build_launchers: bool = False):
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.driver import CudaLauncher
 
@@ -96,6 +100,8 @@ class Stub:
             """The launcher around the C function, without the C function."""
 
             def __init__(self, src, metadata):
+                if build_launchers:
+                    super().__init__(src, metadata)
                 names = (
                     'global_scratch_size', 'global_scratch_align', 'profile_scratch_size',
                     'profile_scratch_align', 'launch_cooperative_grid', 'launch_pdl',
