@@ -91,8 +91,8 @@ def write(folder, extra='', name='small.py'):
 def quick(pictures=False):
     """Start afresh, as a process that runs one tool, and leave out what takes half of the time.
 
-    mmengine formats the config for every checkpoint and asks compilers for their versions; curves
-    are drawn at the end of a training unless ``pictures`` are wanted.
+    mmengine formats the config for every checkpoint and asks compilers for their versions. The
+    pictures at the end of a training are dots, unless ``pictures`` are wanted.
     """
     forget_instances()
     before = dict(os.environ)
@@ -101,14 +101,17 @@ def quick(pictures=False):
         holder = config if hasattr(config, 'FormatCode') else yapf_api
         with mock.patch.object(holder, 'FormatCode', lambda text, **_: (text, True)), \
                 mock.patch('mmengine.runner.runner.collect_env', dict), \
-                nullcontext() if pictures else mock.patch(
-                    'mmhybrid.engine.run_report.hook.draw_curves',
-                    lambda *_: Image.new('RGB', (1, 1))):
+                nullcontext() if pictures else mock.patch.multiple(
+                    'mmhybrid.engine.run_report.hook', draw_curves=_dot, draw_confusion=_dot):
             yield
     finally:
         torch.set_flush_denormal(False)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _dot(*_):
+    return Image.new('RGB', (1, 1))
 
 
 def forget_instances():

@@ -16,7 +16,8 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from shrink import on_meta
 
 from mmhybrid import cli
-from mmhybrid.cli.actions.training import train
+from mmhybrid.cli.actions.train_options import apply_options
+from mmhybrid.cli.actions.training import parse, train, training_parser
 from mmhybrid.datasets.exports import preparing
 from mmhybrid.engine.config import load_config
 from mmhybrid.errors import UserError
@@ -89,6 +90,35 @@ def test_the_config_trains_as_it_is(make, options, given, tmp_path):
     assert list((tmp_path / 'found/pictures').iterdir())
     page = (config.parent / 'report.html').read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == 6
+
+
+@pytest.mark.parametrize(('make', 'options', 'length'), [
+    (exports.yolo, {}, dict(max_epochs=3)),
+    (exports.masks, dict(kind='labelmap'), dict(max_iters=9))])  # 5 images by twos, three times
+def test_options_of_train_fit_the_config(make, options, length, tmp_path):
+    config = init(make(tmp_path, **options), '--model', 'mambavision-t')
+    args = parse(training_parser(), [
+        str(config), '--epochs', '3', '--batch', '2', '--accumulate', '2', '--image-size', '96',
+        '--freeze', '1', '--ema', '--early-stop', '2'])
+    cfg, _ = load_config(str(config))
+    init_default_scope(cfg.default_scope)
+    before = cfg.optim_wrapper.optimizer.lr / cfg.auto_scale_lr.base_batch_size
+    images = len(DATASETS.build(cfg.train_dataloader.dataset))
+    apply_options(cfg, args, 1)
+    if 'max_iters' in length:
+        length = dict(max_iters=-(-3 * images // 2))
+    assert {key: cfg.train_cfg[key] for key in length} == length
+    assert cfg.param_scheduler[1].end == [*length.values()][0]
+    assert cfg.optim_wrapper.optimizer.lr == pytest.approx(before * 4)
+    sizes = [step.get('crop_size') or step.get('scale') for step in cfg.train_dataloader.dataset
+             .pipeline if step.get('crop_size') or step.get('scale')]
+    assert max(sizes[-1]) == 96
+    assert [hook['type'] for hook in cfg.custom_hooks[-2:]] == ['EMAHook',
+                                                                'mmhybrid.EarlyStopHook']
+    with on_meta():
+        model = MODELS.build(cfg.model)
+    stages = [any(p.requires_grad for p in stage.parameters()) for stage in model.backbone.stages]
+    assert stages == [False, True, True, True]
 
 
 def one_step(config):
