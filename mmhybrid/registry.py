@@ -24,7 +24,8 @@ from mmengine.registry import Registry
 from . import compat
 
 __all__ = ['DATASETS', 'DATA_SAMPLERS', 'HOOKS', 'METRICS', 'MODELS', 'OPTIMIZERS',
-           'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS']
+           'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'SharedRegistry', 'TRANSFORMS',
+           'find_type']
 
 
 class SharedRegistry(Registry):
@@ -65,6 +66,27 @@ DATASETS = _child(ROOT_DATASETS, 'mmhybrid.datasets.loading')
 TRANSFORMS = _child(ROOT_TRANSFORMS, 'mmhybrid.datasets.loading')
 OPTIM_WRAPPER_CONSTRUCTORS = _child(ROOT_OPTIM_WRAPPER_CONSTRUCTORS, 'mmhybrid.engine')
 DATA_SAMPLERS = _child(ROOT_DATA_SAMPLERS, 'mmhybrid.datasets.loading')
+
+def find_type(node, registry: Registry, scope: str | None):
+    """The class or function that a dictionary of a config names by its ``type``.
+
+    Args:
+        node: the dictionary; anything else names nothing.
+        registry: one of the roots or of ours.
+        scope: where names without a package are looked up first; None for the present one.
+
+    Returns:
+        None if there is no such name, which building it will tell.
+    """
+    kind = node.get('type') if isinstance(node, dict) else None
+    if not isinstance(kind, str):
+        return kind
+    try:
+        with registry.switch_scope_and_registry(scope) as inner:
+            return inner.get(kind)
+    except Exception:  # whatever a package that is not whole raises
+        return None
+
 
 # Whoever builds something of ours comes through here, mmengine's own look-ups included.
 compat.install()

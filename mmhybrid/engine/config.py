@@ -13,7 +13,7 @@ from mmhybrid.weights import RELEASED, is_known_source, is_remote
 
 from ..errors import UserError
 from ..models.backbones.base import DenseBackbone
-from ..registry import MODELS
+from ..registry import MODELS, find_type
 from .amp import has_accelerator
 from .checkpointing import newest_whole
 from .config_file import read_config
@@ -177,9 +177,7 @@ def has_weights(cfg: Config) -> bool:
 
 def _weights_argument(backbone: ConfigDict) -> str:
     """The setting that names a backbone's weights: drop-ins take init_cfg without effect."""
-    kind = backbone.get('type')
-    if isinstance(kind, str):
-        kind = MODELS.module_dict.get(kind.rpartition('.')[2])
+    kind = find_type(backbone, MODELS, 'mmhybrid')
     if isinstance(kind, type) and issubclass(kind, DenseBackbone):
         for name in ('pretrained', 'pretrained_ckpt'):
             if name in inspect.signature(kind).parameters:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from ..errors import UserError
 from .amp import has_accelerator
 
-__all__ = ['end_if_alone', 'launched_rank', 'leave_process_group', 'prepare_launch', 'replace_sync_bn']
+__all__ = ['end_if_alone', 'launched_rank', 'leave_process_group', 'prepare_launch',
+           'replace_sync_bn']
 
 ALONE = 75  # exit code, see end_if_alone
 # Parts of errors of connections, gloo's and NCCL's.

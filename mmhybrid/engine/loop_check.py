@@ -15,6 +15,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmhybrid.spelling import did_you_mean, nearest_few
 
 from ..errors import UserError
+from ..registry import find_type
 
 __all__ = ['check_loops', 'class_of', 'train_loop']
 
@@ -120,7 +121,7 @@ def _check_optimizer(wrapper, scope) -> None:
         raise UserError('optim_wrapper.optimizer must be a dict with a type, such as '
                         f'dict(type="AdamW", lr=1e-4), got {optimizer!r}.')
     kind = optimizer['type']
-    if isinstance(kind, str) and _registered(optimizer, OPTIMIZERS, scope) is None:
+    if isinstance(kind, str) and find_type(optimizer, OPTIMIZERS, scope) is None:
         near = nearest_few(kind, OPTIMIZERS.module_dict, 1)
         raise UserError(f'optim_wrapper.optimizer.type is {kind!r}, which is not registered.'
                         + did_you_mean(*near))
@@ -215,17 +216,5 @@ def train_loop(train_cfg: dict, scope) -> type | None:
 
 def class_of(node, registry, scope):
     """The class that a dict names; None if it is unknown, which building it will tell."""
-    kind = _registered(node, registry, scope)
+    kind = find_type(node, registry, scope)
     return kind if isinstance(kind, type) else None
-
-
-def _registered(node, registry, scope):
-    """The class or function that a dict names; None if it is unknown."""
-    kind = node.get('type') if isinstance(node, dict) else None
-    if isinstance(kind, str):
-        try:
-            with registry.switch_scope_and_registry(scope) as inner:
-                kind = inner.get(kind)
-        except (KeyError, ImportError, AttributeError):
-            return None
-    return kind

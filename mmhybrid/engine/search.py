@@ -29,7 +29,7 @@ from mmhybrid.weights import read_checkpoint, unwrap
 from ..errors import UserError
 from ..models.backbones.localvim import LocalVimTrunk
 from ..models.backbones.localvmamba import LocalVMamba
-from ..registry import HOOKS
+from ..registry import HOOKS, find_type
 
 __all__ = ['ALPHAS_FILE', 'DirectionSearchHook', 'alphas_table', 'check_finite', 'check_pick',
            'checkpoint_alphas', 'choose_directions', 'make_supernet', 'model_alphas',
@@ -194,18 +194,14 @@ def _local_backbone(cfg: Config):
     backbone = (cfg.get('model') or {}).get('backbone')
     if backbone is None:
         raise UserError(f'{cfg.filename} has no model.backbone, so there is nothing to search.')
-    kind = backbone.get('type')
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    if isinstance(kind, str):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            found = registry.get(kind)
-    else:
-        found = kind
+    found = find_type(backbone, MODELS, None)
     if not (isinstance(found, type) and issubclass(found, (LocalVMamba, LocalVimTrunk))):
         raise UserError(
-            f'The backbone of {cfg.filename} is {kind}, whose scan directions cannot be searched. '
-            'Expected LocalVMamba, LocalVim, one of their drop-in names (MM_LocalVSSM, '
-            'MM_LocalVim), or in a classifier LocalVMambaClassifier or LocalVimClassifier.')
+            f'The backbone of {cfg.filename} is {backbone.get("type")}, whose scan directions '
+            'cannot be searched. Expected LocalVMamba, LocalVim, one of their drop-in names '
+            '(MM_LocalVSSM, MM_LocalVim), or in a classifier LocalVMambaClassifier or '
+            'LocalVimClassifier.')
     return backbone
 
 

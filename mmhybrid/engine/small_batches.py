@@ -1,4 +1,4 @@
-"""Batches of one image, where a model normalizes over the batch, and batches too large.
+"""Batches of one image, where a model normalizes over the batch, odd ones, and batches too large.
 
 A normalization over the batch needs two values per channel. One image has many, except behind a
 pooling to 1x1, which every full-size segmentor's head and many classifiers have.
@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from .explanations import SINGLE_VALUE_ADVICE
 
-__all__ = ['FEW', 'check_single_images', 'few_images_note', 'out_of_memory_advice', 'pooled_norms']
+__all__ = ['FEW', 'check_pairs', 'check_single_images', 'few_images_note',
+           'out_of_memory_advice', 'pooled_norms']
 
 FEW = 8  # images; statistics over fewer are noisy
 
@@ -41,6 +42,25 @@ def check_single_images(runner) -> None:
             f'last batch of one, but {names[0]} normalizes over the batch behind a pooling to one '
             'value per image. Add --cfg-options train_dataloader.drop_last=True, or take another '
             'batch size.')
+
+
+def check_pairs(runner) -> None:
+    """Raise UserError if a classifier would mix the images of an odd batch in pairs."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    loader = runner.train_loop.dataloader
+    size = getattr(loader.batch_sampler, 'batch_size', None)
+    if not size or getattr(model, 'mixing', None) is None:
+        return
+    pairs = 'but model.mixing takes images in pairs'
+    if size % 2:
+        raise UserError(
+            f'train_dataloader.batch_size is {size} on each process, {pairs}. Set an even number, '
+            f'such as --cfg-options train_dataloader.batch_size={size + 1}, or model.mixing=None.')
+    last = _last_batch(runner.train_loop)
+    if last is not None and last % 2:
+        raise UserError(
+            f'{len(loader.batch_sampler.sampler)} training images in batches of {size} leave a '
+            f'last batch of {last}, {pairs}. Add --cfg-options train_dataloader.drop_last=True.')
 
 
 def _last_batch(loop) -> int | None:

@@ -6,7 +6,6 @@ import inspect
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.registry import OPTIMIZERS as ROOT_OPTIMIZERS
-from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmhybrid.models.backbones.base import DenseBackbone
@@ -15,7 +14,7 @@ from mmhybrid.weights import strip_parallel
 from mmhybrid.weights.adapters import DOWN, SCALE, UP, adapters_of
 
 from ..errors import UserError
-from ..registry import MODELS
+from ..registry import MODELS, find_type
 from .amp import has_accelerator
 from .config import has_weights
 
@@ -60,8 +59,7 @@ def apply_lora(cfg: Config, rank: int | None) -> None:
 def _check_takes_lora(cfg: Config, backbone: ConfigDict | None) -> None:
     if not isinstance(backbone, dict) or 'type' not in backbone:
         raise UserError('--lora is for model.backbone, and this model has none.')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope') or 'mmengine'):
-        kind = MODELS.get(backbone.type) if isinstance(backbone.type, str) else backbone.type
+    kind = find_type(backbone, MODELS, cfg.get('default_scope') or 'mmengine')
     if not (isinstance(kind, type) and issubclass(kind, DenseBackbone)
             and 'lora' in inspect.signature(kind).parameters):
         takers = sorted(name for name, each in MODELS.module_dict.items() if isinstance(each, type)

@@ -11,7 +11,12 @@ from mmhybrid.cli.actions.training import train as run_train
 from mmhybrid.engine.building import prepare_training
 from mmhybrid.engine.config import load_config
 from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.small_batches import check_single_images, out_of_memory_advice, pooled_norms
+from mmhybrid.engine.small_batches import (
+    check_pairs,
+    check_single_images,
+    out_of_memory_advice,
+    pooled_norms,
+)
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +79,25 @@ def test_what_works_is_not_refused(built, train_cfg, options):
     runner = built(train_cfg, **options)
     check_single_images(runner)
     runner.train()  # and it does
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (loader(batch_size=3), 'batch_size is 3 on each process, but model.mixing.*batch_size=4'),
+    (loader(batch_size=3, drop_last=True), 'batch_size is 3'),
+    (loader(batch_size=8, **{'dataset.size': 13}),
+     '13 training images in batches of 8 leave a last batch of 5.*drop_last=True'),
+    (loader(batch_size=8), None),  # 12 images
+    (loader(batch_size=8, drop_last=True, **{'dataset.size': 13}), None),
+])
+def test_images_that_are_mixed_come_in_pairs(built, options, message):
+    runner = built(**options)
+    check_pairs(runner)  # a model that mixes nothing takes any number
+    runner.model.mixing = object()
+    if message is None:
+        check_pairs(runner)
+        return
+    with pytest.raises(UserError, match=message):
+        check_pairs(runner)
 
 
 def test_the_tool_refuses(tmp_path, monkeypatch, capfd):

@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +17,7 @@ from mmhybrid.analysis.memory import Memory, Peak
 from mmhybrid.analysis.pretended_gpu import backward, pretended_gpu
 from mmhybrid.engine.sharding import units
 from mmhybrid.errors import UserError
-from mmhybrid.registry import MODELS
+from mmhybrid.registry import MODELS, find_type
 
 from .source import ModelSource, build_model
 
@@ -402,8 +401,7 @@ def proposals(source: ModelSource, step: Step, gib: float) -> list[Proposal]:
 
 
 def _arguments(source: ModelSource, backbone: ConfigDict) -> set[str]:
-    with DefaultScope.overwrite_default_scope(source.scope):
-        cls = MODELS.get(backbone.type)
+    cls = find_type(backbone, MODELS, source.scope)
     return set() if cls is None else {*inspect.signature(cls.__init__).parameters}
 
 

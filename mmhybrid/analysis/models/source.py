@@ -82,7 +82,8 @@ def _named_model(spec: str, options: dict | None, backbone_only: bool) -> ModelS
 
 
 def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith(('mmhybrid.models.backbones', 'mmhybrid.models.classifiers'))
+    return cls.__module__.startswith(tuple(
+        f'mmhybrid.models.{room}.' for room in ('backbones', 'classifiers', 'dropins')))
 
 
 def _backbone_of(cfg: ConfigDict, spec: str) -> ConfigDict:

@@ -37,6 +37,7 @@ from mmhybrid.engine.run_report import tell_end
 from mmhybrid.engine.settings import check_custom_keys
 from mmhybrid.engine.sharding import apply_fsdp
 from mmhybrid.engine.small_batches import (
+    check_pairs,
     check_single_images,
     few_images_note,
     out_of_memory_advice,
@@ -156,6 +157,7 @@ def _run_training(args, change) -> Runner:
                 'train_dataloader.batch_size=N, or train_dataloader.drop_last=False.')
         if isinstance(runner, Runner):
             check_single_images(runner)
+            check_pairs(runner)
             note = few_images_note(runner)
             if note:
                 runner.logger.info(note)

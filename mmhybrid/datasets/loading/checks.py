@@ -14,6 +14,7 @@ import sys
 from mmengine.registry import DATASETS
 
 from mmhybrid.errors import UserError
+from mmhybrid.registry import find_type
 from mmhybrid.weights import is_remote
 
 from ..annotations import check_coco
@@ -62,7 +63,7 @@ def _nested(cfg, problems) -> str:
 def _data_advice(cfg) -> str:
     seg = cfg.get('default_scope') == 'mmseg'
     real, mini = ('ade20k', 'mini-ade20k') if seg else ('coco', 'mini-coco')
-    if any(hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes')
+    if any(hasattr(find_type(dataset, DATASETS, cfg.get('default_scope')), 'read_classes')
            for dataset in _datasets(cfg.get('train_dataloader'))):
         return (f'The config reads from data_root={cfg.get("data_root")!r}. Expected one folder '
                 'per class in it, train/<class>/<name>.jpg and val/<class>/<name>.jpg.\n'
@@ -153,7 +154,7 @@ def _check_splits(cfg, splits, facts: list[str]) -> list[str]:
             classes = classes_of(dataset, cfg.get('default_scope'))
             if classes is None:
                 continue
-            if hasattr(_kind(dataset, cfg.get('default_scope')), 'read_classes'):
+            if hasattr(find_type(dataset, DATASETS, cfg.get('default_scope')), 'read_classes'):
                 _check_folders(from_folders, split, classes)
             wrong = {path: number for path, number in heads.items() if number != len(classes)}
             if wrong:
@@ -187,18 +188,6 @@ def num_classes_of(node, path='model'):
             yield from num_classes_of(item, f'{path}.{index}')
 
 
-def _kind(dataset, scope):
-    """Class of a data set; None if it is unknown, which building it will tell."""
-    kind = dataset['type']
-    if isinstance(kind, str):
-        try:
-            with DATASETS.switch_scope_and_registry(scope) as registry:
-                return registry.get(kind)
-        except Exception:
-            return None
-    return kind
-
-
 def _check_folders(seen: dict, split: str, classes: tuple) -> None:
     """Classes that are folders have numbers by their order, so every split needs the same ones."""
     first, expected = next(iter(seen.items()), (split, classes))
@@ -219,7 +208,7 @@ def classes_of(dataset, scope) -> tuple | None:
         return None  # building it tells what is wrong
     names = described.get('classes')
     if names is None:
-        kind = _kind(dataset, scope)
+        kind = find_type(dataset, DATASETS, scope)
         names = (getattr(kind, 'METAINFO', None) or {}).get('classes')
         if names is None and hasattr(kind, 'read_classes'):
             names = kind.read_classes(next(_paths(dict(dataset=dataset)))[0])
@@ -271,7 +260,8 @@ def _coco_file(dataset, cfg) -> str | None:
 
 def _reads_like_coco(dataset, cfg, *methods) -> bool:
     scope = cfg.get('default_scope')
-    return _reads_like(_kind(dataset, scope), dict(type='mmdet.CocoDataset'), scope, *methods)
+    kind = find_type(dataset, DATASETS, scope)
+    return _reads_like(kind, dict(type='mmdet.CocoDataset'), scope, *methods)
 
 
 def _check_settings(dataset, split) -> None:
@@ -332,7 +322,7 @@ def _is_first_of_node() -> bool:
 
 def _reads_like(kind, base, scope, *methods) -> bool:
     """Whether a data set class reads its files as the class that ``base`` names does."""
-    base = _kind(base, scope)
+    base = find_type(base, DATASETS, scope)
     return base is not None and kind is not None and all(
         getattr(kind, name, None) is getattr(base, name) for name in methods)
 
@@ -385,7 +375,7 @@ def _check_evaluator_files(cfg, split) -> list[str]:
 def _check_labels(dataset, classes, split, cfg, facts) -> list[str]:
     """Check the folders that mmseg's BaseSegDataset would read; warnings. Counts go to facts."""
     scope = cfg.get('default_scope')
-    kind, prefix = _kind(dataset, scope), dataset.get('data_prefix') or {}
+    kind, prefix = find_type(dataset, DATASETS, scope), dataset.get('data_prefix') or {}
     if not _reads_like(kind, dict(type='mmseg.BaseSegDataset'), scope, 'load_data_list'):
         return []
     _check_settings(dataset, split)
