@@ -15,8 +15,7 @@ from mmhybrid.families.localvim import LOCALVIM
 from mmhybrid.layers import LayerNorm, LocalVimMixer, RMSNorm
 from mmhybrid.registry import MODELS
 
-from ..arguments import strict_arguments
-from .base import check_integers, check_out_indices, checked_architecture
+from ..arguments import check_integers, check_out_indices, checked_architecture, strict_arguments
 from .local_directions import LOCAL_VIM, ColumnRestore, resolve_directions
 from .plain import PlainBackbone
 

@@ -40,9 +40,7 @@ from mmhybrid.layers import (
 from mmhybrid.layers.mixers.mambavision import BRANCHES
 from mmhybrid.registry import MODELS
 
-from ..arguments import strict_arguments
-from .base import (
-    StagedBackbone,
+from ..arguments import (
     check_choice,
     check_flags,
     check_integers,
@@ -50,10 +48,9 @@ from .base import (
     check_out_indices,
     check_rate,
     checked_architecture,
-    checked_recomputation,
-    drop_path_rates,
-    run_blocks,
+    strict_arguments,
 )
+from .base import StagedBackbone, checked_recomputation, drop_path_rates, run_blocks
 
 __all__ = ['ARCHITECTURES', 'PATTERNS', 'ConvStage', 'HybridBlock', 'HybridStage', 'MambaVision',
            'attention_blocks']

@@ -23,13 +23,8 @@ from mmhybrid.layers import (
     rotated_sum,
 )
 
-from .base import (
-    DenseBackbone,
-    check_flags,
-    check_integers,
-    check_rate,
-    checked_recomputation,
-)
+from ..arguments import check_flags, check_integers, check_rate
+from .base import DenseBackbone, checked_recomputation
 
 __all__ = ['MixerBlock', 'PatchEmbed', 'PlainBackbone', 'class_row_of']
 

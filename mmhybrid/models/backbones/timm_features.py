@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mmhybrid.layers import LayerNorm2d
 from mmhybrid.registry import MODELS
 
-from ..arguments import strict_arguments
-from .base import DenseBackbone, check_flags, check_integers, check_out_indices, check_rate
+from ..arguments import check_flags, check_integers, check_out_indices, check_rate, strict_arguments
+from .base import DenseBackbone
 
 __all__ = ['TimmFeatures']
 

@@ -15,8 +15,13 @@ from mmhybrid.families.vim import VIM
 from mmhybrid.layers import MapPool, PortableSyncBatchNorm, RMSNorm, VimMixer
 from mmhybrid.registry import MODELS
 
-from ..arguments import strict_arguments
-from .base import check_flags, check_integers, check_out_indices, checked_architecture
+from ..arguments import (
+    check_flags,
+    check_integers,
+    check_out_indices,
+    checked_architecture,
+    strict_arguments,
+)
 from .plain import PlainBackbone
 
 __all__ = ['ARCHITECTURES', 'Vim']

@@ -35,18 +35,16 @@ from mmhybrid.layers import (
 )
 from mmhybrid.registry import MODELS
 
-from ..arguments import strict_arguments
-from .base import (
-    StagedBackbone,
+from ..arguments import (
     check_flags,
     check_integers,
     check_number,
     check_out_indices,
     check_rate,
     checked_architecture,
-    checked_recomputation,
-    drop_path_rates,
+    strict_arguments,
 )
+from .base import StagedBackbone, checked_recomputation, drop_path_rates
 
 __all__ = ['ARCHITECTURES', 'PatchMerging', 'VMamba', 'VSSBlock', 'VSSStage']
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from mmhybrid.registry import MODELS
 
-from ..arguments import check_names, strict_arguments
-from ..backbones.base import check_rate
+from ..arguments import check_names, check_rate, strict_arguments
 
 __all__ = ['ImageClassifier']
 
