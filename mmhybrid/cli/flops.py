@@ -48,7 +48,7 @@ def run(args):
 
 def _published_table(args):
     """Markdown of published numbers beside counted ones."""
-    from mmhybrid.analysis.models.published import compare, markdown, read_published
+    from mmhybrid.analysis.models.published import count_row, markdown, read_published
     from mmhybrid.errors import UserError
 
     if args.shape or args.cfg_options or args.backbone_only:
@@ -56,7 +56,7 @@ def _published_table(args):
                         'leave out --shape, --cfg-options and --backbone-only.')  # fmt: skip
     folder = osp.dirname(args.config)
     tables = {
-        title: [compare(row, folder) for row in rows]
+        title: [count_row(row, folder) for row in rows]
         for title, rows in read_published(args.config).items()
     }
     return markdown(tables, args.config)

@@ -17,7 +17,6 @@ from .mixers.vim import VimMixer
 from .mlp import Mlp
 from .norm import LayerNorm, LayerNorm2d, PortableSyncBatchNorm, RMSNorm, add_norm
 from .pool import MapPool
-from .precision import at_least_float32
 from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate, rotated_sum
 from .weight_casts import casts_weights
@@ -28,7 +27,7 @@ __all__ = [
     'Downsample', 'DropPath', 'LayerNorm', 'LayerNorm2d', 'Linear2d', 'LocalSS2D', 'LocalVimMixer',
     'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d',
     'SpatialChannelAttention', 'VimMixer',
-    'add_norm', 'at_least_float32', 'casts_weights', 'decay_rates', 'draw_together',
+    'add_norm', 'casts_weights', 'decay_rates', 'draw_together',
     'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
     'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'rotated_sum', 'token_linear',
     'window_partition', 'window_unpartition', 'windows_along',

@@ -11,7 +11,13 @@ import torch
 
 from mmhybrid import cli
 from mmhybrid.analysis.models.complexity import measure
-from mmhybrid.analysis.models.published import Comparison, agrees, compare, markdown, read_published
+from mmhybrid.analysis.models.published import (
+    CountedRow,
+    agrees,
+    count_row,
+    markdown,
+    read_published,
+)
 from mmhybrid.analysis.models.source import find_model
 from mmhybrid.errors import UserError
 
@@ -51,7 +57,7 @@ EXACT = {
 
 @pytest.fixture(scope='module')
 def sections():
-    return {title: [compare(row, str(TABLE.parent)) for row in rows]
+    return {title: [count_row(row, str(TABLE.parent)) for row in rows]
             for title, rows in read_published(str(TABLE)).items()}
 
 
@@ -88,7 +94,7 @@ def test_what_counts_as_the_printed_number():
     assert agrees('-', 3.0)
     row = dict(published=['-', '384'])
     cost = measure(find_model('VMambaClassifier:tiny'), (64, 64), depth=0)
-    assert Comparison(row, cost).reproduces == (True, False)
+    assert CountedRow(row, cost).reproduces == (True, False)
 
 
 def test_head_rules_of_two_stage_detectors():

@@ -14,7 +14,7 @@ from mmhybrid.errors import UserError
 from .complexity import measure
 from .source import find_model
 
-__all__ = ['Comparison', 'agrees', 'compare', 'markdown', 'read_published']
+__all__ = ['CountedRow', 'agrees', 'count_row', 'markdown', 'read_published']
 
 _KEYS = {'name', 'model', 'shape', 'published', 'source', 'convention'}
 _OPTIONAL = {'options', 'why'}
@@ -22,7 +22,7 @@ NOT_PUBLISHED = '-'
 
 
 @dataclass
-class Comparison:
+class CountedRow:
     """A published row and what is counted.
 
     Attributes:
@@ -72,19 +72,19 @@ def read_published(path: str) -> dict[str, list[dict]]:
     return sections
 
 
-def compare(row: dict, folder: str) -> Comparison:
+def count_row(row: dict, folder: str) -> CountedRow:
     """Count what a row describes; configs are looked for in ``folder``."""
     model = row['model']
     source = find_model(osp.join(folder, model) if model.endswith('.py') else model,
                         row.get('options'))
-    return Comparison(row, measure(source, row['shape'], row['convention'], depth=0))
+    return CountedRow(row, measure(source, row['shape'], row['convention'], depth=0))
 
 
-def markdown(sections: dict[str, Sequence[Comparison]], path: str) -> str:
+def markdown(sections: dict[str, Sequence[CountedRow]], path: str) -> str:
     """The table as a page.
 
     Args:
-        sections: comparisons by section.
+        sections: rows by section.
         path: of the file of published numbers, as it is named on the page.
     """
     lines = [
@@ -96,12 +96,12 @@ def markdown(sections: dict[str, Sequence[Comparison]], path: str) -> str:
         'attention products, scans, norms and resizing, whatever was published. A number '
         'reproduces if it is what was printed, once rounded or cut off to the printed digits, or '
         'within 0.5 % of it.', '']
-    for title, comparisons in sections.items():
+    for title, rows in sections.items():
         lines += [f'## {title}', '',
                   '| model | image | parameters M: published | counted | cost G: published '
                   '| counted | convention | everything | reproduces | source |',
                   '|---|---|---|---|---|---|---|---|---|---|']
-        for it in comparisons:
+        for it in rows:
             parameters, macs = it.counted
             lines.append('| ' + ' | '.join([
                 it.row['name'], ' x '.join(map(str, it.row['shape'])),
@@ -109,7 +109,7 @@ def markdown(sections: dict[str, Sequence[Comparison]], path: str) -> str:
                 _digits(macs), it.row['convention'], _digits(it.cost.everything / 1e9),
                 _verdict(it), it.row['source']]) + ' |')
         reasons: dict[str, list[str]] = {}
-        for it in comparisons:
+        for it in rows:
             if 'why' in it.row:
                 reasons.setdefault(' '.join(it.row['why'].split()), []).append(it.row['name'])
         lines += ['', *(f'- {"; ".join(names)}: {why}' for why, names in reasons.items()), '']
@@ -120,7 +120,7 @@ def _digits(value: float) -> str:
     return f'{value:.3f}' if value < 100 else f'{value:.1f}'
 
 
-def _verdict(it: Comparison) -> str:
+def _verdict(it: CountedRow) -> str:
     words = []
     for what, printed, good in zip(('parameters', 'cost'), it.row['published'], it.reproduces,
                                    strict=True):

@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops.cross_scan import ScanPlan
-from mmhybrid.ops.precision import autocast_off
+from mmhybrid.ops.precision import at_least_float32, autocast_off
 from mmhybrid.ops.selective_scan import choose_backend, cpp, run_backend
 from mmhybrid.ops.selective_scan.ordered import reads_tables, selective_scan_ordered
 from mmhybrid.ops.walk_conv import walk_conv
 from mmhybrid.ops.walk_scan import takes
-
-from ..precision import at_least_float32
 
 __all__ = ['Branch', 'any_trained', 'prepare_mixers', 'scan_branches', 'scan_chosen', 'state_dtype']
 

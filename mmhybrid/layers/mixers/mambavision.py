@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmhybrid.ops import mambavision_mixer, selective_scan
+from mmhybrid.ops.precision import at_least_float32
 from mmhybrid.ops.selective_scan import choose_backend
 
 from ..linear import token_linear
-from ..precision import at_least_float32
 from ..scan_init import init_decay_, init_step_bias_
 
 __all__ = ['BRANCHES', 'MambaVisionMixer']

@@ -17,13 +17,13 @@ from mmhybrid.ops.cross_scan import DIRECTIONS, scan_plan
 from mmhybrid.ops.cross_scan.scan import scan_directions, scan_dtype
 from mmhybrid.ops.map_conv import map_conv, map_conv_reference
 from mmhybrid.ops.merge_norm import Attention, attend_norm, merge_norm
+from mmhybrid.ops.precision import at_least_float32
 from mmhybrid.ops.selective_scan import choose_backend
 
 from .. import onednn
 from ..direction_merge import DirectionMixture, make_attention, merge_directions
 from ..linear import map_linear
 from ..norm import LayerNorm, LayerNorm2d
-from ..precision import at_least_float32
 from ..scan_init import init_decay_, init_step_bias_
 
 __all__ = ['LocalSS2D', 'SS2D', 'decay_rates']
