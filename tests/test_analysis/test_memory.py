@@ -149,12 +149,29 @@ def test_recomputing_and_lean_mixers_save():
         shallow = step('mambavision_seg', arch=arch, **options)
         return memory.predict(backbone('mambavision_seg'), shallow).peak.bytes
 
+    assert peak(with_cp=True) < peak(with_cp=(0, 1)) < peak()
     assert peak(with_cp=True) < peak(lean_mixer=True) < peak()
+
+
+def test_frozen_weights_have_no_gradients_and_no_states():
+    source = backbone('vmamba_seg')
+    options = ('arch', dict(dim=96, depths=(1, 1, 1, 1))),
+
+    def persistent(optimizer, *more):
+        source.config.optim_wrapper.optimizer.type = optimizer
+        step = memory.Step(1, (64, 64), torch.float16, options + more)
+        return memory.predict(source, step).persistent
+
+    weights = persistent('SGD')
+    assert persistent('AdamW') == pytest.approx(3 * weights, rel=0.01)
+    assert persistent('AdamW8bit') == pytest.approx(1.5 * weights, rel=0.03)
+    assert persistent('AdamW', ('lora', dict(rank=8))) == pytest.approx(1.06 * weights, rel=0.03)
 
 
 @pytest.mark.parametrize(('optimizer', 'values'), [
     (dict(type='SGD'), 0), (dict(type='SGD', momentum=0.9), 1), (dict(type='AdamW'), 2),
-    (dict(type='AdamW', amsgrad=True), 3), (dict(type='mmhybrid.Unknown'), 2),
+    (dict(type='AdamW', amsgrad=True), 3), (dict(type='PagedAdamW8bit'), 2),
+    (dict(type='Lion8bit'), 1), (dict(type='mmhybrid.Unknown'), 2),
 ])  # fmt: skip
 def test_values_that_an_optimizer_keeps(optimizer, values):
     assert memory.states_per_value(Config(dict(optim_wrapper=dict(optimizer=optimizer)))) == values

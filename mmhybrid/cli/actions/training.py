@@ -129,12 +129,12 @@ def _run_training(args, change) -> Runner:
     if args.auto_scale_lr:
         apply_auto_scale_lr(cfg)
     apply_faster(cfg, args.cuda_graphs, args.compile)
-    apply_fsdp(cfg, args.fsdp, _launcher(args))
     _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)
     apply_lora(cfg, args.lora)
     notes += apply_eight_bit(cfg, args.optimizer_8bit)
+    apply_fsdp(cfg, args.fsdp, _launcher(args))  # knows what it does not go together with
     if cfg.get('load_from'):
         check_checkpoint_file(cfg.load_from)
     elif cfg.get('pretrained'):
