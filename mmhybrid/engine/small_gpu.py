@@ -19,7 +19,7 @@ from .amp import has_accelerator
 from .config import has_weights
 
 __all__ = ['EIGHT_BIT', 'INSTALL', 'apply_eight_bit', 'apply_lora', 'check_adapters',
-           'describe_lora']
+           'check_lora_start', 'describe_lora']
 
 #: Optimizers whose states bitsandbytes keeps in eight bits, and whether they can be paged out.
 EIGHT_BIT = {'AdamW': True, 'Adam': True, 'Lion': True, 'SGD': False, 'RMSprop': False,
@@ -35,8 +35,7 @@ def apply_lora(cfg: Config, rank: int | None) -> None:
     """Let the backbone learn through adapters of this rank, or as ``model.backbone.lora`` says.
 
     Raises:
-        UserError: if the backbone has no such setting, or starts from random weights, which would
-            stay what they are.
+        UserError: if the backbone has no such setting, or it makes no sense.
     """
     backbone = cfg.model.get('backbone')
     if rank is not None:
@@ -49,7 +48,12 @@ def apply_lora(cfg: Config, rank: int | None) -> None:
         Lora.of(settings)
     except (TypeError, ValueError) as error:
         raise UserError(f'model.backbone.lora: {error}.') from error
-    if not has_weights(cfg):
+
+
+def check_lora_start(cfg: Config) -> None:
+    """Raise UserError if weights that adapters leave as they are would be random ones."""
+    backbone = cfg.model.get('backbone')
+    if isinstance(backbone, dict) and backbone.get('lora') and not has_weights(cfg):
         raise UserError(
             '--lora (model.backbone.lora) leaves the weights of the backbone as they are, and this '
             'run would start from random ones, from which no detector learns. Add --pretrained '

@@ -5,7 +5,13 @@ from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 
 from mmhybrid import models
-from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, check_adapters, describe_lora
+from mmhybrid.engine.small_gpu import (
+    apply_eight_bit,
+    apply_lora,
+    check_adapters,
+    check_lora_start,
+    describe_lora,
+)
 from mmhybrid.errors import UserError
 
 VIM = dict(type='mmhybrid.Vim', init_cfg=dict(type='Pretrained', checkpoint='w.pth'))
@@ -39,7 +45,9 @@ def test_models_without_a_backbone_are_left_alone():
     dict(load_from='x.pth'), dict(resume=True),
     dict(backbone=dict(VIM, init_cfg=None, pretrained='x'))], ids=str)
 def test_starts_that_have_weights(start):
-    apply_lora(config(**dict(backbone=dict(type='mmhybrid.Vim')) | start), 8)
+    cfg = config(**dict(backbone=dict(type='mmhybrid.Vim')) | start)
+    apply_lora(cfg, 8)
+    check_lora_start(cfg)
 
 
 @pytest.mark.parametrize(('backbone', 'words'), [
@@ -53,6 +61,7 @@ def test_configs_that_cannot_be(backbone, words):
         if 'lora' not in backbone:
             cfg.model.backbone.lora = dict(rank=2)
         apply_lora(cfg, None)
+        check_lora_start(cfg)
 
 
 @pytest.mark.parametrize('kind', ['mmhybrid.MM_VSSM', 'mmhybrid.TimmFeatures', 'NoSuchBackbone'])

@@ -42,7 +42,7 @@ from mmhybrid.engine.small_batches import (
     few_images_note,
     out_of_memory_advice,
 )
-from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, describe_lora
+from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, check_lora_start, describe_lora
 from mmhybrid.engine.stop_signals import stop_signals
 from mmhybrid.engine.stop_signals import train as train_until_stopped
 from mmhybrid.engine.work_dir_lock import WorkDirLock
@@ -123,6 +123,8 @@ def _run_training(args, change) -> Runner:
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper'):
         if not cfg.get(key):
             raise UserError(f'{args.config} has no {key}, so it cannot be trained.')
+    apply_lora(cfg, args.lora)
+    notes += apply_eight_bit(cfg, args.optimizer_8bit)
     if change is not None:
         warnings += change(cfg)
     warnings += apply_amp(cfg, args.amp)
@@ -132,8 +134,7 @@ def _run_training(args, change) -> Runner:
     _apply_resume_settings(cfg, args)
     warnings += apply_resume(cfg, args.resume)
     warnings += apply_pretrained(cfg, args.pretrained)
-    apply_lora(cfg, args.lora)
-    notes += apply_eight_bit(cfg, args.optimizer_8bit)
+    check_lora_start(cfg)
     apply_fsdp(cfg, args.fsdp, _launcher(args))  # knows what it does not go together with
     if cfg.get('load_from'):
         check_checkpoint_file(cfg.load_from)
