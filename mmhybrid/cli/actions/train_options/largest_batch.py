@@ -66,10 +66,12 @@ def largest_batch(cfg, processes: int) -> tuple[int, list[str]]:
             gc.collect()
             torch.cuda.empty_cache()
         else:
-            memory = torch.cuda.mem_get_info()[1] if device else available_memory() * OF_RAM
+            beside = int(os.environ.get('LOCAL_WORLD_SIZE', processes))  # share this machine
+            memory = torch.cuda.mem_get_info()[1] if device else (
+                available_memory() * OF_RAM / beside)
             found = predicted_batch(source, step, usable(memory / GIB) if device else memory, limit)
             how = f'predicted from shapes for {memory / GIB:.1f} GiB'
-            how += '' if device else f', {OF_RAM:.0%} of what is free'
+            how += '' if device else f", a process's part of {OF_RAM:.0%} of what is free"
         _remember(key, found)
     found = _same_everywhere(cfg, found, processes)
     least = 'not even one image of'
