@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main, parse_args
 
-ALONE = 75  # exit code of a process whose connection to another one broke, see engine/distributed.py
+ALONE = 75  # exit code of a process whose connection to another one broke
 KEY, WAIT = 'mmhybrid/lost', 10  # seconds
 
 
@@ -42,7 +42,7 @@ def described(rank, failure):
 
 def board(args):
     """Where machines leave notes for each other, or None."""
-    if args.nnodes == '1':
+    if args.standalone or args.nnodes in ('1', '1:1'):
         return None
     host, _, port = (args.rdzv_endpoint or f'{args.master_addr}:{args.master_port}').rpartition(':')
     try:

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import UserError
 from ..registry import HOOKS
 from .checkpointing import recorded
+from .pieces import is_sharded, local_part
 from .random_state import get_random_state, set_random_state
 from .stop_signals import any_rank
 
@@ -96,9 +97,16 @@ class FiniteLossHook(Hook):
         """Take away gradients that are not finite: without any, a step changes nothing."""
         parameters = [p for group in optimizer.param_groups for p in group['params']
                       if p.grad is not None and p.grad.layout == torch.strided]
-        # With this limit the gradients stay what they are; the function is fast on a GPU.
-        norm = nn.utils.clip_grad_norm_(parameters, float('inf'), norm_type=float('inf'))
-        if not bool(torch.isfinite(norm)):
+        if any(is_sharded(p.grad) for p in parameters):
+            # A part may be empty, which has no largest value.
+            parts = [part for p in parameters if (part := local_part(p.grad)).numel()]
+            norm = nn.utils.get_total_norm(parts, norm_type=float('inf'))
+            broken = any_rank(not bool(torch.isfinite(norm)))
+        else:
+            # With this limit the gradients stay what they are; the function is fast on a GPU.
+            norm = nn.utils.clip_grad_norm_(parameters, float('inf'), norm_type=float('inf'))
+            broken = not bool(torch.isfinite(norm))
+        if broken:
             self._left_out.add(id(optimizer))
             for parameter in parameters:
                 parameter.grad = None

@@ -3,12 +3,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ['is_sharded', 'piece_like', 'whole_tensor']
+__all__ = ['is_sharded', 'local_part', 'piece_like', 'whole_tensor']
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a part of one that several processes hold together."""
     return hasattr(tensor, 'full_tensor')
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of an ordinary one."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

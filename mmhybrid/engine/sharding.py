@@ -120,6 +120,10 @@ def _against_wrapper(wrapper: dict) -> Iterator[str]:
     if optimizer not in OPTIMIZERS:
         yield (f'optim_wrapper.optimizer.type={optimizer} do not go together: it may need tensors '
                f'as a whole. Use one of {", ".join(OPTIMIZERS)}, or leave --fsdp out.')
+    clip = wrapper.get('clip_grad') or {}
+    if float(clip.get('norm_type', 2)) == float('inf'):
+        yield ('optim_wrapper.clip_grad.norm_type=inf do not go together: a part may be empty, '
+               'which has no largest value. Use norm_type=2, or leave --fsdp out.')
 
 
 def _fsdp():

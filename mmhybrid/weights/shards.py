@@ -78,16 +78,21 @@ def _described(about: Any, path: str) -> tuple[int, list[tuple[tuple, tuple]]]:
 def _pieces(content: object, shapes: list, run: object, path: str) -> list:
     """The (keys, tensor) of one process."""
     path = printable(path)
-    if not isinstance(content, dict) or not isinstance(content.get('pieces'), list):
+    found = content.get('pieces') if isinstance(content, dict) else None
+    if not isinstance(found, list) or not all(map(_is_piece, found)):
         raise WeightsError(f'{path} is no piece of a checkpoint; expected what a training with '
                            '--fsdp sharded writes')
     if content.get('run') != run:
         raise WeightsError(f'{path} is a piece of another checkpoint than {REST} beside it; copy '
                            'the whole folder')
-    found = content['pieces']
     if [tuple(keys) for keys, _ in found] != [keys for keys, _ in shapes]:
         raise WeightsError(f'{path} holds other tensors than {REST} says; copy the whole folder')
     return found
+
+
+def _is_piece(each: object) -> bool:
+    return (isinstance(each, (tuple, list)) and len(each) == 2 and isinstance(each[0], (tuple, list))
+            and isinstance(each[1], torch.Tensor) and each[1].dim() > 0)
 
 
 def _joined(parts: list[torch.Tensor], keys: tuple, shape: tuple, folder: str) -> torch.Tensor:

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import toy
+from mmengine.config import Config
 
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.weights import read_checkpoint
+from mmhybrid.engine.sharding import apply_fsdp
+from mmhybrid.errors import UserError
+from mmhybrid.weights import WeightsError, read_checkpoint
+from mmhybrid.weights.shards import piece_name
 
 ROOT = Path(__file__).resolve().parents[2]
 on_cpu = pytest.mark.skipif(has_accelerator(), reason='several processes on a CPU')
@@ -174,3 +178,117 @@ def test_all_families_and_another_number_of_processes(tmp_path):
             dict(interval=3, by_epoch=False), sampler='InfiniteSampler')
     launch(tmp_path, 3, tmp_path / 'one' / 'iter_3.pth')
     launch(tmp_path, 2, tmp_path / 'others' / 'iter_4.pth')
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+def settings(**more):
+    common = dict(model=dict(), optim_wrapper=dict(optimizer=dict(type='AdamW')))
+    return Config(dict(common, **more))
+
+
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(__import__('torch.distributed.fsdp', fromlist=['x']), 'FSDPModule'),
+    reason='an older PyTorch')
+
+
+@needs_fsdp
+@pytest.mark.parametrize('more, word', [
+    (dict(cuda_graphs=True), 'cuda_graphs'),
+    (dict(compile_backbone={}), None),  # an empty setting asks for nothing
+    (dict(compile_backbone=dict(mode='x')), 'compile_backbone'),
+    (dict(model=dict(backbone=dict(lora=dict(rank=4)))), '--lora'),
+    (dict(custom_hooks=[dict(type='EMAHook')]), 'EMAHook'),
+    (dict(custom_hooks=[dict(type='mmdet.MeanTeacherHook')]), None),
+    (dict(model_wrapper_cfg=dict(type='x')), 'model_wrapper_cfg'),
+    (dict(runner_type='FlexibleRunner'), 'FlexibleRunner'),
+    (dict(optim_wrapper=dict(type='DeepSpeedOptimWrapper')), 'DeepSpeedOptimWrapper'),
+    (dict(optim_wrapper=dict(optimizer=dict(type='mmhybrid.lamb'))), 'lamb'),
+    (dict(optim_wrapper=dict(type='AmpOptimWrapper', optimizer=dict(type=torch.optim.SGD))), None),
+    (dict(optim_wrapper=dict(clip_grad=dict(norm_type='inf'))), 'norm_type'),
+    (dict(optim_wrapper=dict(clip_grad=dict(max_norm=1.0))), None),
+])
+def test_what_goes_with_sharding(more, word):
+    cfg = settings(**more)
+    if word is None:
+        apply_fsdp(cfg, 'full', 'pytorch')
+        assert cfg.runner_type == 'ShardedRunner' and cfg.fsdp == dict(checkpoints='full')
+        return
+    with pytest.raises(UserError, match=f'--fsdp.*{word}.*go together'):
+        apply_fsdp(cfg, 'full', 'pytorch')
+
+
+@needs_fsdp
+def test_settings_of_sharding():
+    cfg = settings()
+    apply_fsdp(cfg, None, 'none')
+    assert 'runner_type' not in cfg
+    with pytest.raises(UserError, match='dist_train.sh'):
+        apply_fsdp(settings(), 'full', 'none')
+    for wrong in (dict(checkpoint='full'), 'yes', dict(checkpoints='half')):
+        with pytest.raises(UserError, match='full'):
+            apply_fsdp(settings(fsdp=wrong), None, 'pytorch')
+    cfg = settings(fsdp=dict(checkpoints='sharded'))
+    apply_fsdp(cfg, None, 'pytorch')
+    assert cfg.fsdp.checkpoints == 'sharded'
+    apply_fsdp(cfg, 'full', 'pytorch')  # the command line wins
+    assert cfg.fsdp.checkpoints == 'full'
+
+
+def test_an_older_torch(monkeypatch):
+    monkeypatch.setattr('mmhybrid.engine.sharding._fsdp', object)
+    with pytest.raises(UserError, match='--fsdp needs torch'):
+        apply_fsdp(settings(), 'full', 'pytorch')
+
+
+# --- folders of pieces ----------------------------------------------------------------------------
+
+@pytest.fixture
+def pieces(tmp_path):
+    """A checkpoint of three processes, the last with nothing of a short tensor."""
+    folder = tmp_path / 'epoch_1.pth'
+    folder.mkdir()
+    weight, bias = torch.arange(12.).view(4, 3), torch.arange(2.)
+    keys = [('state_dict', 'weight'), ('optimizer', 'state', 0, 'exp_avg')]
+    torch.save(dict(
+        meta=dict(iter=1), state_dict=dict(count=torch.tensor(3)), optimizer=dict(state={}),
+        pieces=dict(run=7, ranks=3, shapes=list(zip(keys, [(4, 3), (2,)], strict=True))),
+    ), folder / 'rest.pth')
+    for rank in range(3):
+        torch.save(dict(run=7, pieces=list(zip(keys, (
+            weight[2 * rank:2 * rank + 2], bias[rank:rank + 1]), strict=True))), folder / piece_name(rank, 3))
+    return folder
+
+
+def change(path, **entries):
+    torch.save(dict(torch.load(path), **entries), path)
+
+
+def test_pieces_are_put_together(pieces):
+    found = read_checkpoint(pieces)
+    assert found['meta'] == dict(iter=1) and 'pieces' not in found
+    assert found['state_dict']['weight'].tolist() == torch.arange(12.).view(4, 3).tolist()
+    assert found['state_dict']['count'] == 3
+    assert found['optimizer']['state'][0]['exp_avg'].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('damage, said', [
+    (lambda folder: (folder / piece_name(1, 3)).unlink(), 'epoch_1.pth lacks piece_1_of_3.pth'),
+    (lambda folder: change(folder / piece_name(1, 3), run=8),
+     'piece_1_of_3.pth is a piece of another checkpoint'),
+    (lambda folder: change(folder / piece_name(2, 3), pieces=[]), 'holds other tensors'),
+    (lambda folder: change(folder / piece_name(2, 3), pieces=[1, 2]), 'no piece of a checkpoint'),
+    (lambda folder: torch.save([1], folder / piece_name(0, 3)), 'no piece of a checkpoint'),
+    (lambda folder: (folder / piece_name(0, 3)).write_bytes(
+        (folder / piece_name(0, 3)).read_bytes()[:-200]), 'piece_0_of_3.pth is cut off'),
+    (lambda folder: change(folder / piece_name(2, 3), pieces=torch.load(
+        folder / piece_name(0, 3))['pieces']), r'state_dict.weight have the shapes .* \(4, 3\)'),
+    (lambda folder: change(folder / 'rest.pth', pieces=dict(ranks=0)), 'does not describe'),
+    (lambda folder: change(folder / 'rest.pth', pieces=None), 'does not describe'),
+    (lambda folder: change(folder / 'rest.pth', state_dict=3), 'has something else'),
+    (lambda folder: (folder / 'rest.pth').unlink(), 'is a folder'),
+])
+def test_damaged_pieces(pieces, damage, said):
+    damage(pieces)
+    with pytest.raises(WeightsError, match=said):
+        read_checkpoint(pieces)
