@@ -6,7 +6,8 @@ Such a module has
 - ``EXAMPLE``, a command line that works;
 - ``add_arguments(parser)``, which may import what it needs to describe them;
 - ``run(args)``, which does the work and returns an exit status (None: 0);
-- ``LIGHT = True`` if it has to do without mmengine and torch. It then says what a user can put
+- ``LIGHT = True`` if it has to do without mmengine and torch, or a function of the arguments that
+  says so of this call. It then says what a user can put
   right with :class:`mmhybrid.cli._common.Failure`, all others with ``UserError``.
 
 Its top level imports nothing but the standard library, so that ``mmhybrid --help`` is quick; what
@@ -25,6 +26,7 @@ import sys
 import traceback
 
 from mmhybrid import compat
+from mmhybrid.errors import UserError
 
 from ._common import Failure, finish_parser
 
@@ -88,6 +90,7 @@ def run_subcommand(name, arguments, prog):
         status.append(module.run(parser.parse_args(arguments)) or 0)
 
     light = getattr(module, 'LIGHT', False)
+    light = light(arguments) if callable(light) else light
     failed = _run_light(work if light else _check_environment, arguments)
     if not light and not failed:
         with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
@@ -124,7 +127,7 @@ def _run_light(work, arguments):
     except KeyboardInterrupt:
         print('\nStopped.', file=sys.stderr)
         return 130
-    except Failure as failure:
+    except (Failure, UserError) as failure:
         if '--traceback' in arguments or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0'):
             traceback.print_exc()
         print(f'\nERROR: {failure}\n', file=sys.stderr, flush=True)

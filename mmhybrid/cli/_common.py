@@ -19,6 +19,16 @@ class CfgOptions(argparse.Action):
                                                                  option_string)  # fmt: skip
 
 
+def is_onnx(arguments):
+    """Whether ``--weights`` names an ONNX file."""
+    weights = ''
+    for before, argument in zip(['', *arguments], arguments, strict=False):
+        name, is_set, value = argument.partition('=')
+        if name == '--weights' and is_set or before == '--weights':
+            weights = value if is_set else argument
+    return weights.lower().endswith('.onnx')
+
+
 def add_cfg_options(parser):
     """Add ``--cfg-options``."""
     parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',

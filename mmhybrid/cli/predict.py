@@ -4,7 +4,10 @@ The weights are enough: a checkpoint of training holds its config. Writes pictur
 what was found, and predictions.json in COCO's format.
 """
 
-from ._common import add_cfg_options
+from ._common import add_cfg_options, is_onnx
+
+#: An ONNX file needs no PyTorch.
+LIGHT = is_onnx
 
 EXAMPLE = 'mmhybrid predict photos/ --weights work_dirs/mini --score 0.5'
 
@@ -16,7 +19,8 @@ def add_arguments(parser):
                              'http(s) address, video, or the number of a camera')  # fmt: skip
     parser.add_argument('--weights', required=True, metavar='RUN_OR_CHECKPOINT',
                         help='work directory of a training (its best checkpoint, else its last), '
-                             'a checkpoint, or its address')  # fmt: skip
+                             'a checkpoint, its address, or a file of `mmhybrid export` (.onnx), '
+                             'which needs no PyTorch')  # fmt: skip
     parser.add_argument('--config', help='config file, if the checkpoint holds none or yours needs '
                                          'modules of your own')  # fmt: skip
     parser.add_argument('--out', metavar='FOLDER',

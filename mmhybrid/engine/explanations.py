@@ -1,7 +1,6 @@
 """What to say of errors that others raise and a person can put right."""
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 
@@ -10,16 +9,15 @@ import torch
 from mmhybrid.mmcv_ops import CompiledOpMissing, TorchvisionMissing
 from mmhybrid.weights import WeightsError
 
-from ..errors import UserError
+from ..errors import NO_WRITING, UserError
 
-__all__ = ['NO_WRITING', 'SINGLE_VALUE_ADVICE', 'explain']
+__all__ = ['SINGLE_VALUE_ADVICE', 'explain']
 
 SINGLE_VALUE_ADVICE = (
     'Give each process at least 2 images (--cfg-options train_dataloader.batch_size=2), leave '
     'out a last batch of one image (train_dataloader.drop_last=True), or normalize without the '
     "batch: norm_cfg=dict(type='GN', num_groups=32). optim_wrapper.accumulative_counts does not "
     'help here, because each image still goes through alone.')
-NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Limits of the machine and mistakes of use that others report in their own words: parts of their
 # text, and ours. A worker passes an error on as text, so the text decides.
 KNOWN_TEXTS = (

@@ -5,14 +5,13 @@ config that nobody asked for.
 """
 from __future__ import annotations
 
-import argparse
 import re
 
 from mmengine.config import Config, DictAction
 
 from ..errors import UserError
 
-__all__ = ['OptionsAction', 'check_given', 'check_options']
+__all__ = ['OptionsAction', 'check_options']
 
 CLOSING = {')': '(', ']': '['}
 DICT = re.compile(r'(?:^|[\[(,])\s*(?:dict\(|\{\s*[\'"\w]+\s*[:}])|^\{\s*\}$')
@@ -70,21 +69,6 @@ def _balanced(value: str) -> bool:
         elif mark in ')]' and (not opened or opened.pop() != CLOSING[mark]):
             return False
     return not opened
-
-
-def check_given(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for an option that is there but empty, as an unset shell variable makes it.
-
-    Args:
-        args: the parsed command line.
-        names: attributes of it.
-    """
-    for name in names:
-        value = getattr(args, name, None)
-        if isinstance(value, str) and not value.strip():
-            option = name if name in ('config', 'checkpoint') else f'--{name.replace("_", "-")}'
-            raise UserError(f'{option} is empty. Expected a path; leave the option out if it is '
-                            'not needed. (Is a variable of the shell not set?)')
 
 
 def check_options(cfg: Config, options: dict) -> None:

@@ -15,13 +15,9 @@ from .boxes import nms, roi_align
 
 __all__ = ['Features', 'Segmentor', 'TwoStageDetector', 'part_of']
 
-PARTS = ('whole', 'neck', 'backbone')
-
 
 class Features(nn.Module):
     """Backbone, and neck if there is one: the maps."""
-
-    outputs: tuple[str, ...]
 
     def __init__(self, backbone: nn.Module, neck: nn.Module | None = None):
         super().__init__()
@@ -195,12 +191,12 @@ def part_of(model: nn.Module, part: str) -> nn.Module:
     kind = type(model).__name__
     backbone, neck = getattr(model, 'backbone', model), getattr(model, 'neck', None)
     if part == 'backbone':
-        return _named(Features(backbone))
+        return Features(backbone)
     if part == 'neck':
         if neck is None:
             raise UserError(f'--part neck: the model, a {kind}, has no neck. Take --part '
                             'backbone.')
-        return _named(Features(backbone, neck))
+        return Features(backbone, neck)
     if kind == 'EncoderDecoder':
         return Segmentor(model)
     if kind in ('MaskRCNN', 'CascadeRCNN', 'FasterRCNN'):
@@ -209,10 +205,6 @@ def part_of(model: nn.Module, part: str) -> nn.Module:
     raise UserError(f'Export knows the heads of UPerNet-like segmentors (EncoderDecoder), Mask '
                     f'R-CNN and Cascade (Mask) R-CNN, and the model is a {kind}. Its features can '
                     'be written: --part backbone, or --part neck.')
-
-
-def _named(features: Features) -> Features:
-    return features
 
 
 def _check_heads(model: nn.Module) -> None:

@@ -9,8 +9,11 @@ import onnx_ir as ir
 from onnxscript.ir import convenience
 from torch.onnx._internal.exporter import _core
 
-__all__ = ['ZERO', 'call', 'constant', 'known', 'numbers', 'shape_of', 'subgraph', 'tensor']
+__all__ = ['PREFIX', 'ZERO', 'call', 'constant', 'known', 'numbers', 'shape_of', 'subgraph',
+           'tensor']
 
+#: How the names of our own nodes begin.
+PREFIX = 'mmhybrid_'
 #: What ``ConstantOfShape`` fills with.
 ZERO = ir.tensor(np.zeros(1, dtype=np.float32))
 _count = itertools.count()
@@ -21,6 +24,7 @@ def call(kind: str, *inputs, num_outputs: int = 1, **attributes):
     tracer = _core.current_tracer
     assert tracer is not None, 'nothing is being exported'
     node = _node(kind, inputs, num_outputs, attributes, tracer.opset.version)
+    node.name = f'{PREFIX}{kind}_{next(_count)}'
     tracer.nodes.append(node)
     return node.outputs[0] if num_outputs == 1 and kind != 'Scan' else list(node.outputs)
 

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import torch
 
 from ..ops.cross_scan import orders
-from . import boxes  # noqa: F401  registers operators
+from . import boxes as _boxes  # noqa: F401  registers operators
 from . import scan as scans
 from .nodes import call, constant, numbers, tensor
 

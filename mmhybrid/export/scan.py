@@ -60,27 +60,28 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
     Cs = rows(_flat(C), groups * state, groups, 1, state)
     A = call('Transpose', call('Reshape', A, constant([groups, width, state])), perm=[0, 2, 1])
 
-    def advanced(node, h, dt, gain, b):
+    # A is carried, for not every runtime lets a body see what is around it.
+    def advanced(node, h, A, dt, gain, b):
         # Computed twice, for large tensors of decays would have to go through memory.
         decay = node('Exp', node('Mul', dt, A))
         return node('Add', node('Mul', decay, h), node('Mul', gain, b))
 
-    def ends(node, h, *row):
-        return [advanced(node, h, *row)]
+    def ends(node, h, A, *row):
+        return [advanced(node, h, A, *row), node('Identity', A)]
 
-    def outputs(node, h, c, *row):
-        h = advanced(node, h, *row)
+    def outputs(node, h, A, c, *row):
+        h = advanced(node, h, A, *row)
         y = node('Mul', c, h) if state == 1 else node('MatMul', c, h)
-        return [h, node('Squeeze', y, node('Constant', value_ints=[3]))]
+        return [h, node('Identity', A), node('Squeeze', y, node('Constant', value_ints=[3]))]
 
     h = call('ConstantOfShape', call('Concat', shape_of(dts, 1, 3), constant(
         [groups, state, width]), axis=0), value=ZERO)
     if many:
-        end, = _loop(ends, [h], [dts, gains, Bs], 0, reverse)
+        end, _ = _loop(ends, [h, A], [dts, gains, Bs], 0, reverse)
         total = call('Exp', call('Mul', call('ReduceSum', dts, constant([0]), keepdims=0), A))
         first = call('ConstantOfShape', shape_of(end, 1), value=ZERO)
         _, h = _loop(_starts, [first], [total, end], 1, reverse)
-    _, y = _loop(outputs, [h], [Cs, dts, gains, Bs], 1, reverse)  # (T, K, B, G, H)
+    _, _, y = _loop(outputs, [h, A], [Cs, dts, gains, Bs], 1, reverse)  # (T, K, B, G, H)
     y = call('Transpose', call('Reshape', y, constant([0, 0, 0, channels])), perm=[1, 0, 2, 3])
     y = call('Reshape', y, call('Concat', constant([-1]), shape_of(y, 2), axis=0))
     y = call('Transpose', y, perm=[1, 2, 0])

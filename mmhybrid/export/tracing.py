@@ -69,17 +69,14 @@ def check_packages() -> None:
 
 @contextmanager
 def for_export(model: nn.Module) -> Iterator[None]:
-    """Let all scans of a model take the form for export, and blocks no other short way."""
+    """Let all scans of a model in evaluation mode take the form for export."""
     before = [(module, name, getattr(module, name)) for module in model.modules()
               for name in ('backend', 'fused', 'with_cp') if hasattr(module, name)]
     for module, name, _ in before:
         setattr(module, name, 'export' if name == 'backend' else False)
-    training = model.training
-    model.eval()
     try:
         yield
     finally:
-        model.train(training)
         for module, name, value in before:
             setattr(module, name, value)
 

@@ -20,7 +20,7 @@ from .pool import MapPool
 from .recompute import recomputed
 from .rope import Rope2d, resize_grid, rotate, rotated_sum
 from .weight_casts import casts_weights
-from .window import near_equal, window_partition, window_unpartition, windows_along
+from .window import exporting, near_equal, window_partition, window_unpartition, windows_along
 
 __all__ = [
     'SS2D', 'Attention', 'ChannelAttention', 'ConvBlock', 'ConvStem', 'DirectionMixture',
@@ -28,7 +28,7 @@ __all__ = [
     'MambaVisionMixer', 'MapPool', 'Mlp', 'PortableSyncBatchNorm', 'RMSNorm', 'Rope2d',
     'SpatialChannelAttention', 'VimMixer',
     'add_norm', 'casts_weights', 'decay_rates', 'draw_together',
-    'drop_path_or_identity', 'dropped', 'map_linear', 'merge_directions', 'near_equal',
+    'drop_path_or_identity', 'dropped', 'exporting', 'map_linear', 'merge_directions', 'near_equal',
     'prepare_mixers', 'recomputed', 'resize_grid', 'rotate', 'rotated_sum', 'token_linear',
     'window_partition', 'window_unpartition', 'windows_along',
 ]

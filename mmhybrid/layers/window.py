@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['near_equal', 'window_partition', 'window_unpartition', 'windows_along']
+__all__ = ['exporting', 'near_equal', 'window_partition', 'window_unpartition', 'windows_along']
 
 
 def window_partition(x: Tensor, window: int | tuple[int, int]) -> Tensor:
@@ -61,7 +61,14 @@ def windows_along(side: int, window: int) -> int:
     That is said apart for one window, behind which a compiler that has the side as a variable then
     finds constants.
     """
+    if exporting():  # the number follows the side, also of one window
+        return -(-side // window)
     return 1 if side <= window else -(-side // window)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` follows, for which no branch may depend on a size."""
+    return getattr(torch.compiler, 'is_exporting', bool)()
 
 
 def near_equal(side: int, window: int) -> list[tuple[int, int]]:

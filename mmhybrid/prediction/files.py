@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from mmhybrid import __version__
-from mmhybrid.errors import UserError
+from mmhybrid.errors import NO_WRITING, UserError
 
-from ..engine.explanations import NO_WRITING
 from .outlines import joined, outlines
 from .results import Detection, Result, Segmentation, decoded, run_lengths
 from .sources import PLACES, RESULTS, Item

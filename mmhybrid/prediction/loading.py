@@ -42,7 +42,7 @@ from ..engine.config import apply_tta, load_config
 from ..engine.options import check_options
 from ..models.checkpoints import check_windows
 
-__all__ = ['Loaded', 'find_checkpoint', 'load_model']
+__all__ = ['Loaded', 'find_checkpoint', 'load_model', 'untrained']
 
 # Entries of a config that decide what a model says of a picture; custom_imports may.
 _NEEDED = (r'(model|default_scope|_base_|tta_model|tta_pipeline)\b|'
@@ -105,6 +105,20 @@ def load_model(weights: str | os.PathLike, config: str | os.PathLike | None = No
     names, unnamed = _names(cfg, checkpoint)
     return Loaded(name, model.to(target).eval(), cfg, pipeline, names,
                   _palette(checkpoint, len(names)), notes + tta_notes + unnamed)
+
+
+def untrained(config: str, options: dict | None = None) -> Loaded:
+    """The model of a config with its initial weights, on the CPU.
+
+    Raises:
+        UserError: if there is no such config, or it describes nothing that predicts.
+    """
+    cfg, notes = load_config(config, options)
+    pipeline, _ = _prepare(cfg, config, False)
+    model = _built(cfg, config, [])
+    names, unnamed = _names(cfg, {})
+    return Loaded(config, model.eval(), cfg, pipeline, names, None, [
+        *notes, *unnamed, 'The weights are initial ones, for nothing named others'])
 
 
 def _device(device) -> torch.device:

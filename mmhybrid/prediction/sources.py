@@ -13,9 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from mmhybrid.errors import UserError
-from mmhybrid.weights import WeightsError
-from mmhybrid.weights.addresses import parse_address, shown
-from mmhybrid.weights.transfer import Interrupted, ask, read_some
 
 __all__ = ['PLACES', 'RESULTS', 'Frames', 'Item', 'fetched', 'find_items']
 
@@ -46,7 +43,15 @@ class Item:
 
     def __str__(self) -> str:
         return f'camera {self.path}' if self.path.isdigit() and self.kind == 'camera' else (
-            shown(self.path))
+            _shown(self.path))
+
+
+def _shown(path: str) -> str:
+    if '://' not in path:
+        return path
+    from mmhybrid.weights.addresses import shown  # needs PyTorch, which predicting may do without
+
+    return shown(path)
 
 
 def find_items(sources: Sequence[str], results: str | os.PathLike | None = None
@@ -96,6 +101,9 @@ def _special(source: str) -> Item | None:
     if source.lower().startswith(_STREAMS):
         return Item(source, 'stream', 'camera')
     if source.lower().startswith(_ADDRESSES):
+        from mmhybrid.weights import WeightsError
+        from mmhybrid.weights.addresses import parse_address
+
         try:
             return Item(source, parse_address(source).name, 'address')
         except WeightsError as error:
@@ -196,6 +204,10 @@ def fetched(item: Item, folder: str) -> Item:
     Raises:
         UserError: if that is not possible; the message names the address.
     """
+    from mmhybrid.weights import WeightsError
+    from mmhybrid.weights.addresses import parse_address
+    from mmhybrid.weights.transfer import Interrupted, ask
+
     try:
         answer, _ = ask(parse_address(item.path), {'Accept-Encoding': 'identity'})
         with answer:
@@ -215,6 +227,8 @@ def fetched(item: Item, folder: str) -> Item:
 
 
 def _receive(answer, file, item: Item) -> None:
+    from mmhybrid.weights.transfer import read_some
+
     have, length = 0, answer.headers.get('Content-Length', '')
     while block := read_some(answer, 1 << 18):
         have += file.write(block)

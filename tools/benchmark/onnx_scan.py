@@ -15,6 +15,7 @@ log        Hillis and Steele over all tokens
 Errors are the largest against the reference in float64, over the largest value: with steps as
 networks have them, and with steps up to 20 (nothing forbids them).
 """
+# ruff: noqa: D101, D102, D103, B023
 import argparse
 import tempfile
 import time

@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
-
-from mmhybrid.engine.explanations import explain
-from mmhybrid.engine.options import check_given
-from mmhybrid.errors import UserError
+from mmhybrid.errors import UserError, check_given
+from mmhybrid.prediction.base import Picture, PicturePredictor, Wanted
 from mmhybrid.prediction.files import KINDS, NotWritten, Results, check_apart, new_folder
-from mmhybrid.prediction.predictor import Picture, Predictor, Wanted, load
 from mmhybrid.prediction.results import Detection, Result
 from mmhybrid.prediction.sources import Frames, Item, fetched, find_items
 
@@ -44,8 +40,7 @@ def predict(args: argparse.Namespace) -> int:
     if folder is not None:
         check_apart(folder, items)
     wanted = Wanted(args.score, args.classes, args.tile, args.overlap, args.batch)
-    predictor = load(args.weights, args.config, device=args.device, tta=args.tta, trust=args.trust,
-                     options=args.cfg_options)
+    predictor = _loaded(args)
     wanted.check(predictor)
     kinds = _kinds(args.write, predictor)
     for note in notes + predictor.notes:
@@ -57,6 +52,23 @@ def predict(args: argparse.Namespace) -> int:
     finally:
         with suppress(OSError):
             folder.rmdir()  # nothing could be used
+
+
+def _loaded(args: argparse.Namespace) -> PicturePredictor:
+    if args.weights.lower().endswith('.onnx'):
+        from mmhybrid.prediction.onnx_file import OnnxPredictor
+
+        unused = {'--config': args.config, '--device': args.device, '--tta': args.tta,
+                  '--trust': args.trust, '--cfg-options': args.cfg_options}
+        given = ', '.join(name for name, value in unused.items() if value)
+        if given:
+            raise UserError(f'{given} cannot be used with {args.weights}: an ONNX file is complete '
+                            'as it was exported. Leave it out.')
+        return OnnxPredictor(args.weights)
+    from mmhybrid.prediction.predictor import load  # which needs PyTorch
+
+    return load(args.weights, args.config, device=args.device, tta=args.tta, trust=args.trust,
+                options=args.cfg_options)
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
@@ -71,7 +83,7 @@ def _folder(args: argparse.Namespace) -> Path | None:
     return folder
 
 
-def _kinds(asked: list[str] | None, predictor: Predictor) -> list[str]:
+def _kinds(asked: list[str] | None, predictor: PicturePredictor) -> list[str]:
     if asked is None:
         return ['pictures', 'masks'] if predictor.finds_regions else ['pictures']
     unknown = [kind for kind in asked if kind not in (*KINDS, 'json')]
@@ -108,7 +120,7 @@ def _stoppable() -> Iterator[list[int]]:
 class _Job:
     """The items of one command, from the first to the last."""
 
-    def __init__(self, predictor: Predictor, wanted: Wanted, results: Results, total: int):
+    def __init__(self, predictor: PicturePredictor, wanted: Wanted, results: Results, total: int):
         self.predictor, self.wanted, self.results = predictor, wanted, results
         self.total, self.done, self.unused, self.empty = total, 0, 0, 0
         self.found = 0
@@ -255,7 +267,8 @@ class _Job:
         except (UserError, RuntimeError, MemoryError) as error:
             if len(pictures) == 1:
                 return [_reason(pictures[0], error)]
-        if torch.cuda.is_available():
+        torch = sys.modules.get('torch')
+        if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return [self._looked([picture])[0] for picture in pictures]
 
@@ -271,6 +284,10 @@ def _reason(picture: Picture, error: Exception) -> UserError:
     if isinstance(error, MemoryError) or any(part in str(error) for part in _NO_MEMORY):
         return UserError(f'the memory does not suffice for a picture of {width} x {height}. Cut it '
                          'into tiles with --tile 1024, or take fewer at once with --batch 1.')
+    if 'torch' not in sys.modules:
+        raise error
+    from mmhybrid.engine.explanations import explain
+
     if explain(error) is None:
         raise error
     return UserError(explain(error))

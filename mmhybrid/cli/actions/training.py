@@ -31,7 +31,7 @@ from mmhybrid.engine.config import (
 from mmhybrid.engine.distributed import launched_rank, prepare_launch
 from mmhybrid.engine.faster import apply_faster
 from mmhybrid.engine.loop_check import check_loops
-from mmhybrid.engine.options import OptionsAction, check_given
+from mmhybrid.engine.options import OptionsAction
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.run_report import tell_end
 from mmhybrid.engine.settings import check_custom_keys
@@ -46,7 +46,7 @@ from mmhybrid.engine.small_gpu import apply_eight_bit, apply_lora, check_lora_st
 from mmhybrid.engine.stop_signals import stop_signals
 from mmhybrid.engine.stop_signals import train as train_until_stopped
 from mmhybrid.engine.work_dir_lock import WorkDirLock
-from mmhybrid.errors import UserError
+from mmhybrid.errors import UserError, check_given
 
 from .train_options import add_arguments as add_train_options
 from .train_options import apply_options

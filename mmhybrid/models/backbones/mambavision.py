@@ -32,6 +32,7 @@ from mmhybrid.layers import (
     draw_together,
     drop_path_or_identity,
     dropped,
+    exporting,
     near_equal,
     window_partition,
     window_unpartition,
@@ -256,7 +257,7 @@ class HybridStage(nn.Module):
         w, (H, W) = self.window, x.shape[-2:]
         last = self.blocks[-1]
         tokens = window_partition(x, w)
-        whole = H % w == W % w == 0
+        whole = exporting() or H % w == W % w == 0
         if whole or len(self.blocks) == 1 or not isinstance(last.mixer, Attention):
             return window_unpartition(self._mix(self.blocks, tokens, drops), w, (H, W))
         pair = self._mix(self.blocks[:-1], tokens, drops[:-1], last.norm1)
