@@ -75,7 +75,7 @@ def _described(about: Any, path: str) -> tuple[int, list[tuple[tuple, tuple]]]:
                        'what a training with --fsdp sharded writes')
 
 
-def _pieces(content: object, shapes: list, run: object, path: str) -> list:
+def _pieces(content: Any, shapes: list, run: object, path: str) -> list:
     """The (keys, tensor) of one process."""
     path = printable(path)
     found = content.get('pieces') if isinstance(content, dict) else None
@@ -91,8 +91,8 @@ def _pieces(content: object, shapes: list, run: object, path: str) -> list:
 
 
 def _is_piece(each: object) -> bool:
-    return (isinstance(each, (tuple, list)) and len(each) == 2 and isinstance(each[0], (tuple, list))
-            and isinstance(each[1], torch.Tensor) and each[1].dim() > 0)
+    return (isinstance(each, (tuple, list)) and len(each) == 2
+            and isinstance(each[0], (tuple, list)) and isinstance(each[1], torch.Tensor) and each[1].dim() > 0)
 
 
 def _joined(parts: list[torch.Tensor], keys: tuple, shape: tuple, folder: str) -> torch.Tensor:

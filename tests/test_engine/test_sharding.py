@@ -255,8 +255,9 @@ def pieces(tmp_path):
         pieces=dict(run=7, ranks=3, shapes=list(zip(keys, [(4, 3), (2,)], strict=True))),
     ), folder / 'rest.pth')
     for rank in range(3):
-        torch.save(dict(run=7, pieces=list(zip(keys, (
-            weight[2 * rank:2 * rank + 2], bias[rank:rank + 1]), strict=True))), folder / piece_name(rank, 3))
+        parts = weight[2 * rank:2 * rank + 2], bias[rank:rank + 1]
+        torch.save(dict(run=7, pieces=list(zip(keys, parts, strict=True))),
+                   folder / piece_name(rank, 3))
     return folder
 
 

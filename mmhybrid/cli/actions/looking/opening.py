@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from mmhybrid.datasets.loading.checks import check_classes, check_data
 from mmhybrid.engine.config import load_config, redirect_data
-from mmhybrid.engine.options import check_given
-from mmhybrid.errors import UserError
+from mmhybrid.errors import UserError, check_given
 from mmhybrid.prediction.loading import find_checkpoint
 from mmhybrid.prediction.predictor import Picture, Predictor, load
 from mmhybrid.prediction.sources import find_items
