@@ -4,11 +4,10 @@ Such a module has
 
 - a docstring, whose first line stands in ``mmhybrid --help`` and all of it in its own help;
 - ``EXAMPLE``, a command line that works;
-- ``add_arguments(parser)``, which may import what it needs to describe them;
+- ``add_arguments(parser)``, without torch, so that its help is quick;
 - ``run(args)``, which does the work and returns an exit status (None: 0);
 - ``LIGHT = True`` if it has to do without mmengine and torch, or a function of the arguments that
-  says so of this call. It then says what a user can put
-  right with :class:`mmhybrid.cli._common.Failure`, all others with ``UserError``.
+  says so of this call.
 
 Its top level imports nothing but the standard library, so that ``mmhybrid --help`` is quick; what
 needs torch and mmengine stands in ``actions/`` or in other rooms.
@@ -28,7 +27,7 @@ import traceback
 from mmhybrid import compat
 from mmhybrid.errors import UserError
 
-from ._common import Failure, finish_parser
+from ._common import finish_parser
 
 STATUSES = 'exit status: 0 done, 1 failed or "no", 2 wrong usage, 128 + n stopped by signal n'
 
@@ -80,31 +79,38 @@ def run_subcommand(name, arguments, prog):
         int: exit status.
     """
     module, status = command(name), []
+    light = getattr(module, 'LIGHT', False)
+    light = light(arguments) if callable(light) else light
 
-    def work(arguments):
+    def read(arguments):
+        if not light:
+            _check_environment()
         parser = argparse.ArgumentParser(
             prog=prog, description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         module.add_arguments(parser)
         finish_parser(parser, module.EXAMPLE)
-        status.append(module.run(parser.parse_args(arguments)) or 0)
+        status.append(parser.parse_args(arguments))
 
-    light = getattr(module, 'LIGHT', False)
-    light = light(arguments) if callable(light) else light
-    failed = _run_light(work if light else _check_environment, arguments)
-    if not light and not failed:
-        with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
-            from mmhybrid.cli.actions.running import run_command
-        failed = run_command(work, arguments)
-    return failed or status[0]
+    def work(arguments):
+        status.append(module.run(status.pop()) or 0)
+
+    failed = _run_light(read, arguments)
+    if failed:
+        return failed
+    if light:
+        return _run_light(work, arguments) or status[0]
+    with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
+        from mmhybrid.cli.actions.running import run_command
+    return run_command(work, arguments) or status[0]
 
 
-def _check_environment(arguments):
+def _check_environment():
     """Before the import that follows these settings, where an error would be a traceback."""
     try:
         compat.switched_off()
     except ValueError as error:
-        raise Failure(error) from error
+        raise UserError(error) from error
 
 
 def _overview():
@@ -121,13 +127,13 @@ def _overview():
 
 
 def _run_light(work, arguments):
-    """What ``actions.running.run_command`` does, for commands that cannot import it."""
+    """What ``actions.running.run_command`` does, where nothing heavy is imported yet."""
     try:
         work(arguments)
     except KeyboardInterrupt:
         print('\nStopped.', file=sys.stderr)
         return 130
-    except (Failure, UserError) as failure:
+    except UserError as failure:
         if '--traceback' in arguments or os.environ.get('MMHYBRID_TRACEBACK', '0') not in ('', '0'):
             traceback.print_exc()
         print(f'\nERROR: {failure}\n', file=sys.stderr, flush=True)

@@ -1,11 +1,9 @@
 """What the subcommands share; imports nothing but the standard library."""
 
 import argparse
+import contextlib
+import sys
 import textwrap
-
-
-class Failure(Exception):
-    """Something the user can put right, said by a command that is ``LIGHT``."""
 
 
 class CfgOptions(argparse.Action):
@@ -13,7 +11,8 @@ class CfgOptions(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         """Parse ``values``; UserError names the one that cannot be read."""
-        from mmhybrid.engine.options import OptionsAction
+        with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
+            from mmhybrid.engine.options import OptionsAction
 
         OptionsAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values,
                                                                  option_string)  # fmt: skip

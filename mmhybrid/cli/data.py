@@ -5,7 +5,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ._common import Failure
+from mmhybrid.errors import UserError
 
 EXAMPLE = """mmhybrid data mini-coco --root data/
 mmhybrid data mini-ade20k --root data/ --train 200 --val 60 --seed 1
@@ -85,13 +85,13 @@ def generate(args, folder):
         progress = ProgressLine(args.dataset, 'images')
         written = write(folder, **options, force=args.force, progress=progress)
     except (ValueError, FileExistsError, ModuleNotFoundError, FileNotFoundError) as error:
-        raise Failure(error) from error
+        raise UserError(error) from error
     if written:
         print(f'{args.dataset} written to {folder}/ in {time.monotonic() - start:.0f} s.')
     else:  # whole, too?
         report = verify(folder)
         if not report.ok:
-            raise Failure(' '.join(report.problems))
+            raise UserError(' '.join(report.problems))
         print(f'{args.dataset} is already in {folder}/, nothing to do.')
     print(f'Use it with: {CONFIGS[args.dataset]} --cfg-options data_root={folder}/')
 

@@ -5,7 +5,7 @@ with one line into the site-packages folder of this Python, which waits for mmen
 `mmhybrid uninstall-hook` removes it. `mmhybrid run` and our own commands need no hook.
 """
 
-from ._common import Failure
+from mmhybrid.errors import UserError
 
 EXAMPLE = 'mmhybrid install-hook'
 LIGHT = True
@@ -22,5 +22,5 @@ def run(args):
     try:
         print(f'wrote {hook_file.install()}')
     except OSError as error:
-        raise Failure(f'The hook cannot be written: {error}. Use the Python of a virtual '
+        raise UserError(f'The hook cannot be written: {error}. Use the Python of a virtual '
                       'environment, or `mmhybrid run`, which needs none.') from error  # fmt: skip

@@ -1,6 +1,6 @@
 """Number the classes of label images that hold grey values or colours."""
 
-from ._common import Failure
+from mmhybrid.errors import UserError
 
 EXAMPLE = """mmhybrid map-labels masks/ labels/ 0=0 255=1
 mmhybrid map-labels colours/ labels/ 0,0,0=255 128,0,0=0 0,128,0=1"""
@@ -23,5 +23,5 @@ def run(args):
     try:
         count = map_labels(args.source, args.target, parse_mapping(args.mapping))
     except (ValueError, OSError) as error:
-        raise Failure(error) from error
+        raise UserError(error) from error
     print(f'{count} label images are in {args.target}')

@@ -4,14 +4,14 @@ Trains the model with all eight scan directions in learned shares, and chooses t
 block.
 """
 
+from ._options import add_search_arguments
+
 EXAMPLE = ('mmhybrid search configs/upernet_localvmamba_mini_ade20k.py --work-dir '
            'work_dirs/search')  # fmt: skip
 
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.cli.actions.search import add_search_arguments
-
     add_search_arguments(parser)
 
 

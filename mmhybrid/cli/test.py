@@ -1,13 +1,13 @@
 """Evaluate a checkpoint of a detector, a segmentor or a classifier."""
 
+from ._options import add_test_arguments
+
 EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/first/epoch_12.pth '
            '--show-dir shown')  # fmt: skip
 
 
 def add_arguments(parser):
     """Add the options."""
-    from mmhybrid.cli.actions.training import add_test_arguments
-
     add_test_arguments(parser)
 
 

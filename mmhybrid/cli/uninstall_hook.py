@@ -3,7 +3,7 @@
 pip does not know of that file, so do this before `pip uninstall mmhybrid`.
 """
 
-from ._common import Failure
+from mmhybrid.errors import UserError
 
 EXAMPLE = 'mmhybrid uninstall-hook'
 LIGHT = True
@@ -20,5 +20,5 @@ def run(args):
     try:
         removed = hook_file.uninstall()
     except OSError as error:
-        raise Failure(f'The hook cannot be removed: {error}.') from error
+        raise UserError(f'The hook cannot be removed: {error}.') from error
     print('\n'.join(f'removed {path}' for path in removed) or 'there is no hook')

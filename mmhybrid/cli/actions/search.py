@@ -30,9 +30,10 @@ from mmhybrid.errors import UserError
 from mmhybrid.ops.cross_scan import DIRECTIONS
 from mmhybrid.visualization import draw_directions
 
-from .training import add_training_arguments, check_arguments, parse, run_training
+from .._options import add_search_arguments
+from .training import check_arguments, parse, run_training
 
-__all__ = ['add_search_arguments', 'run_search', 'search']
+__all__ = ['run_search', 'search']
 
 
 def search(argv: list[str] | None = None) -> str | None:
@@ -47,7 +48,7 @@ def search(argv: list[str] | None = None) -> str | None:
 
 
 def run_search(args: argparse.Namespace) -> str | None:
-    """Search as ``args`` of :func:`add_search_arguments` say; returns what :func:`search` does."""
+    """Search as the options say; returns what :func:`search` does."""
     check_arguments(args)
     _check(args)
     if args.source is not None:
@@ -75,23 +76,6 @@ def run_search(args: argparse.Namespace) -> str | None:
         path = _write(args, given[0], alphas, f'searched for {runner.iter} iterations',
                       runner.logger.info)
     return path
-
-
-def add_search_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a search, which are those of a training and its own."""
-    add_training_arguments(parser)
-    parser.add_argument('--from', dest='source', metavar='CHECKPOINT',
-                        help='choose by this checkpoint of a search instead of training')
-    parser.add_argument('--pick', type=int, default=4, metavar='K',
-                        help='directions per block (default: 4)')
-    parser.add_argument('--into', metavar='CONFIG',
-                        help='the config that gets the directions (default: the searched one); '
-                             'its backbone must have the same blocks')
-    parser.add_argument('--out', metavar='FILE.py',
-                        help='the config to write (default: <name>_searched.py in the work '
-                             'directory)')
-    parser.add_argument('--interval', type=int, default=200, metavar='N',
-                        help='iterations between two records of the alphas (default: 200)')
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -31,7 +31,6 @@ from mmhybrid.engine.config import (
 from mmhybrid.engine.distributed import launched_rank, prepare_launch
 from mmhybrid.engine.faster import apply_faster
 from mmhybrid.engine.loop_check import check_loops
-from mmhybrid.engine.options import OptionsAction
 from mmhybrid.engine.resume import NothingLeft
 from mmhybrid.engine.run_report import tell_end
 from mmhybrid.engine.settings import check_custom_keys
@@ -48,13 +47,12 @@ from mmhybrid.engine.stop_signals import train as train_until_stopped
 from mmhybrid.engine.work_dir_lock import WorkDirLock
 from mmhybrid.errors import UserError, check_given
 
-from .train_options import add_arguments as add_train_options
+from .._options import add_test_arguments, add_training_arguments
 from .train_options import apply_options
 from .train_options import check_arguments as check_train_options
 from .train_options import given as given_options
 
-__all__ = ['add_test_arguments', 'add_training_arguments', 'parse', 'run_test', 'run_training',
-           'test', 'train', 'training_parser']
+__all__ = ['parse', 'run_test', 'run_training', 'test', 'train', 'training_parser']
 
 NO_GPUS = ('', 'NoDevFiles', 'none', 'void')  # what Slurm and containers write
 HOOKS = ('mmhybrid.RandomStateHook', 'mmhybrid.ProgressHook', 'mmhybrid.CheckpointCheckHook')
@@ -71,37 +69,12 @@ def training_parser(description: str = '') -> argparse.ArgumentParser:
     return _parser(add_training_arguments, description)
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of everything that trains."""
-    _add_arguments(parser)
-    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
-                        help='continue the latest checkpoint of the work directory, or this one')
-    parser.add_argument('--resume-settings', choices=['checkpoint', 'config'],
-                        help='whose learning rate, optimizer settings and schedules --resume goes '
-                             'on with (default: checkpoint)')
-    parser.add_argument('--pretrained', metavar='PATH', help='weights the backbone starts from')
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
-    parser.add_argument('--fsdp', nargs='?', const='full', choices=['full', 'sharded'],
-                        help='divide weights, gradients and optimizer states among the processes; '
-                             'checkpoints are full files (default), or folders of sharded ones')
-    parser.add_argument('--auto-scale-lr', action='store_true',
-                        help='scale the learning rate with the batch size of all processes')
-    parser.add_argument('--lora', type=int, metavar='RANK',
-                        help='train low-rank adapters of this rank in place of the weights of the '
-                             'backbone (see docs/small_gpus.md)')
-    parser.add_argument('--optimizer-8bit', nargs='?', const='resident',
-                        choices=['resident', 'paged'],
-                        help="keep the optimizer's states in eight bits (needs bitsandbytes); "
-                             "paged: and in the CPU's memory when the GPU is full")
-    add_train_options(parser)
-
-
 def run_training(args: argparse.Namespace,
                  change: Callable[[Config], list[str]] | None = None) -> Runner:
     """Train as ``args`` say.
 
     Args:
-        args: the parsed command line, see :func:`add_training_arguments`.
+        args: the parsed command line, see :func:`mmhybrid.cli._options.add_training_arguments`.
         change: changes the config once it has the options of the command line, before anything is
             checked or built; returns warnings for the log.
 
@@ -199,20 +172,8 @@ def test(argv: list[str] | None = None) -> dict:
     return run_test(parse(_parser(add_test_arguments), argv))
 
 
-def add_test_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a test."""
-    _add_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', metavar='FILE.pkl', help='write all predictions to this file')
-    parser.add_argument('--show', action='store_true', help='show predictions on the screen')
-    parser.add_argument('--show-dir', metavar='FOLDER', help='save drawn predictions here')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown picture')
-    parser.add_argument('--tta', action='store_true',
-                        help='test-time augmentation (detection: boxes only)')
-
-
 def run_test(args: argparse.Namespace) -> dict:
-    """Evaluate as ``args`` of :func:`add_test_arguments` say; returns the metrics."""
+    """Evaluate as the options say; returns the metrics."""
     check_arguments(args)
     notes = _set_up_process()
     cfg, warnings = load_config(args.config, args.cfg_options, args.data_root, args.work_dir)
@@ -239,24 +200,6 @@ def _parser(add_arguments: Callable[[argparse.ArgumentParser], None],
     add_arguments(parser)
     parser.add_argument('--traceback', action='store_true')
     return parser
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints '
-                                           '(default: work_dirs/<name of the config>)')
-    parser.add_argument('--data-root', metavar='FOLDER',
-                        help="read all data from here instead of the config's data_root")
-    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
-                        help='change the config, e.g. train_cfg.max_epochs=1 '
-                             'or key="[(1,2),(3,4)]"')
-    parser.add_argument('--cuda-graphs', action='store_true',
-                        help='record CUDA graphs of the backbone and replay them (needs a GPU)')
-    parser.add_argument('--compile', action='store_true',
-                        help='compile the backbone with torch.compile')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    # torch.distributed.launch passes the one or the other, depending on its version.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

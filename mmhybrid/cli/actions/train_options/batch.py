@@ -1,9 +1,9 @@
 """``--batch``, ``--accumulate`` and ``--lr``: images per step, and the rate that goes with them."""
 from __future__ import annotations
 
+from mmhybrid.cli._train_options import AUTO
 from mmhybrid.errors import UserError
 
-from .arguments import AUTO
 from .largest_batch import largest_batch
 
 __all__ = ['apply_batch']

@@ -8,11 +8,11 @@ import os.path as osp
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 
+from mmhybrid.cli._train_options import AUTO, flag, given
 from mmhybrid.engine.config import custom_hooks, has_weights, kind_of_hook
 from mmhybrid.engine.loop_check import class_of
 from mmhybrid.errors import UserError
 
-from .arguments import AUTO, flag, given
 from .batch import apply_batch
 from .image_size import apply_image_size
 from .length import apply_epochs
