@@ -48,7 +48,7 @@ MAY_IMPORT = {
         'engine', 'datasets.loading', 'models', 'weights', 'visualization', 'compat', 'errors',
         '__init__',
     },
-    'export': {'ops', 'errors'},
+    'export': {'ops', 'prediction', 'errors'},
     'starter': {'models', 'weights', 'families', 'datasets', 'errors'},
     'papers': {'config_scheme', 'errors'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},
@@ -59,7 +59,7 @@ MAY_IMPORT = {
     },
     'cli': {
         '__init__', 'plugin', 'compat', 'doctor', 'engine', 'analysis', 'datasets', 'weights',
-        'hook_file', 'papers', 'cli.actions', 'analysis.models', 'errors',
+        'hook_file', 'papers', 'cli.actions', 'analysis.models', 'export', 'errors',
     },
     'cli.actions': {
         'cli', 'engine', 'prediction', 'starter', 'families', 'datasets', 'datasets.loading',
