@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mmhybrid import cli
-from mmhybrid.cli.actions.looking.activation import explain_picture
+from mmhybrid.cli.actions.looking.activation import explain_picture, gradients_of_features_alone
 from mmhybrid.cli.actions.looking.opening import Input, as_map, evenly, find_layers, outputs_of
 from mmhybrid.errors import UserError
 from mmhybrid.visualization import as_colors, draw_bars, draw_heat, draw_map, sheet
@@ -90,6 +90,15 @@ def test_classes_that_are_not_found_and_layers_that_do_not_matter():
         with pytest.raises(UserError, match=r'x\.pth have no gradient with respect to unused'):
             explain_picture(predictor, picture, find_layers(predictor.model, ['unused']), None,
                             0.5, 'hires-cam')
+
+
+def test_heads_that_detach_their_scores_keep_the_graph_meanwhile():
+    """All dense heads of mmdet do, RetinaNet's and RTMDet's too."""
+    head = pytest.importorskip('mmdet.models.dense_heads.base_dense_head')
+    scores = [torch.ones(2, 3, requires_grad=True)]
+    with gradients_of_features_alone(Left()):
+        assert head.select_single_mlvl(scores, 1)[0].requires_grad
+    assert not head.select_single_mlvl(scores, 1)[0].requires_grad
 
 
 def test_layers_by_name():

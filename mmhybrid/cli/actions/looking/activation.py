@@ -6,10 +6,12 @@ detector is a wrapper that somebody has to write, which is most of what is here.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from .opening import (
     without_masks,
 )
 
-__all__ = ['Explained', 'draw_activation', 'explain_picture']
+__all__ = ['Explained', 'draw_activation', 'explain_picture', 'gradients_of_features_alone']
 
 _MOST_CLASSES = 3
 _MOST_OBJECTS = 20
@@ -115,7 +117,7 @@ def explain_picture(predictor: Predictor, given: Input, layers: dict[str, nn.Mod
     Raises:
         UserError: if the scores do not depend on the layers in a way that has a gradient.
     """
-    with _gradients_of_inputs_alone(predictor.model), outputs_of(layers, True) as outputs:
+    with gradients_of_features_alone(predictor.model), outputs_of(layers, True) as outputs:
         targets = (_region_targets if predictor.finds_regions else _object_targets)(
             predictor, given, labels, score)
     found = [_explained(target, outputs, given, method, predictor.name)
@@ -196,14 +198,28 @@ def _explained(target: tuple[int, Tensor, np.ndarray], outputs: dict[str, Tensor
 
 
 @contextmanager
-def _gradients_of_inputs_alone(model: nn.Module) -> Iterator[None]:
-    """Weights need none, which saves their graph."""
+def gradients_of_features_alone(model: nn.Module) -> Iterator[None]:
+    """Weights need none, which saves their graph; scores keep theirs."""
     wanted = [weight for weight in model.parameters() if weight.requires_grad]
     try:
         for weight in wanted:
             weight.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), _dense_heads_keep_the_graph():
             yield
     finally:
         for weight in wanted:
             weight.requires_grad_()
+
+
+@contextmanager
+def _dense_heads_keep_the_graph() -> Iterator[None]:
+    """Heads such as RetinaNet's detach what they predict from, by a function of mmdet."""
+    def selected(tensors, batch_id, detach=True):
+        return [tensor[batch_id] for tensor in tensors]
+
+    name = 'select_single_mlvl'
+    with ExitStack() as stack:
+        for place, module in list(sys.modules.items()):
+            if place.startswith('mmdet.models.') and name in vars(module):
+                stack.enter_context(mock.patch.object(module, name, selected))
+        yield
