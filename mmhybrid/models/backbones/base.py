@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..initialization import initialize_from_checkpoint
 from ..lora import Lora, adapt
 
 __all__ = ['DenseBackbone', 'StagedBackbone', 'checked_recomputation', 'drop_path_rates',
-           'run_blocks']
+           'keeps_for_backward', 'run_blocks']
 
 
 class DenseBackbone(BaseModule):
@@ -172,9 +173,15 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool, *more) -> 
     ``more`` are further arguments of every block, numbers drawn at random among them.
     """
     for block in blocks:
-        again = with_cp and x.requires_grad
+        again = with_cp and keeps_for_backward(block, x)
         x = recomputed(block, x, *more, draws=False) if again else block(x, *more)
     return x
+
+
+def keeps_for_backward(block: nn.Module, x: Tensor) -> bool:
+    """Whether a block keeps tensors for a backward pass: for its input, or what learns in it."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in block.parameters()))
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

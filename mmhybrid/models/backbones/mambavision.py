@@ -293,7 +293,7 @@ class HybridStage(nn.Module):
             (B, L, C); with ``following`` a pair of them and their norm, or None in its place where
             the block behind it is to be computed again from its tokens alone.
         """
-        if self.with_cp and tokens.requires_grad:
+        if self.with_cp and torch.is_grad_enabled():
             for block, own in zip(blocks, drops, strict=True):
                 tokens = run_blocks([block], tokens, True, None, None, None, own)
             return tokens if following is None else (tokens, None)

@@ -24,7 +24,7 @@ from mmhybrid.layers import (
 )
 
 from ..arguments import check_flags, check_integers, check_rate
-from .base import DenseBackbone, checked_recomputation
+from .base import DenseBackbone, checked_recomputation, keeps_for_backward
 
 __all__ = ['MixerBlock', 'PatchEmbed', 'PlainBackbone', 'class_row_of']
 
@@ -232,7 +232,7 @@ class PlainBackbone(DenseBackbone):
             saving = again and torch.is_grad_enabled()
             if stream is None or rotation is not None or saving:
                 stream = self.entering(stream, hidden, rotation, drop)
-                if saving and stream.requires_grad:
+                if saving and keeps_for_backward(block, stream):
                     hidden = recomputed(block, stream, grid, ready, draws=False)
                 else:
                     hidden = block(stream, grid, ready)

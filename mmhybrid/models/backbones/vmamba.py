@@ -44,7 +44,7 @@ from ..arguments import (
     checked_architecture,
     strict_arguments,
 )
-from .base import StagedBackbone, checked_recomputation, drop_path_rates
+from .base import StagedBackbone, checked_recomputation, drop_path_rates, keeps_for_backward
 
 __all__ = ['ARCHITECTURES', 'PatchMerging', 'VMamba', 'VSSBlock', 'VSSStage']
 
@@ -245,7 +245,7 @@ class VSSStage(nn.Module):
         """Map of the trunk's layout in and out."""
         pending = ()
         for block, own in zip(self.blocks, ready or prepare(self.blocks, x), strict=True):
-            again = self.with_cp and x.requires_grad
+            again = self.with_cp and keeps_for_backward(block, x)
             inputs = x, own, *pending
             x, branch = recomputed(block, *inputs, draws=False) if again else block(*inputs)
             pending = branch, own.last_drop
