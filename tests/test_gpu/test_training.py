@@ -108,6 +108,32 @@ def test_fused_norms_and_casts_of_all_weights(cls, arguments, monkeypatch):
         assert (grads - found[0][1]).norm() <= 0.05 * found[0][1].norm()
 
 
+@on_gpu_or_slow
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
+def test_adapters(cls, arguments, dtype):
+    """Kernels read adapted weights: maps are those of the merged network, and adapters learn."""
+    merged = build(cls, arguments).to(DEVICE).eval()
+    model = cls(**arguments, lora=dict(rank=2)).to(DEVICE).eval()
+    model.load_state_dict(merged.state_dict())
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith('_lora_B'):
+                p.copy_(make_input(len(name), p.shape) * 0.05)
+    merged.load_state_dict(model.state_dict())
+    x = make_input(0, (2, 3, 64, 48)).to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        maps, expected = model(x), merged(x)
+    bound = 0.02 if dtype == torch.bfloat16 else 1e-4
+    for y, want in zip(maps, expected, strict=True):
+        assert float((y.float() - want.float()).norm() / want.float().norm()) < bound
+    sum(y.float().square().mean() for y in maps).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if '_lora_' in name}
+    assert found and all(bool(grad.isfinite().all()) and grad.any() for grad in found.values())
+    assert not [name for name, p in model.named_parameters() if p.grad is not None
+                and name.endswith('in_proj.weight')]
+
+
 @pytest.mark.parametrize(('cls', 'arguments'), FAMILIES)
 def test_torch_compile(cls, arguments):
     """A compiled training step gives the maps and gradients of the eager one."""

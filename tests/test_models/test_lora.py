@@ -294,7 +294,7 @@ def test_heads_start_as_without():
 @pytest.mark.parametrize(('settings', 'error', 'words'), [
     (8, TypeError, 'got lora=8, expected a dictionary such as dict.rank=8.'),
     (dict(), TypeError, 'lora has no rank'),
-    (dict(rank=8, alhpa=2), TypeError, "unknown key 'alhpa'; did you mean 'alpha'"),
+    (dict(rank=8, alphas=2), TypeError, "unknown key 'alphas'; did you mean 'alpha'"),
     (dict(rank=0), ValueError, 'lora rank 0, expected an integer of at least 1'),
     (dict(rank=2.5), ValueError, 'lora rank 2.5'),
     (dict(rank=2, alpha=0), ValueError, 'lora alpha 0, expected a number above 0'),
