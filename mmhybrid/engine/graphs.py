@@ -28,6 +28,8 @@ import logging
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.func import functional_call
 
+from ..ops.selective_scan.launch import eager, fast_apply
 from .random_state import get_random_state, set_random_state
 
 __all__ = ['CudaGraphs', 'CudaRecorder', 'Replaced', 'bucket', 'check_numbers', 'missing',
@@ -193,7 +196,8 @@ class CudaGraphs:
             return graph.packed(graph.run(x))
         token = _Token()
         self._due = weakref.ref(token)
-        return graph.packed(_Replay.apply(graph, token, x, *graph.weights))
+        apply = _apply_replay if eager() else _Replay.apply
+        return graph.packed(apply(graph, token, x, *graph.weights))
 
     def _key(self, x: Tensor) -> tuple | None:
         """Everything that decides what the module's code does; None if there is to be no graph."""
@@ -401,10 +405,12 @@ class _Graph:
         for generator, offset in zip(self._generators, now, strict=True):
             generator.set_offset(offset)
         grads: list[Tensor] = [None] * len(self.weights)
-        for flat, places in self._static_flat:
-            pieces = _unflatten_dense_tensors(flat.clone(), [self.weights[i] for i in places])
+        for flat, places, layouts in self._static_flat:
+            pieces = _unflatten_dense_tensors(flat.clone(), layouts.like)
             for i, piece in zip(places, pieces, strict=True):
                 grads[i] = piece
+            for i, back in layouts.turned.items():
+                grads[places[i]] = grads[places[i]].permute(back)
         return (self._static_dx.clone() if self._has_dx else None), grads
 
     # --- making it --------------------------------------------------------------------------------
@@ -468,7 +474,8 @@ class _Graph:
         self._static_x = next(found)
         self._static_maps = [next(found) for _ in maps]
         self._static_given = [next(found) for _ in sources]
-        self._static_flat = [(next(found), group) for group in groups]
+        self._static_flat = [(next(found), group, _Layouts([self.weights[i] for i in group]))
+                             for group in groups]
         self._static_dx = next(found) if self._has_dx else None
         for static, source in zip(self._static_given, sources, strict=True):
             static.copy_(source)
@@ -488,8 +495,9 @@ class _Graph:
             with torch.no_grad():
                 if self._has_dx:
                     self._static_dx.copy_(grads.pop(0))
-                for flat, group in self._static_flat:
-                    flat.copy_(_flatten_dense_tensors([grads[i] for i in group]))
+                for flat, group, layouts in self._static_flat:
+                    flat.copy_(_flatten_dense_tensors(layouts.side_by_side(
+                        [grads[i] for i in group])))
 
         self.forward = recorder.record(forward)
         self.backward = recorder.record(backward) if self._static_given else None
@@ -554,6 +562,39 @@ class _Replay(torch.autograd.Function):
         return None, None, dx, *grads
 
 
+_apply_replay = fast_apply(_Replay)
+
+
+class _Layouts:
+    """How gradients lie in one flat tensor: in the order in which the memory of parameters does.
+
+    Autograd copies a gradient whose strides are not the parameter's.
+
+    Args:
+        weights: the parameters.
+
+    Attributes:
+        like: tensors with the sizes in that order.
+        turned: for the index of each weight with another order of axes, the permutation back.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]):
+        self.turned: dict[int, tuple[int, ...]] = {}
+        self.like, self._orders = [], {}
+        for i, weight in enumerate(weights):
+            weight = weight.detach()
+            order = tuple(sorted(range(weight.dim()), key=lambda axis: -weight.stride(axis)))
+            if not weight.is_contiguous() and weight.permute(order).is_contiguous():
+                self._orders[i], weight = order, weight.permute(order)
+                self.turned[i] = tuple(map(order.index, range(len(order))))
+            self.like.append(weight)
+
+    def side_by_side(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients whose memory is to be filled in the order of their axes."""
+        return [grad.permute(self._orders[i]) if i in self._orders else grad
+                for i, grad in enumerate(grads)]
+
+
 def _noise(maps: list[Tensor]) -> list[Tensor]:
     """Something to send back: norms have no gradient for what is even."""
     generators = {y.device: torch.Generator(y.device).manual_seed(0) for y in maps}
@@ -611,9 +652,20 @@ class _Watched:
     def __init__(self, module: nn.Module):
         self._modules = list(module.modules())
         self._states: dict[tuple, int] = {}
+        self._seen: _Seen | None = None  # of the state before
+        self._futile = 0  # looks at it that found another object in an equal state
 
     def state(self) -> int | None:
         """A number, the same for equal states; None if hooks would have to run inside."""
+        if self._seen is not None and self._seen.still():
+            return self._seen.number
+        number = self._number()
+        self._futile += self._seen is not None and self._seen.number == number
+        known = number not in (None, MANY_STATES) and self._futile < MANY_STATES
+        self._seen = _Seen(self._modules, number) if known else None
+        return number
+
+    def _number(self) -> int | None:
         state = self._look()
         if state is not None and state not in self._states:
             self._modules = list(self._modules[0].modules())  # one may have been replaced
@@ -636,8 +688,55 @@ class _Watched:
             for tensors in (values['_parameters'], values['_buffers']):
                 found += [None if t is None else (t.data_ptr(), t.dtype, t.requires_grad)
                           for t in tensors.values()]
-            found += map(id, values['_modules'].values())
+            # Gradients go to a parameter, not to its memory.
+            for parts in (values['_parameters'], values['_modules']):
+                found += map(id, parts.values())
         return tuple(found)
+
+
+class _Seen:
+    """A state that was numbered, for a look in few calls whether it is still the same.
+
+    What it compares decides more than a state does: whether each attribute of a module is the very
+    object that it was, of whatever kind. So it may take a state for changed that is not.
+
+    Args:
+        modules: all of them, the outermost first.
+        number: of their state.
+    """
+
+    def __init__(self, modules: list[nn.Module], number: int):
+        self.number = number
+        self._attributes = [vars(module) for module in modules]
+        self._parts = [own[name] for own in self._attributes
+                       for name in ('_parameters', '_buffers', '_modules')]
+        self._hooks = [own[name] for own in self._attributes[1:]
+                       for name in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks',
+                                    '_backward_pre_hooks')]
+        self._values, self._owned = _values_of(self._attributes), _values_of(self._parts)
+        self._tensors = [part for part in self._owned if isinstance(part, Tensor)]
+        self._places, self._kinds = self._memory()
+        # What may change in place could not be seen.
+        self._blind = any(type(value) is tuple and not all(type(x) in PLAIN for x in value)
+                          for value in self._values)
+
+    def still(self) -> bool:
+        """Whether nothing has changed."""
+        values, owned = _values_of(self._attributes), _values_of(self._parts)
+        return (not self._blind and len(values) == len(self._values)
+                and all(map(is_, values, self._values)) and len(owned) == len(self._owned)
+                and all(map(is_, owned, self._owned)) and not any(self._hooks)
+                and self._memory() == (self._places, self._kinds))
+
+    def _memory(self) -> tuple[list, list]:
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(_KIND, self._tensors))
+
+
+_KIND = attrgetter('dtype', 'requires_grad')
+
+
+def _values_of(mappings: list[dict]) -> list:
+    return list(chain.from_iterable(map(dict.values, mappings)))
 
 
 class CudaRecorder:
