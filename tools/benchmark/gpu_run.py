@@ -351,7 +351,7 @@ class Mirror:
 
 
 _RESULTS = ('.csv', '.log', '.md', '.txt', '.png')
-_FAILED = re.compile(r'(FAILED|ERROR|\[tests\] ERROR:|E   |[\w.]+(Error|Exit|Exception): )')
+_FAILED = re.compile(r'(FAILED |ERROR |\[tests\] ERROR:|E   |[\w.]+(Error|Exit|Exception): )')
 
 
 def _archive(part: Path, files: list[Path]) -> None:
