@@ -126,7 +126,8 @@ def test_results_are_safe_within_seconds_in_few_files(gpu_run, tmp_path, monkeyp
     mirror = gpu_run.Mirror(work, out).__enter__()
     (work / 'triton').mkdir()
     (work / 'tests.log').write_text(
-        'fine\nERROR:2026 no GPU counted\n\nFAILED tests/test_x.py::test_y\n    assert a == b\nE   assert 1 == 2\nmore\n')
+        'fine\nERROR:2026 no GPU counted\n'
+        '\nFAILED tests/test_x.py::test_y\n    assert a == b\nE   assert 1 == 2\nmore\n')
     (work / 'ops.log').write_text('FAILED seg s3: RuntimeError: out of memory\nshape fine\n'
                                   'Traceback (most recent call last):\nImportError: no triton\n')
     end = time.monotonic() + 20
