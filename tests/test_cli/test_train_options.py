@@ -263,7 +263,9 @@ def test_a_model_is_tried_on_a_gpu_with_what_it_will_have(monkeypatch):
     monkeypatch.setattr(largest, 'synthetic_batch', lambda model, size, batch: batch)
     for name in ('set_per_process_memory_fraction', 'empty_cache'):
         monkeypatch.setattr(largest.torch.cuda, name, lambda *_: None)
-    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1)),
+    cfg = Config(dict(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1, weight_decay=0.1),
+                                         constructor='mmhybrid.HybridOptimWrapperConstructor',
+                                         paramwise_cfg=dict(no_decay='ssm')),
                       custom_hooks=[dict(type='EMAHook')]))
     source = largest.ModelSource('x', None, cfg)
     assert largest._try(source, largest.Step(1, (8, 8), torch.float32), 16) == 5

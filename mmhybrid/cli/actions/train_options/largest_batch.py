@@ -161,6 +161,8 @@ def _try(source: ModelSource, step: Step, limit: int) -> int:
     least = 2 if pooled_norms(model) else 1
     settings = copy.deepcopy(source.config.optim_wrapper)
     settings.optimizer = dict(type='SGD', lr=0.0)
+    for key in ('constructor', 'paramwise_cfg'):  # rules for an optimizer with weight decay
+        settings.pop(key, None)
     wrapper = build_optim_wrapper(model, settings)
     # A step that a loss scaler leaves out makes no states, so they are here from the start.
     trained = [p for p in model.parameters() if p.requires_grad]
