@@ -1,6 +1,7 @@
 """Options of ``mmhybrid train`` and what they do to full-size, mini and small configs."""
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -236,6 +237,20 @@ def test_limits_of_the_largest_batch(cache, monkeypatch):
         applied(DET, '--batch', 'auto', images=11)
 
 
+@pytest.mark.parametrize('limit, found', [(1, 0), (129, 2), (130, 3), (199, 9), (1e9, 9)])
+def test_what_is_predicted_to_fit(limit, found, monkeypatch):
+    """100 bytes, and 10 for each image."""
+    monkeypatch.setattr(largest, 'predict', lambda source, step: SimpleNamespace(
+        peak=SimpleNamespace(bytes=100 + 10 * step.batch)))
+    monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('2.11.0'))
+    step = largest.Step(1, (8, 8), torch.float32)
+    assert largest.predicted_batch(None, step, limit, 9) == found
+    monkeypatch.setattr(torch, '__version__', torch.torch_version.TorchVersion('2.4.1'))
+    with pytest.raises(UserError, match='needs torch >= 2.11; 2.4.1 is installed. Give a number'):
+        largest.predicted_batch(None, step, limit, 9)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < torch.torch_version.TorchVersion('2.11'),
                     reason='the planner needs torch 2.11')
 def test_the_planner_says_what_fits():
