@@ -46,7 +46,7 @@ def draw_curves(loss: np.ndarray, rate: np.ndarray, last: int,
     second.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
     for name, points in [*metrics.items()][:_LINES]:
         steps, values = np.array(points, float).reshape(-1, 2).T
-        third.plot(steps / unit, values, marker='o', markersize=3, label=name)
+        third.plot(steps / unit, values, marker='o', markersize=3, label=_plain(name))
     third.set_title('validation')
     if metrics:
         third.legend(fontsize=8, loc='best')
@@ -58,7 +58,7 @@ def draw_curves(loss: np.ndarray, rate: np.ndarray, last: int,
         axis.set_xlim(0, 1.02 * last / unit)
         axis.grid(alpha=0.3)
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(_plain(title), fontsize=10)
     return _picture(figure, FigureCanvasAgg)
 
 
@@ -131,7 +131,7 @@ def draw_confusion(counts: np.ndarray, rows: Sequence[str], columns: Sequence[st
                           color='white' if share > 0.4 else 'black')
     figure.colorbar(shown, ax=axis, shrink=0.8, aspect=30, label='share of the row')
     more = f'{left_out} classes that are confused less are left out' if left_out else ''
-    figure.suptitle('\n'.join(filter(None, [title, more])), fontsize=10)
+    figure.suptitle(_plain('\n'.join(filter(None, [title, more]))), fontsize=10)
     return _picture(figure, FigureCanvasAgg)
 
 
@@ -154,7 +154,12 @@ def _most_confused(counts: np.ndarray, rows: list[str], columns: list[str]):
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 22 else f'{name[:21]}…'
+    return _plain(name if len(name) <= 22 else f'{name[:21]}…')
+
+
+def _plain(text: str) -> str:
+    """Text in which matplotlib sees no formulas."""
+    return text.replace('$', r'\$')
 
 
 def _picture(figure, canvas_type) -> Image.Image:

@@ -92,6 +92,8 @@ def test_epochs_without_a_length():
         cfg.train_dataloader = ConfigDict(cfg.train_dataloader, dataset=Endless())
     with pytest.raises(UserError, match=r'it does not tell its length.*train_cfg\.max_iters=N'):
         applied(SEG, '--epochs', '2', change=change)
+    cfg, said = applied(DET, '--epochs', '2', change=lambda cfg: cfg.train_cfg.pop('max_epochs'))
+    assert cfg.train_cfg.max_epochs == 2 and 'they stay as they are' in said
     with pytest.raises(UserError, match='--epochs cannot tell how train_cfg of type Mine counts'):
         applied(DET, '--epochs', '2', change=lambda cfg: cfg.train_cfg.update(type='Mine'))
 

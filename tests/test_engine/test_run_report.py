@@ -11,6 +11,7 @@ import torch
 from mmhybrid.cli.actions.training import parse, run_training, training_parser
 from mmhybrid.engine.run_report import hook as report
 from mmhybrid.engine.run_report.scores import ClassScores, PixelWatcher, confusions
+from mmhybrid.errors import UserError
 from mmhybrid.visualization.training import draw_confusion, draw_curves
 
 LABELS = {7: 0, 9: 1}
@@ -97,6 +98,7 @@ def is_drawn(picture):
 @pytest.mark.parametrize('loss, metrics, per_epoch', [
     ([3.0, np.nan, np.inf, 1.0], dict(mAP=[(2, 0.1), (4, np.nan)]), 2),
     ([], {}, None),
+    ([1.0], {'$a$_^': [(1, 1.0)]}, None),
     ([np.nan], {}, 1)])
 def test_curves_of_odd_runs(loss, metrics, per_epoch):
     assert is_drawn(draw_curves(np.array(loss, float), np.full(len(loss), 1e-3),
@@ -108,6 +110,8 @@ def test_confusions_of_odd_sets():
                                    ['a', 'b', 'missed']))
     one = draw_confusion(np.array([[4, 1], [2, 0]]), ['ä' * 60, 'background'], ['ä' * 60, 'missed'])
     assert is_drawn(one)
+    odd = ['$\\frac$', '_x', '', '猫']
+    assert is_drawn(draw_confusion(np.eye(4, dtype=int), odd, odd, '5$ and $\\x$'))
     many = [str(n) for n in range(150)]
     assert max(draw_confusion(np.eye(150, dtype=int), many, many).size) < 2500
 
@@ -135,6 +139,16 @@ def test_a_run_and_a_resumed_one(tmp_path):
     (tmp_path / 'w/report/validations.json').write_text('[{"iter": 6}, 3')
     train(tmp_path, '--resume', str(tmp_path / 'w/epoch_2.pth'))
     assert [each['iter'] for each in validations(tmp_path)] == [18]
+
+
+@pytest.mark.parametrize('argv', [
+    ['--save-best', 'toy/men'],
+    ['--cfg-options', 'default_hooks.checkpoint.save_best=toy/men',
+     'default_hooks.checkpoint.rule=greater']])
+def test_a_metric_that_no_validation_gives(argv, tmp_path):
+    with pytest.raises(UserError, match=r'--save-best toy/men .* gives toy/mean, toy/noise'):
+        train(tmp_path, *argv)
+    assert (tmp_path / 'w/epoch_1.pth').exists()
 
 
 def test_a_run_without_validation(tmp_path):

@@ -11,13 +11,14 @@ from contextlib import suppress
 
 import numpy as np
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import EpochBasedTrainLoop
 from PIL import Image
 
 from mmhybrid.visualization.training import draw_confusion, draw_curves
 
 from ...compat.whole_checkpoints import write_aside
+from ...errors import UserError
 from ...registry import HOOKS
 from .scores import ClassScores, watcher_of
 
@@ -76,10 +77,13 @@ class RunReportHook(Hook):
         found = [each for each in (watcher.end() for watcher in self._watchers or ())
                  if each is not None]
         self._scores = found[0] if found else None
-        if not (self._training and is_main_process()):
+        if not self._training:
             return
+        _check_best(runner, metrics or {})
         numbers = {name: float(value) for name, value in (metrics or {}).items()
                    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool)}
+        if not is_main_process():
+            return
         self._validations.append(dict(epoch=runner.epoch, iter=runner.iter, metrics=numbers))
         self._write(runner, VALIDATIONS, json.dumps(self._validations, indent=1).encode())
 
@@ -113,6 +117,18 @@ class RunReportHook(Hook):
             return
         if path not in self.written:
             self.written.append(path)
+
+
+def _check_best(runner, metrics: dict) -> None:
+    """mmengine looks up the metric that the best checkpoint goes by without asking."""
+    saving = next((hook for hook in runner._hooks if isinstance(hook, CheckpointHook)), None)
+    wanted = getattr(saving, 'key_indicators', None) or []
+    missing = [name for name in wanted if name != 'auto' and name not in metrics]
+    if metrics and missing and saving.save_best:
+        raise UserError(
+            f'--save-best {missing[0]} (default_hooks.checkpoint.save_best) is no metric of the '
+            f'validation, which gives {", ".join(metrics)}. Set it to one of these and go on with '
+            '--resume.')
 
 
 def _read(folder: str) -> list[dict]:

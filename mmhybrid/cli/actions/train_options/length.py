@@ -49,8 +49,11 @@ def apply_epochs(cfg, epochs: int, processes: int) -> list[str]:
         raise UserError(f'--epochs cannot tell how train_cfg of type {cfg.train_cfg.get("type")} '
                         'counts. Set its length with --cfg-options train_cfg.NAME=N, and '
                         'param_scheduler with it.')
-    old = cfg.train_cfg[key]
+    old = cfg.train_cfg.get(key)
     cfg.train_cfg[key] = new
+    if not old:
+        return [f'--epochs {epochs}{how}: train_cfg.{key} is {new}, and the config had none that '
+                'its schedules could be compared with; they stay as they are.']
     _set_intervals(cfg, unit, old, new)
     for group in _groups(cfg.get('param_scheduler')):
         _stretch(group, unit, old, new)
