@@ -91,8 +91,10 @@ def _pieces(content: Any, shapes: list, run: object, path: str) -> list:
 
 
 def _is_piece(each: object) -> bool:
-    return (isinstance(each, (tuple, list)) and len(each) == 2
-            and isinstance(each[0], (tuple, list)) and isinstance(each[1], torch.Tensor) and each[1].dim() > 0)
+    if not isinstance(each, (tuple, list)) or len(each) != 2:
+        return False
+    keys, tensor = each
+    return isinstance(keys, (tuple, list)) and isinstance(tensor, torch.Tensor) and tensor.dim() > 0
 
 
 def _joined(parts: list[torch.Tensor], keys: tuple, shape: tuple, folder: str) -> torch.Tensor:

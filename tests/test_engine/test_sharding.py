@@ -256,8 +256,8 @@ def pieces(tmp_path):
     ), folder / 'rest.pth')
     for rank in range(3):
         parts = weight[2 * rank:2 * rank + 2], bias[rank:rank + 1]
-        torch.save(dict(run=7, pieces=list(zip(keys, parts, strict=True))),
-                   folder / piece_name(rank, 3))
+        content = dict(run=7, pieces=list(zip(keys, parts, strict=True)))
+        torch.save(content, folder / piece_name(rank, 3))
     return folder
 
 

@@ -25,6 +25,7 @@ from mmhybrid.compat import Patch, apply
 from mmhybrid.errors import UserError
 
 from ..label_images import UNREADABLE, label_problem, read_labels
+from ..packed import find_database
 
 __all__ = ['expect_labels', 'guard_image_files']
 
@@ -135,7 +136,9 @@ def _apply(transform, call, sample):
 
 
 def _is_local(path) -> bool:
-    return isinstance(path, (str, os.PathLike)) and '://' not in str(path)
+    """Whether a path is a file of this machine; an image in a database need not be one."""
+    return isinstance(path, (str, os.PathLike)) and '://' not in str(path) and (
+        osp.lexists(path) or find_database(os.fspath(path)) is None)
 
 
 def _check_file(path) -> None:
