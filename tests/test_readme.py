@@ -15,8 +15,8 @@ import warm
 ROOT = Path(__file__).parents[1]
 # In reading order: commands of a page use what those of earlier pages wrote.
 PAGES = ('README', *(f'docs/{name}' for name in (
-    'getting_started', 'train', 'small_gpus', 'own_data', 'predict', 'weights', 'backbones',
-    'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers', 'api', 'extending',
+    'getting_started', 'train', 'small_gpus', 'many_gpus', 'own_data', 'predict', 'weights',
+    'backbones', 'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers', 'api', 'extending',
     'troubleshooting', 'limits')))
 TEXT = {page: (ROOT / f'{page}.md').read_text() for page in PAGES}
 README = TEXT['README']
