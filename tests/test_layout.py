@@ -48,7 +48,7 @@ MAY_IMPORT = {
         'engine', 'datasets.loading', 'models', 'weights', 'visualization', 'compat', 'errors',
         '__init__',
     },
-    'export': {'ops', 'prediction', 'errors'},
+    'export': {'ops', 'prediction', 'errors', '__init__'},
     'starter': {'models', 'weights', 'families', 'datasets', 'errors'},
     'papers': {'config_scheme', 'errors'},
     'doctor': {'ops', 'mmcv_ops', 'config_scheme'},

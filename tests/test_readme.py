@@ -15,9 +15,9 @@ import warm
 ROOT = Path(__file__).parents[1]
 # In reading order: commands of a page use what those of earlier pages wrote.
 PAGES = ('README', *(f'docs/{name}' for name in (
-    'getting_started', 'train', 'small_gpus', 'many_gpus', 'own_data', 'predict', 'weights',
-    'backbones', 'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers', 'api', 'extending',
-    'troubleshooting', 'limits')))
+    'getting_started', 'train', 'small_gpus', 'many_gpus', 'own_data', 'predict', 'export', 'weights',
+    'backbones', 'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers', 'api',
+    'extending', 'troubleshooting', 'limits')))
 TEXT = {page: (ROOT / f'{page}.md').read_text() for page in PAGES}
 README = TEXT['README']
 ALL = '\n'.join(TEXT.values())
@@ -31,6 +31,9 @@ NOT_HERE = {
     'git clone': 'the tests run in a clone',
     'mmhybrid doctor': 'tests/test_doctor.py runs it on this environment',
     'python tools/get_flops.py': 'tests/test_tools/test_get_flops.py runs it on the same config',
+    'mmhybrid export': 'tests/test_export/test_whole.py runs it',
+    'mmhybrid predict data/mini_coco/val2017/ --weights mini.onnx':
+        'tests/test_export/test_whole.py runs it',
     'bash tools/dist_test.sh configs/cascade_mambavision_mini_coco.py':
         'tests/test_tools/test_distributed.py compares its metrics with those of one process',
 }

@@ -151,9 +151,9 @@ def write(network: nn.Module, inputs: tuple[torch.Tensor, ...], about: dict, out
     with torch.no_grad(), for_export(network):
         results = network(*inputs)
         names = getattr(network, 'outputs', [f'map{n}' for n in range(len(results))])
-        axes = {0: 'batch', 2: 'height', 3: 'width'} if about['size'] is None else None
-        program = to_onnx(network, inputs, ['image', 'size'][:len(inputs)], names,
-                          {'image': axes} if axes else None)
+        any_size = about['size'] is None
+        program = to_onnx(network, inputs, ['image', 'size'][:len(inputs)], names, shapes=(
+            dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),) if any_size else None)
     program.model.metadata_props['mmhybrid'] = json.dumps(about)
     program.model.producer_name, program.model.producer_version = 'mmhybrid', about['version']
     part = out.with_name(f'.{out.name}')

@@ -1,6 +1,11 @@
 """Half precision and whole numbers of 8 bits, made of a file in float32 by onnxruntime's tools."""
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -43,12 +48,33 @@ def to_int8(source: Path, target: Path) -> Path:
         UserError: without onnxruntime's tools.
     """
     try:
+        import onnxruntime
         from onnxruntime.quantization import QuantType, quantize_dynamic
     except ImportError as error:
         raise _absent('--int8', error) from error
-    quantize_dynamic(str(source), str(target), op_types_to_quantize=['MatMul', 'Gemm'],
-                     weight_type=QuantType.QInt8, per_channel=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        folded = os.path.join(folder, 'folded.onnx')
+        options = onnxruntime.SessionOptions()
+        # Weights that are transposed in the graph become constants, which can be scaled.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = folded
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(source), options, providers=['CPUExecutionProvider'])
+        with _silent():
+            quantize_dynamic(folded, str(target), op_types_to_quantize=['MatMul', 'Gemm'],
+                             weight_type=QuantType.QInt8, per_channel=True)
     return target
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The root logger is told to advise a step that has been done."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _absent(option: str, error: ImportError) -> UserError:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmhybrid.errors import UserError
 
@@ -19,19 +19,19 @@ OPSET = 18
 _OLDEST = (2, 9)
 
 
-def to_onnx(module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str],
-            outputs: Sequence[str], dynamic: dict[str, dict[int, str]] | None = None):
+def to_onnx(module: nn.Module, inputs: tuple, names: Sequence[str], outputs: Sequence[str], *,
+            shapes: tuple | None = None):
     """Trace a module and translate it.
 
     Args:
-        module: in evaluation mode, prepared by :func:`for_export`.
+        module: in evaluation mode, within :func:`for_export`.
         inputs: examples.
-        names: of the inputs.
+        names: of the input tensors.
         outputs: names of the outputs.
-        dynamic: per input which axes may have any size, and what the axis is called.
+        shapes: ``dynamic_shapes`` of ``torch.export.export``, where sizes are variables.
 
     Returns:
-        ``onnx_ir.Model``, the program without weights in it having been saved.
+        ``torch.onnx.ONNXProgram``.
 
     Raises:
         UserError: without the packages, or with a PyTorch that is too old.
@@ -39,17 +39,12 @@ def to_onnx(module: nn.Module, inputs: tuple[Tensor, ...], names: Sequence[str],
     check_packages()
     from .operators import translations
 
-    shapes = None
-    if dynamic:
-        shapes = tuple({axis: torch.export.Dim.DYNAMIC for axis in dynamic.get(name, {})} or None
-                       for name in names)
     with torch.no_grad(), _quiet():
         program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
-        made = torch.onnx.export(
+        return torch.onnx.export(
             program, (), input_names=list(names), output_names=list(outputs),
             opset_version=OPSET, dynamo=True, verbose=False, optimize=False,
             custom_translation_table=translations())
-    return made
 
 
 def check_packages() -> None:

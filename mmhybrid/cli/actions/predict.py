@@ -65,10 +65,15 @@ def _loaded(args: argparse.Namespace) -> PicturePredictor:
             raise UserError(f'{given} cannot be used with {args.weights}: an ONNX file is complete '
                             'as it was exported. Leave it out.')
         return OnnxPredictor(args.weights)
-    from mmhybrid.prediction.predictor import load  # which needs PyTorch
-
     return load(args.weights, args.config, device=args.device, tta=args.tta, trust=args.trust,
                 options=args.cfg_options)
+
+
+def load(*arguments, **options) -> PicturePredictor:
+    """:func:`mmhybrid.load`, which needs PyTorch."""
+    from mmhybrid.prediction.predictor import load
+
+    return load(*arguments, **options)
 
 
 def _folder(args: argparse.Namespace) -> Path | None:
