@@ -134,7 +134,7 @@ def test_odd_pictures(there, look):
 
 
 @pytest.mark.parametrize(('wish', 'words'), [
-    (['--features', '--layer', 'backbone.leyers.1'], "Did you mean 'backbone."),
+    (['--features', '--layer', 'backbone.layers.9'], "Did you mean 'backbone."),
     (['--features', '--layer', 'decode_head.conv_seg'], None),
     (['--features', '--layer', 'backbone.layers.0.blocks.0.op.out_norm', 'nek'],
      "no layer 'nek'"),
@@ -156,6 +156,19 @@ def test_odd_wishes(there, look, wish, words):
     data = [] if '--images' in wish or '--data-root' in wish else ['--data-root', there.ade]
     said = look(there.seg, *wish, *data, code=int(words is not None))
     assert words is None or words in said
+
+
+def test_an_exported_model_is_refused(look):
+    for mode in ([], ['--cam']):
+        assert 'model.onnx is an exported model, which has no layers' in look(
+            'model.onnx', *mode, code=1)
+
+
+def test_a_damaged_image_is_named(there, coco, look):
+    data = coco(lambda content: None)
+    victim = sorted((data / 'val2017').iterdir())[1]
+    victim.write_bytes(victim.read_bytes()[:200])
+    assert victim.name in look(there.det, '--data-root', data, '--errors', code=1)
 
 
 def test_layers_that_are_no_maps_and_scores(there, look):

@@ -41,6 +41,9 @@ def open_run(args: argparse.Namespace, with_data: bool) -> Predictor:
     check_given(args, 'config', 'checkpoint', 'data_root', 'out_dir')
     if args.num < 1:
         raise UserError(f'--num is {args.num}; expected at least 1 picture.')
+    if args.checkpoint.lower().endswith('.onnx'):
+        raise UserError(f'{args.checkpoint} is an exported model, which has no layers to look into '
+                        'and no test set; give the checkpoint that it was made from.')
     options = dict(args.cfg_options or {})
     if args.config:
         cfg, _ = load_config(args.config, options, args.data_root)
@@ -83,12 +86,13 @@ class Folder:
 
     Args:
         args: of ``mmhybrid visualize``.
-        name: of the folder beside the checkpoint, unless ``--out-dir`` says where.
+        name: of the folder beside the checkpoint (here, if that has an address), unless
+            ``--out-dir`` says where.
     """
 
     def __init__(self, args: argparse.Namespace, name: str):
         found, _ = find_checkpoint(args.checkpoint)
-        beside = Path(found).expanduser().parent / name
+        beside = Path(name) if '://' in found else Path(found).expanduser().parent / name
         self.path = Path(args.out_dir).expanduser() if args.out_dir else beside
         try:
             self.path.mkdir(parents=True, exist_ok=True)
