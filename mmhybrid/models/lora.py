@@ -39,7 +39,8 @@ TARGETS = {
 # these parts start at random, so they learn whatever is asked for.
 _NEW = r'(outnorm_?\d+|norm|norm_f|head|classifier|fpn\d+)\.'
 _NORMS = (_NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-_STEP_BIAS = re.compile(r'(.*\.)?(dt_proj(_b|_\d+)?\.bias|dt_projs_bias)')
+_DYNAMICS = re.compile(r'(.*\.)?(A(_b)?_log(s|_\d+)?|D(s|_b|_\d+)?|dt_proj(_b|_\d+)?\.bias'
+                       r'|dt_projs_bias)')
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def adapt(network: nn.Module, lora: Lora, without: Iterable[nn.Module | nn.Param
         _insert(network, lora, still)
     learns = re.compile('|'.join(filter(None, (_NEW, new))))
     for name, parameter, owner in _parameters(network):
-        if not (learns.match(name) or _learns(lora, name, parameter, owner)):
+        if not (learns.match(name) or _learns(lora, name, owner)):
             parameter.requires_grad_(False)
 
 
@@ -214,15 +215,10 @@ def _adapted_weight(holder: nn.Module, name: str) -> Tensor:
         return add(weight, own[name + UP], own[name + DOWN], alpha=holder.adapter_scale)
 
 
-def _learns(lora: Lora, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    if name.endswith((DOWN, UP)):
-        return True
-    if lora.norms and isinstance(owner, _NORMS):
-        return True
-    if lora.dynamics and (getattr(parameter, '_no_weight_decay', False)
-                          or _STEP_BIAS.fullmatch(name)):
-        return True
-    return any(text in name for text in lora.train)
+def _learns(lora: Lora, name: str, owner: nn.Module) -> bool:
+    return (name.endswith((DOWN, UP)) or lora.norms and isinstance(owner, _NORMS)
+            or lora.dynamics and bool(_DYNAMICS.fullmatch(name))
+            or any(text in name for text in lora.train))
 
 
 def _parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
