@@ -112,6 +112,22 @@ def test_one_compilation_for_the_sizes_of_a_recipe(windows):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
+def test_stochastic_depth_asks_for_no_sizes_either():
+    """One draw decides about all windows of all stages; here each map is one window."""
+    arch = dict(dim=16, stem_width=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2),
+                window_size=(8, 8, 28, 14))
+    model, counter = MambaVision(arch, drop_path_rate=0.5).train(), CompileCounter()
+    compiled = torch.compile(model.forward, backend=counter)
+    for size in ((192, 256), (128, 320)):
+        x = make_input(0, (2, 3, *size))
+        for axis in (2, 3):
+            torch._dynamo.maybe_mark_dynamic(x, axis)
+        with torch.no_grad():
+            compiled(x)
+    assert counter.frame_count == 1
+
+
 @each_backbone
 def test_fake_tensors(cls, arguments):
     """Shapes, dtypes and gradients without any arithmetic, and nothing fake stays behind."""

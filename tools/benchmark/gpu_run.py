@@ -119,7 +119,7 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
     }
     shares = dict(imports=20, compile=10, tests=20, ops=8, plans=6, steps=14, host=6, train=10,
                   profile=5, attention=4, resolutions=6, fpn=6, pareto=6, mixer=8, backbone=5)
-    plain = ('imports', 'host')  # the stub of the latter compiles
+    plain = 'imports', 'host', 'resolutions', 'fpn', 'pareto'  # the others are interpreted
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
         for name, share in shares.items() if name in commands
