@@ -15,9 +15,9 @@ import warm
 ROOT = Path(__file__).parents[1]
 # In reading order: commands of a page use what those of earlier pages wrote.
 PAGES = ('README', *(f'docs/{name}' for name in (
-    'getting_started', 'train', 'small_gpus', 'many_gpus', 'own_data', 'predict', 'export', 'weights',
-    'backbones', 'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers', 'api',
-    'extending', 'troubleshooting', 'limits')))
+    'getting_started', 'train', 'small_gpus', 'many_gpus', 'own_data', 'predict', 'export',
+    'weights', 'backbones', 'configs', 'speed', 'scan', 'plugin', 'patches', 'measuring', 'papers',
+    'api', 'extending', 'troubleshooting', 'limits')))
 TEXT = {page: (ROOT / f'{page}.md').read_text() for page in PAGES}
 README = TEXT['README']
 ALL = '\n'.join(TEXT.values())
