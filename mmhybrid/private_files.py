@@ -109,7 +109,7 @@ def open_regular(path: str | os.PathLike, flags: int) -> int:
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, 'it is no regular file', path)
+        raise OSError(errno.EINVAL, 'it is not a regular file', path)
     return handle
 
 

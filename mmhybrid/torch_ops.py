@@ -14,7 +14,7 @@ __all__ = ['deformable_attention', 'focal_gradient', 'focal_loss']
 
 
 def _is_target(logits: Tensor, target: Tensor) -> Tensor:
-    """(N, C) bool; the target C is the background, which is no class."""
+    """(N, C) bool; the target C is the background, which is not a class."""
     return target[:, None] == torch.arange(logits.shape[1], device=logits.device)
 
 

@@ -136,7 +136,7 @@ def row(path, code, content=bytes(16), keys=('0',)):
 
 
 def in_memory(code, **more):
-    """An archive that is no file."""
+    """An archive that is not a file."""
     file = io.BytesIO()
     archive(file, code, **more)
     return file

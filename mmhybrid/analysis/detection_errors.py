@@ -34,7 +34,7 @@ class Objects:
     Attributes:
         boxes: (M, 4) left, top, right, bottom.
         labels: (M,) integers.
-        crowd: (M,) bool; a box over many objects, in which boxes of its class are no mistake.
+        crowd: (M,) bool; a box over many objects, in which boxes of its class are no mistakes.
     """
 
     boxes: np.ndarray

@@ -299,7 +299,7 @@ def _run(node, gradients: list) -> Sequence[Tensor | None]:
     else:
         results = node(*gradients)
     results = results if isinstance(results, (tuple, list)) else (results,)
-    if len(results) > len(node.next_functions):  # Nones for what is no tensor
+    if len(results) > len(node.next_functions):  # Nones for what is not a tensor
         results = _of_tensors(node, results)
     return results
 

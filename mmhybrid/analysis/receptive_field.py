@@ -25,7 +25,7 @@ def receptive_field(backbone: Callable[[Tensor], Sequence[Tensor]], images: Tens
         (H, W), float64, no less than 0; the largest value is 1.
 
     Raises:
-        ValueError: the pixel depends on no pixel of the images, or by a gradient that is no number.
+        ValueError: the pixel depends on no pixel of the images, or its gradient is not a number.
     """
     total = torch.zeros(images.shape[-2:], dtype=torch.float64)
     for image in images.split(1):
@@ -37,8 +37,8 @@ def receptive_field(backbone: Callable[[Tensor], Sequence[Tensor]], images: Tens
         total += gradient.abs().sum(dim=(0, 1)).double().cpu()
     most = total.max()
     if not torch.isfinite(total).all() or most == 0:
-        raise ValueError('the middle pixel of the last map has '
-                         f'{"no gradient" if most == 0 else "a gradient that is no number"} with '
+        what = 'no gradient' if most == 0 else 'a gradient that is not a number'
+        raise ValueError(f'the middle pixel of the last map has {what} with '
                          'respect to the images; are the weights those of a trained network?')
     return total / most
 

@@ -100,7 +100,7 @@ def run_subcommand(name, arguments, prog):
         return failed
     if light:
         return _run_light(work, arguments) or status[0]
-    with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
+    with contextlib.redirect_stdout(sys.stderr):  # what importing logs is not part of an answer
         from mmhybrid.cli.actions.running import run_command
     return run_command(work, arguments) or status[0]
 

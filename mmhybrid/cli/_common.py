@@ -11,7 +11,7 @@ class CfgOptions(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         """Parse ``values``; UserError names the one that cannot be read."""
-        with contextlib.redirect_stdout(sys.stderr):  # what importing logs is no part of an answer
+        with contextlib.redirect_stdout(sys.stderr):  # what importing logs is not part of an answer
             from mmhybrid.engine.options import OptionsAction
 
         OptionsAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values,

@@ -52,7 +52,7 @@ def plain_config(text: object) -> dict | None:
     """Read a config that does nothing but set names to literals and ``dict(...)``.
 
     Returns:
-        What it sets; None if it does more, or is no config.
+        What it sets; None if it does more, or is not a config.
     """
     # mmengine replaces {{ }} in the text before Python reads it, so that quotes may end elsewhere
     if not isinstance(text, str) or len(text) > _LARGEST or '{{' in text:
@@ -231,7 +231,7 @@ def _type_problem(name: object) -> str | None:
         return None  # a setting that is called so; a registry takes nothing but text
     parts = name.split('.')
     if not all(part.isidentifier() and not part.startswith('__') for part in parts):
-        return 'is no name'
+        return 'is not a name'
     if name == 'RFSearchHook' or name.endswith('.RFSearchHook'):
         return 'runs texts of its settings as Python'
     if len(parts) == 1:
@@ -242,7 +242,7 @@ def _type_problem(name: object) -> str | None:
     if parts[0] not in (*PACKAGES, 'torch'):
         return f'is nothing of {", ".join(PACKAGES)}'
     if parts[0] == 'torch' and parts[1] not in ('nn', 'optim'):
-        return 'is no layer and no optimizer'
+        return 'is not a layer and no optimizer'
     try:
         found = get_object_from_string(name)
     except Exception:  # whatever a module raises that cannot be imported here

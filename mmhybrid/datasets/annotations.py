@@ -78,18 +78,18 @@ def check_coco(records: Records, classes: tuple, masks: bool, train: bool, score
     return problems, notes, _summary(records, left_out, objects, used, chosen)
 
 
-# Why an annotation is no object of the data set, in the order in which mmdet asks; True where it
-# is a fault of the file rather than a choice.
+# Why an annotation is not an object of the data set, in the order in which mmdet asks; True where
+# it is a fault of the file rather than a choice.
 FAULTS = {'of images that are not listed': True, 'marked "ignore"': False,
           'whose box has no area inside its image': True, 'whose area is not above 0': True,
-          'whose category_id is no listed category': True, 'of other classes': False}
+          'whose category_id is not a listed category': True, 'of other classes': False}
 OUTLINES = 'with run lengths, but the pipeline loads polygons (poly2mask=False)'
 
 
 def _left_out(records: Records, wanted: np.ndarray) -> tuple[dict, np.ndarray]:
     """For each reason the annotations (A) bool that have it first; and those that have none."""
     x, y, w, h = records.boxes.T
-    width, height = records.sizes[records.image].T  # any, where it is no image: left out before
+    width, height = records.sizes[records.image].T  # any, where it is not an image: left out before
     inside = (np.maximum(0, np.minimum(x + w, width) - np.maximum(x, 0))
               * np.maximum(0, np.minimum(y + h, height) - np.maximum(y, 0)))
     found = (records.image < 0, records.ignored, (inside == 0) | (w < 1) | (h < 1),
@@ -172,7 +172,7 @@ def _id_zero(records: Records) -> list[str]:
 
 
 def _nothing_to_learn(records: Records, left_out: dict, objects, coded, chosen) -> list[str]:
-    """A problem unless something is left that a detector learns: an object that is no crowd."""
+    """A problem unless something is left that a detector learns: an object that is not a crowd."""
     if (objects & ~records.crowd & ~coded).any():
         return []
     reasons = [f'{_count(records, there)} {reason}' for reason, there in left_out.items()

@@ -84,7 +84,7 @@ def in_json(value, most: int = 40) -> str:
 def _bytes(path: str, tell) -> bytes:
     try:
         if not osp.isfile(path):
-            raise AnnotationError(f'{path} is no file' if osp.exists(path)
+            raise AnnotationError(f'{path} is not a file' if osp.exists(path)
                                   else f'{path} does not exist')
         size = osp.getsize(path)
         if tell is not None and size > LARGE:

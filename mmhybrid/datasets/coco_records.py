@@ -75,7 +75,7 @@ def load_records(path: str, tell: Callable[[str], None] | None = None
         As :func:`coco_records`.
 
     Raises:
-        AnnotationError: if it is no file of COCO's form.
+        AnnotationError: if it is not a file of COCO's form.
     """
     try:
         state = os.stat(path)
@@ -219,7 +219,7 @@ def _no_objects(**lists) -> list[str]:
         wrong = [place for place, entry in enumerate(entries) if type(entry) is not dict]
         if wrong:
             listed = _examples(f'{what}[{place}] is {in_json(entries[place])}' for place in wrong)
-            problems.append(f'has {len(wrong)} of {len(entries)} {what} that are no objects '
+            problems.append(f'has {len(wrong)} of {len(entries)} {what} that are not objects '
                             f'{{"id": ...}}: {listed}')
     return problems
 
@@ -358,7 +358,7 @@ def _run_length_fault(code: dict, size: np.ndarray | None) -> str | None:
     if type(counts) is not list or not {*map(type, counts)} <= {int, float}:
         return f'run lengths whose "counts" is {in_json(counts)}; expected numbers or text'
     if not all(0 <= count <= shape[0] * shape[1] and count == int(count) for count in counts):
-        return 'run lengths whose "counts" has a number that is no length'
+        return 'run lengths whose "counts" has a number that is not a length'
     return _sum_fault(sum(counts), shape[0] * shape[1])
 
 

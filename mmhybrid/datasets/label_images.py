@@ -106,7 +106,7 @@ def pair_files(images: str, labels: str | None, image_suffix: str, label_suffix:
         problem = None if stems else _no_images(images, image_suffix, given)
     else:
         stems = _read_list(listed)
-        problem = (f'{listed} is no text in UTF-8' if stems is None else _not_there(
+        problem = (f'{listed} is not text in UTF-8' if stems is None else _not_there(
             stems, images, image_suffix, given, listed, 'img_suffix'))
     if not problem and labels is not None:
         problem = (_not_there(stems, labels, label_suffix, have, listed, 'seg_map_suffix') if listed
@@ -150,7 +150,7 @@ def _not_there(stems, folder, suffix, there, listed, key) -> str | None:
     if not stem:
         return f'Line {number} of {listed} is empty; expected one name in a line. Remove it'
     path = osp.join(folder, stem + suffix)
-    what = 'is no file' if osp.exists(path) else 'does not exist'
+    what = 'is not a file' if osp.exists(path) else 'does not exist'
     if suffix and stem.endswith(suffix):
         hint = f'names stand without suffix there, since {key}={suffix!r} is added'
     else:

@@ -30,8 +30,8 @@ def parse_mapping(entries: list[str]) -> dict[int, int] | dict[Colour, int]:
         except ValueError:
             key = ()
         if len(key) not in (1, 3) or not 0 <= mapping[key] <= IGNORED:
-            raise ValueError(f'{entry!r} is no mapping; expected GREY=CLASS or RED,GREEN,BLUE=CLASS'
-                             ' with a class of 0 to 255, such as 255=1 or 255,0,0=1')
+            raise ValueError(f'{entry!r} is not a mapping; expected GREY=CLASS or RED,GREEN,'
+                             'BLUE=CLASS with a class of 0 to 255, such as 255=1 or 255,0,0=1')
     lengths = set(map(len, mapping))
     if len(lengths) != 1:
         raise ValueError('expected either grey values or colours, not both or none')
@@ -59,7 +59,7 @@ def map_labels(source: str, target: str, mapping: Mapping,
         FileExistsError: if there is something in ``target``.
     """
     if not osp.isdir(source):
-        raise ValueError(f'{source} is no folder')
+        raise ValueError(f'{source} is not a folder')
     if osp.isdir(target) and os.listdir(target):
         raise FileExistsError(f'{target} is not empty; give a new folder')
     listing = list_files(source)

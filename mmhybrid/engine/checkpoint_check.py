@@ -35,7 +35,7 @@ __all__ = ['CheckpointCheckHook', 'check_checkpoint_file', 'check_whole']
 
 
 def check_checkpoint_file(path: str, what: str = 'checkpoint') -> None:
-    """Raise UserError if ``path`` is no complete file of weights; fetch it if it is elsewhere."""
+    """Raise UserError unless ``path`` is a complete file of weights; fetch it from elsewhere."""
     path = osp.expanduser(path)
     if is_known_source(path):
         try:

@@ -64,7 +64,7 @@ def _named(record: str) -> tuple[str | None, str | None]:
     if not osp.lexists(record):
         return None, None
     if not osp.isfile(record):
-        return None, 'is no file'
+        return None, 'is not a file'
     try:
         with open(record, 'rb') as file:
             content = file.read(4097)
@@ -72,7 +72,7 @@ def _named(record: str) -> tuple[str | None, str | None]:
     except OSError as error:
         return None, f'cannot be read ({error.strerror})'
     except UnicodeDecodeError:
-        return None, 'is no text'
+        return None, 'is not text'
     if not text:
         return None, 'is empty'
     if len(content) > 4096 or not text.isprintable():

@@ -191,7 +191,7 @@ def _published(cfg: Config) -> str:
         return ' To start the backbone from a file, pass --pretrained PATH.'
     row = RELEASED.get(name) if isinstance(name, str) else None
     if row is None:
-        raise UserError(f'published_checkpoint={name!r} is no short name of released weights; '
+        raise UserError(f'published_checkpoint={name!r} is not a short name of released weights; '
                         f'{suggestion(str(name), RELEASED)}.')
     return (f' The published recipe starts from {row.file} (licence {row.licence}): --pretrained '
             f'{row.name} fetches it from {row.address} , or download it and pass its path.')

@@ -64,12 +64,12 @@ def _reason(path: str, error: Exception) -> str:
     file = chain[-1] if chain else path
     base = f' (through _base_ of {path})' if osp.abspath(file) != osp.abspath(path) else ''
     if isinstance(error, UnicodeDecodeError):
-        return (f'The config {file}{base} is no text file in UTF-8: byte {error.start} is '
+        return (f'The config {file}{base} is not a text file in UTF-8: byte {error.start} is '
                 f'0x{error.object[error.start]:02x}.')
     if isinstance(error, SyntaxError):
         cause = error if error.lineno else (error.__cause__ or error.__context__ or error)
         line = getattr(cause, 'lineno', None)
-        return (f'The config {file}{base} is no valid Python'
+        return (f'The config {file}{base} is not valid Python'
                 f'{f", line {line}" if line else ""}: {getattr(cause, "msg", cause)}.')
     if isinstance(error, FileNotFoundError) and not osp.isfile(file):
         via = chain[-2] if len(chain) > 1 else path
@@ -77,9 +77,9 @@ def _reason(path: str, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f'The config {file}{base} may not be read: {error.strerror}.'
     if isinstance(error, json.JSONDecodeError):
-        return f'The config {file}{base} is no valid JSON: {error}.'
+        return f'The config {file}{base} is not valid JSON: {error}.'
     if isinstance(error, ValueError) and 'null bytes' in str(error):
-        return f'The config {file}{base} is no text file: it holds null bytes.'
+        return f'The config {file}{base} is not a text file: it holds null bytes.'
     if isinstance(error, ImportError):
         # mmengine's own text about custom_imports lists all of sys.path.
         cause = error.__cause__.__context__ if error.__cause__ else error

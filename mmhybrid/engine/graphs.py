@@ -59,7 +59,7 @@ def bucket(side: int, divisor: int | None) -> int:
     the side, at least 32. So usual sides (160, 224, 384, 512, 640, 768, 1024) stay what they are.
 
     Args:
-        side: in pixels. One that is no multiple of 32 stays as it is.
+        side: in pixels. One that is not a multiple of 32 stays as it is.
         divisor: in pixels, a multiple of 32; None to leave all sides alone.
     """
     if divisor is None or side % SMALLEST:
@@ -84,7 +84,7 @@ def use_cuda_graphs(module: nn.Module, *, divisor: int | None = 128,
         recorder: records and replays; None for :class:`CudaRecorder`.
 
     Raises:
-        TypeError: for something that is no module, or a number that is no integer.
+        TypeError: for something that is not a module, or a number that is not an integer.
         ValueError: for a number out of range.
         RuntimeError: if PyTorch finds no GPU, or the module has graphs already.
 

@@ -47,13 +47,13 @@ def _check_text(text: str) -> None:
         raise UserError(f'--cfg-options {text}: a bracket has no counterpart. Expected for example '
                         f'{key}=1,2 or {key}="[(1,2),(3,4)]".')
     if any(part.strip(' \'"()[]').lower() in ('nan', '-nan', '+nan') for part in value.split(',')):
-        raise UserError(f'--cfg-options {text}: nan is no value for a setting. Expected a number, '
-                        'text, True, False or None.')
+        raise UserError(f'--cfg-options {text}: nan is not a value for a setting. Expected a '
+                        'number, text, True, False or None.')
 
 
 def _check_key(key: str, text: str) -> None:
     if key != key.strip() or re.search(r'\s', key) or not all(key.split('.')):
-        raise UserError(f'--cfg-options {text}: {key!r} is no name of a setting. Expected names '
+        raise UserError(f'--cfg-options {text}: {key!r} is not a name of a setting. Expected names '
                         'with dots between them, such as train_cfg.max_epochs=1.')
 
 
@@ -112,7 +112,7 @@ def _check_place(cfg: Config, key: str, value) -> None:
 
 
 def _check_replaced(node, key: str, value) -> None:
-    """A group of settings is switched off or replaced by another, but is no number or text."""
+    """A group of settings is switched off or replaced by another, but is not a number or text."""
     if isinstance(node, dict) and ('type' in node or '.' not in key):
         if not isinstance(value, dict) and not any(value is each for each in OFF):
             kind = f' of type {node["type"]}' if 'type' in node else ''

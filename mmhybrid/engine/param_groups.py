@@ -171,7 +171,7 @@ class HybridOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             table.append((name, param, lr, decay))
         params.extend(groups.values())
         for key in sorted(unused):
-            print_log(f'paramwise_cfg.custom_keys[{key!r}] is no part of any parameter name.',
+            print_log(f'paramwise_cfg.custom_keys[{key!r}] is not part of any parameter name.',
                       logger='current', level=logging.WARNING)
         self._report(table, frozen)
 

@@ -178,7 +178,7 @@ def _copies(parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if not torch.is_grad_enabled():
         return copies
     for group in _groups(parameters):
-        # Tensors that are no views of anything, so that autograd may call them the results.
+        # Tensors that are not views of anything, so that autograd may call them the results.
         of_group = _Together.apply([copies[i] for i in group], *(parameters[i] for i in group))
         for i, copy in zip(group, of_group, strict=True):
             copies[i] = copy

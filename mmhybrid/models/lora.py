@@ -123,7 +123,7 @@ def adapt(network: nn.Module, lora: Lora, without: Iterable[nn.Module | nn.Param
         new: regular expression; names that it matches from their start learn, too.
 
     Raises:
-        ValueError: if nothing has such a name, or the rank is no less than a weight's.
+        ValueError: if nothing has such a name, or the rank is not less than a weight's.
     """
     if SCALE not in network._buffers:
         still = {id(p) for part in without
@@ -145,7 +145,7 @@ def _insert(network: nn.Module, lora: Lora, still: set[int]) -> None:
     names = [name for name, *_ in _parameters(network)]
     for text in lora.train:
         if not any(text in name for name in names):
-            raise ValueError(f'got {text!r} in lora train, which is no part of any parameter name '
+            raise ValueError(f'got {text!r} in lora train, which is not part of any parameter name '
                              f'of {type(network).__name__}; {suggestion(text, names[:40])}')
     with torch.random.fork_rng(devices=[]):  # heads start from the numbers of a run without
         for holder, name, rank in places:

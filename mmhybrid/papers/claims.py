@@ -18,7 +18,7 @@ __all__ = ['FILE', 'NOT_MEASURED', 'STATES', 'Claim', 'Paper', 'Row', 'find_clai
 FILE = 'papers.yml'
 NOT_MEASURED = 'not measured'
 RUNS, NOT_BUILT, DRAWING = 'runs here', 'not built', 'drawing'
-#: What a check needs that is no part of this repository.
+#: What a check needs that is not part of this repository.
 NEEDS = ('needs ImageNet', 'needs COCO', 'needs ADE20K', 'needs a GPU')
 #: How far a claim can be checked.
 STATES = (RUNS, *NEEDS, NOT_BUILT, DRAWING)

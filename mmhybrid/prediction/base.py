@@ -144,7 +144,7 @@ class PicturePredictor(ABC):
         """Read a path, an array or a picture of Pillow.
 
         Raises:
-            UserError: if it is no picture that can be read.
+            UserError: if it is not a picture that can be read.
             TypeError: if it is something else.
         """
         if isinstance(image, (str, os.PathLike)):
@@ -154,7 +154,7 @@ class PicturePredictor(ABC):
 
     @abstractmethod
     def _read_file(self, path: str) -> Picture:
-        """Read a path; UserError if that is no picture."""
+        """Read a path; UserError if that is not a picture."""
 
     @abstractmethod
     def take(self, image: np.ndarray, name: str = '') -> Picture:

@@ -133,7 +133,7 @@ class Segmentation:
 
     @property
     def nothing(self) -> int:
-        """The number in ``map`` that is no class: 255, or 65535 where that is a class."""
+        """The number in ``map`` that is not a class: 255, or 65535 where that is a class."""
         return int(np.iinfo(self.map.dtype).max)
 
     @property

@@ -166,7 +166,7 @@ def _listed(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f'The list {path} is no text file in UTF-8: byte {error.start} is '
+        raise UserError(f'The list {path} is not a text file in UTF-8: byte {error.start} is '
                         f'0x{error.object[error.start]:02x}.') from error
     except OSError as error:
         raise UserError(f'The list {path} cannot be read: {error.strerror}.') from error

@@ -74,7 +74,7 @@ def is_remote(path: str) -> bool:
 def shown(address: str) -> str:
     """Give an address for people: without login, values of the query, and odd characters.
 
-    What is no address, as the path of a file, stays as it is.
+    What is not an address, as the path of a file, stays as it is.
     """
     if '://' not in address:
         return address

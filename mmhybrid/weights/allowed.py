@@ -78,7 +78,7 @@ class Method:
 
 
 class Unusable:
-    """Stands for a value that is no plain data; whoever finds it in the result says where."""
+    """Stands for a value that is not plain data; whoever finds it in the result says where."""
 
     def __init__(self, what: str):
         self.what = what
@@ -477,7 +477,7 @@ def look_up(module: str, name: str) -> Name | torch.dtype:
 
     Raises:
         Refused: if it is not on the list.
-        NotPlain: if it belongs to tensors that are no weights.
+        NotPlain: if it belongs to tensors that are not weights.
     """
     # Protocol 2 has the names of Python 2; pickle and torch translate them with the same tables.
     if (module, name) in NAME_MAPPING:

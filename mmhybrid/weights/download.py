@@ -51,7 +51,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 def download(url: str, sha256: str | None = None, folder: str | os.PathLike | None = None) -> Path:
     """Fetch a file once and keep it.
 
-    What arrives is written beside the final name and moved there when it is complete, is no web
+    What arrives is written beside the final name and moved there when it is complete, is not a web
     page, and has the checksum that is known: from the argument, from a fragment ``#sha256=...``
     of the address, from a file name such as ``resnet50-0676ba61.pth``, or from the server.  An
     interrupted download continues where it stopped, if the server still has the same file.

@@ -44,7 +44,7 @@ def read_header(file: BinaryIO, name: str) -> tuple[dict, int]:
                            f'{_AGAIN}') from error
     except (ValueError, RecursionError) as error:
         reason = 'nested too deeply' if isinstance(error, RecursionError) else error
-        raise WeightsError(f'{name} is damaged: its header is no JSON ({reason}); {_AGAIN}'
+        raise WeightsError(f'{name} is damaged: its header is not JSON ({reason}); {_AGAIN}'
                            ) from error
     return header, 8 + length
 
@@ -76,7 +76,7 @@ def check_header(header: object, start: int, size: int, name: str) -> None:
     for key, entry in tensors.items():
         if not isinstance(entry, dict):
             raise WeightsError(f'{name} is JSON, but not the header of a safetensors file: '
-                               f'{printable(key, 80)} is no description of a tensor')
+                               f'{printable(key, 80)} is not a description of a tensor')
         problem = _problem(entry)
         if problem:
             raise WeightsError(f'{name} is damaged: {printable(key, 80)} {problem}; {_AGAIN}')

@@ -51,12 +51,12 @@ def read_pickle(stream: BinaryIO, size: int, budget: Budget,
             tensors; without it there must be none.
 
     Returns:
-        What was saved.  Values that are no plain data are :class:`Unusable` or other stand-ins,
+        What was saved.  Values that are not plain data are :class:`Unusable` or other stand-ins,
         which :func:`check_tree` finds.
 
     Raises:
         Refused: if it names something that is not on the list.
-        NotPlain: if it has tensors that are no weights.
+        NotPlain: if it has tensors that are not weights.
         Damaged: if it breaks the rules of pickles or makes too much out of few bytes.
     """
     machine = _Machine(budget, storage)
@@ -137,13 +137,13 @@ class _Machine:
 
     def add(self, items: list) -> None:
         if type(self.stack[-1]) is not list:
-            raise Damaged('its pickle appends to something that is no list')
+            raise Damaged('its pickle appends to something that is not a list')
         self.stack[-1].extend(items)
 
     def set(self, pairs: list) -> None:
         target = self.stack[-1]
         if type(target) not in (dict, OrderedDict, Counter) or len(pairs) % 2:
-            raise Damaged('its pickle puts entries into something that is no dictionary')
+            raise Damaged('its pickle puts entries into something that is not a dictionary')
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             target[checked_key(key, self.budget)] = value
 
@@ -154,7 +154,7 @@ class _Machine:
     def add_to_set(self, _) -> None:
         items, target = self.since_mark(), self.stack[-1]
         if type(target) is not set:
-            raise Damaged('its pickle adds to something that is no set')
+            raise Damaged('its pickle adds to something that is not a set')
         target.update(checked_key(each, self.budget) for each in items)
 
     def frozen_set(self, _) -> None:
@@ -163,7 +163,7 @@ class _Machine:
     def name(self, _) -> None:
         name, module = self.pop(), self.pop()
         if type(name) is not str or type(module) is not str:
-            raise Damaged('its pickle looks up something that is no name')
+            raise Damaged('its pickle looks up something that is not a name')
         self.push(look_up(module, name))
 
     def call(self, _) -> None:

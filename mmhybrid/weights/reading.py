@@ -197,7 +197,7 @@ def file_format(file: BinaryIO, name: str) -> str:
         raise WeightsError(f'{name} is a tar archive, as torch wrote before 2017, which is not '
                            'safe to read; unpack it or convert it with an old torch')
     shown = head[:8].hex(' ')
-    raise WeightsError(f'{name} is no file of weights (it begins with the bytes {shown}), or it '
+    raise WeightsError(f'{name} is not a file of weights (it begins with the bytes {shown}), or it '
                        f'is damaged; expected .pth, .pt, .ckpt or .safetensors; {_AGAIN}')
 
 

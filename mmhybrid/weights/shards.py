@@ -80,7 +80,7 @@ def _pieces(content: Any, shapes: list, run: object, path: str) -> list:
     path = printable(path)
     found = content.get('pieces') if isinstance(content, dict) else None
     if not isinstance(found, list) or not all(map(_is_piece, found)):
-        raise WeightsError(f'{path} is no piece of a checkpoint; expected what a training with '
+        raise WeightsError(f'{path} is not a piece of a checkpoint; expected what a training with '
                            '--fsdp sharded writes')
     if content.get('run') != run:
         raise WeightsError(f'{path} is a piece of another checkpoint than {REST} beside it; copy '

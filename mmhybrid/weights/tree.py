@@ -29,7 +29,7 @@ _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.Tensor, torc
 
 
 class NotData(Exception):
-    """The message says which value of a file is no plain data, and what it is."""
+    """The message says which value of a file is not plain data, and what it is."""
 
 
 def check_tree(root: object) -> None:

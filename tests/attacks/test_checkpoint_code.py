@@ -236,8 +236,8 @@ def test_newer_protocols(protocol, legacy, tmp_path):
 
 
 @pytest.mark.parametrize(('code', 'message'), [
-    (b'\x80\x06N.', 'pickle protocol 6'), (b'\x80\x04NN\x93.', 'something that is no name'),
-    (b'\x80\x04](N\x90.', 'adds to something that is no set'),
+    (b'\x80\x06N.', 'pickle protocol 6'), (b'\x80\x04NN\x93.', 'something that is not a name'),
+    (b'\x80\x04](N\x90.', 'adds to something that is not a set'),
     (b'\x80\x04(]\x91.', 'has list as a key'), (b'\x80\x04\x8f(]\x90.', 'has list as a key'),
     (b'\x80\x04\x94.', 'contradicts itself'),
     (b'\x80\x04\x8e' + b'\xff' * 7 + b'\x0fx.', 'has no instruction|ends in the middle'),

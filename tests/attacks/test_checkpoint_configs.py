@@ -44,7 +44,7 @@ def settled(tmp_path, text, place='hub'):
 DROPPED = {
     'model=dict(type="os.system", command="true")': ("model (type='os.system'", {}),
     'model=dict(type="torch.hub.load", repo="x")': ("model (type='torch.hub.load'", {}),
-    'model=dict(type="torch.nn.Linear.__init__")': ('is no name', {}),
+    'model=dict(type="torch.nn.Linear.__init__")': ('is not a name', {}),
     'model=dict(type="mmengine.load", file="x.json")': ("type='mmengine.load'", {}),
     'model=dict(type="mmengine.fileio.load", file="x.json")': ('mmengine.fileio.io.load', {}),
     'model=dict(type="mmengine.utils.misc.subprocess.Popen", args="true")': (
@@ -64,8 +64,9 @@ DROPPED = {
     'model=dict(type="mmdet_evil.X")': ("type='mmdet_evil.X'", {}),
     'model=dict(type="antigravity")': ('a module of Python', {}),
     'model=dict(type="exec")': ('a function or a module of Python', {}),
-    'model=dict(type="..os.system")': ('is no name', {}), 'model=dict(type="")': ('is no name', {}),
-    'model=dict(type="mmdet..os.system")': ('is no name', {}),
+    'model=dict(type="..os.system")': ('is not a name', {}),
+    'model=dict(type="")': ('is not a name', {}),
+    'model=dict(type="mmdet..os.system")': ('is not a name', {}),
     # mmcv finds its operator by running this text
     'model=dict(test_cfg=dict(nms=dict(type="__import__(\'os\').system(\'true\')")))': (
         'model.test_cfg.nms (type=', dict(model=dict(test_cfg={}))),

@@ -165,8 +165,8 @@ def test_claims_of_length_are_not_believed(tmp_path):
 @pytest.mark.parametrize(('code', 'message'), [
     (b'\x80\x02.', 'contradicts itself at byte 3'), (b'\x80\x02h\x05.', 'does not have'),
     (b'\x80\x02\xfe.', 'has no instruction at byte 3'), (b'\x80\x02e.', 'contradicts itself'),
-    (b'\x80\x02]K\x01K\x02u.', 'contradicts itself'), (b'\x80\x02NNa.', 'is no list'),
-    (b'\x80\x02](K\x01K\x02u.', 'no dictionary'), (b'\x80\x02}(K\x01u.', 'no dictionary'),
+    (b'\x80\x02]K\x01K\x02u.', 'contradicts itself'), (b'\x80\x02NNa.', 'is not a list'),
+    (b'\x80\x02](K\x01K\x02u.', 'not a dictionary'), (b'\x80\x02}(K\x01u.', 'not a dictionary'),
     (b'\x80\x02}]Ns.', 'has list as a key'), (b'\x80\x02X\x01\x00\x00\x00\xff.', 'no instruction'),
     (b'\x80\x02c_codecs\nencode\nNR.', 'without arguments'), (b'\x80\x02NQ.', 'where torch.save'),
     (b'\x80\x02c\xff\n\xff\n.', 'no instruction'),
@@ -232,7 +232,8 @@ def _entry(dtype='F32', shape=(1,), span=(0, 4), **more):
     (_safetensors({'a': _entry(shape=(3,))}, bytes(4)), 'a has 4 bytes, but F32'),
     (_safetensors({'a': _entry(dtype=None)}, bytes(4)), 'a has no dtype'),
     (_safetensors({'a': _entry(dtype='F33')}, bytes(4)), 'damaged, or newer than .*F33'),
-    (_safetensors({'a': None}), 'a is no description'), (_safetensors({'a': []}), 'a is no desc'),
+    (_safetensors({'a': None}), 'a is not a description'),
+    (_safetensors({'a': []}), 'a is not a description'),
     (_safetensors({'a': _entry(), 'b': _entry()}, bytes(4)), 'b does not begin where a ends'),
     (_safetensors({'a': _entry(span=(4, 8))}, bytes(8)), 'a does not begin where the header ends'),
     (_safetensors({'a': _entry()}, bytes(5)), '1 bytes follow its last tensor'),
@@ -240,10 +241,10 @@ def _entry(dtype='F32', shape=(1,), span=(0, 4), **more):
     (_safetensors({'__metadata__': {'a': 1}}), 'are not texts by name'),
     (_safetensors({'__metadata__': ['a']}), 'are not texts by name'),
     (_safetensors(b'{"a": {}, "a": {}}'), "its header has 'a' twice"),
-    (_safetensors(b'{"a": \xff}'), 'its header is no JSON'),
-    (_safetensors(b'{"a": NaN}'), 'a is no description'),
+    (_safetensors(b'{"a": \xff}'), 'its header is not JSON'),
+    (_safetensors(b'{"a": NaN}'), 'a is not a description'),
     (struct.pack('<Q', 2**63) + b'{"a"', 'should have 9,223,372,036,854,775,808 bytes'),
-    (struct.pack('<Q', 0) + b'{', 'is no JSON|is cut off or damaged'),
+    (struct.pack('<Q', 0) + b'{', 'is not JSON|is cut off or damaged'),
 ])
 def test_safetensors_headers(content, message, tmp_path):
     (tmp_path / 'w.safetensors').write_bytes(content)

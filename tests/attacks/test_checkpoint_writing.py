@@ -260,10 +260,10 @@ def cut(path):
 
 @pytest.mark.parametrize('record, says', [
     (None, 'does not exist'), (b'', 'is empty'), (b' \n', 'is empty'),
-    (b'\xff\xfe\x00binary', 'is no text'), (b'a\x00b', 'does not hold a path'),
+    (b'\xff\xfe\x00binary', 'is not text'), (b'a\x00b', 'does not hold a path'),
     (b'x' * 5000, 'does not hold a path'), (b'/gone/epoch_7.pth', 'names /gone/epoch_7.pth, which'),
     (b'epoch_11.pth', 'epoch_11.pth is cut off'), (b'weights.pth', 'no checkpoint of a training'),
-    (b'text.pth', 'text.pth is text'), ('folder', 'is no file'), ('pipe', 'is no file')])
+    (b'text.pth', 'text.pth is text'), ('folder', 'is not a file'), ('pipe', 'is not a file')])
 def test_resume_without_a_good_record(tmp_path, record, says):
     save(tmp_path / 'epoch_9.pth', 90)
     save(tmp_path / 'epoch_10.pth', 100)

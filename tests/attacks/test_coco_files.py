@@ -99,8 +99,8 @@ SQUARE = [10, 10, 60, 10, 60, 50, 10, 50]
      'id 3 has run lengths with "ooooooooooooooo0" in place of compressed "counts"'),
     (set_(1, segmentation=dict(size=[100, 120], counts=[3, 4])),
      'id 2 has run lengths of 7 pixels together; its size has 12000'),
-    (set_(1, segmentation=dict(size=[100, 120], counts=[-3, 12003])), 'that is no length'),
-    (set_(1, segmentation=dict(size=[100, 120], counts=[12000.5])), 'that is no length'),
+    (set_(1, segmentation=dict(size=[100, 120], counts=[-3, 12003])), 'that is not a length'),
+    (set_(1, segmentation=dict(size=[100, 120], counts=[12000.5])), 'that is not a length'),
     (set_(1, segmentation=dict(size=[100, 120], counts=['12000'])), 'expected numbers or text'),
     (set_(1, segmentation=dict(size=[1e9, 1e9], counts=[10**18])), '"size" is [1000000000.0, 1000'),
     (set_(0, bbox=[1, 1, INF, 5]), '"bbox" is not four numbers [x, y, width, height] in pixels '
@@ -127,9 +127,9 @@ SQUARE = [10, 10, 60, 10, 60, 50, 10, 50]
      '"category_id" is not the id of a category (1 of 4): id 1 has null'),
     (set_(0, category_id=10**30), 'id 1 has 1000000000000000000000000000000'),
     (lambda d, i, a: a[0].pop('category_id'), 'without "category_id" (1 of 4: id 1)'),
-    (lambda d, i, a: a.append(None), '1 of 5 annotations that are no objects {"id": ...}: '
+    (lambda d, i, a: a.append(None), '1 of 5 annotations that are not objects {"id": ...}: '
                                      'annotations[4] is null'),
-    (lambda d, i, a: i.insert(0, []), '1 of 3 images that are no objects {"id": ...}: images[0]'),
+    (lambda d, i, a: i.insert(0, []), '1 of 3 images that are not objects {"id": ...}: images[0]'),
     (lambda d, i, a: i[1].update(width='120'), '"width" is not a whole number of pixels (1 of 2): '
                                                'id 2 has "120"'),
     (lambda d, i, a: i[1].update(height=0), 'id 2 has 0'),
@@ -475,11 +475,11 @@ def test_the_locale_does_not_matter(folder):
 
 def test_what_is_no_file(folder):
     os.mkfifo(folder / 'a.json')
-    assert 'a.json is no file' in refused(folder)
+    assert 'a.json is not a file' in refused(folder)
     (folder / 'a.json').unlink()
     assert 'a.json does not exist' in refused(folder)
     (folder / 'a.json').mkdir()
-    assert 'a.json is no file' in refused(folder)
+    assert 'a.json is not a file' in refused(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')

@@ -687,7 +687,7 @@ def test_a_lock_that_is_a_link_or_a_pipe(server, file, place, tmp_path):
     assert treasure.read_text() == 'precious'
     place('.lock').unlink()
     os.mkfifo(place('.lock'))
-    assert 'it is no regular file' in refusal(server)
+    assert 'it is not a regular file' in refusal(server)
     place('.lock').unlink()
     place('.lock').write_text('of an older version')
     server.answers = [answer(file)]

@@ -177,7 +177,7 @@ def test_link_in_the_place_of_a_library(planted, marker, caplog, tmp_path):
 def test_pipe_in_the_place_of_a_library(planted, marker, caplog):
     planted.unlink()
     os.mkfifo(planted)
-    assert_refused(caplog, marker, f'{planted} is not loaded: it is no regular file; remove it')
+    assert_refused(caplog, marker, f'{planted} is not loaded: it is not a regular file; remove it')
 
 
 @needs_root

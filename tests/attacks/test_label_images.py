@@ -349,7 +349,7 @@ def test_lists_of_names(tmp_path, lines, words):
 def test_a_list_that_is_no_text(tmp_path):
     folders(tmp_path, dict(a=grey(1)))
     (tmp_path / 'list.txt').write_bytes(b'a\n\xff\xfe\n')
-    assert f'{tmp_path}/list.txt is no text in UTF-8' in refusal(
+    assert f'{tmp_path}/list.txt is not text in UTF-8' in refusal(
         config(tmp_path, ann_file='list.txt'))
 
 
@@ -378,7 +378,7 @@ def test_indices_are_said(tmp_path):
 
 
 def test_odd_members_of_a_folder(tmp_path):
-    """Pipes, sockets, broken links and folders with the name of an image are no images."""
+    """Pipes, sockets, broken links and folders with the name of an image are not images."""
     folders(tmp_path, dict(a=grey(1), b=grey()))
     images = tmp_path / 'images'
     os.mkfifo(images / 'pipe.jpg')
@@ -461,9 +461,9 @@ def test_colours_to_numbers(tmp_path):
 
 
 @pytest.mark.parametrize('entries, words', [
-    (['255'], "'255' is no mapping"), (['1,2=3'], 'no mapping'), (['a=1'], 'no mapping'),
-    (['0=256'], 'no mapping'), (['0=-1'], 'no mapping'), (['0=0', '0,0,0=1'], 'not both'),
-    (['1=2=3'], 'no mapping'), ([], 'not both or none')])
+    (['255'], "'255' is not a mapping"), (['1,2=3'], 'not a mapping'), (['a=1'], 'not a mapping'),
+    (['0=256'], 'not a mapping'), (['0=-1'], 'not a mapping'), (['0=0', '0,0,0=1'], 'not both'),
+    (['1=2=3'], 'not a mapping'), ([], 'not both or none')])
 def test_bad_mappings(entries, words):
     with pytest.raises(ValueError, match=words):
         parse_mapping(entries)

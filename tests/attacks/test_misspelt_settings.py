@@ -545,7 +545,7 @@ def test_custom_keys_that_miss(wrong, near):
     assert f'{place}: no parameter has this' in str(caught.value)
     assert f'Did you mean {near!r}?' in str(caught.value) and 'mine.py' in str(caught.value)
     warning, = check_custom_keys(keys('backbone', wrong, extra_settings=[place]), 'mine.py', NAMES)
-    assert warning == f'{place} is no part of any parameter name.'
+    assert warning == f'{place} is not part of any parameter name.'
 
 
 def test_custom_keys_for_other_variants_of_a_network():

@@ -40,10 +40,10 @@ def refused(config, capfd):
 
 OPTIONS = {
     'a': "takes KEY=VALUE, got 'a'",
-    '=1': "'' is no name of a setting",
-    'a b=1': "'a b' is no name of a setting",
-    'train_cfg..max_epochs=1': "'train_cfg..max_epochs' is no name",
-    '.model=1': "'.model' is no name",
+    '=1': "'' is not a name of a setting",
+    'a b=1': "'a b' is not a name of a setting",
+    'train_cfg..max_epochs=1': "'train_cfg..max_epochs' is not a name",
+    '.model=1': "'.model' is not a name",
     'x=[(1,2': 'a bracket has no counterpart',
     'x=[1': 'a bracket has no counterpart',
     'x=1,2)': 'a bracket has no counterpart',
@@ -54,9 +54,9 @@ OPTIONS = {
     'x=[{"type":"A"}]': 'a dict cannot be given on the command line',
     "x={'a':1}": 'a dict cannot be given on the command line',
     'x={}': 'a dict cannot be given on the command line',
-    'lr=nan': 'lr=nan: nan is no value for a setting',
-    'x=[1,-NaN]': 'nan is no value for a setting',
-    'optim_wrapper.optimizer.lr=nan': 'nan is no value for a setting',
+    'lr=nan': 'lr=nan: nan is not a value for a setting',
+    'x=[1,-NaN]': 'nan is not a value for a setting',
+    'optim_wrapper.optimizer.lr=nan': 'nan is not a value for a setting',
     'model=1': 'model is a group of settings of type SmallModel',
     'train_cfg=3': 'train_cfg is a group of settings of type EpochBasedTrainLoop',
     'default_hooks=none': 'default_hooks is a group of settings',
@@ -186,10 +186,10 @@ def test_shipped_configs_pass_without_a_line(path):
 # --- the file -----------------------------------------------------------------------------------
 
 FILES = {
-    'a syntax error': (b'a = 1\nmodel = dict(\nb = [\n', 'is no valid Python, line'),
+    'a syntax error': (b'a = 1\nmodel = dict(\nb = [\n', 'is not valid Python, line'),
     'an unknown name': (b'a = 1\n\nb = c + 1\n', "cannot be read, line 3. NameError: name 'c'"),
     'a division': (b'a = 1\nb = a / 0\n', 'line 2. ZeroDivisionError'),
-    'a binary file': (b'\x80\x04\x95' * 9, 'no text file in UTF-8: byte 0 is 0x80'),
+    'a binary file': (b'\x80\x04\x95' * 9, 'not a text file in UTF-8: byte 0 is 0x80'),
     'null bytes': (b'a = 1\0\n', 'null bytes'),
     'nothing': (b'', 'is empty: it sets nothing'),
     'only a comment': (b'# soon\n', 'is empty: it sets nothing'),
@@ -229,7 +229,7 @@ def test_config_that_is_no_file(tmp_path, capfd):
     text = small_runs.run(capfd, run_train, tmp_path / 'weights.pth').error
     assert 'does not end with .py, .json, .yaml, .yml' in text
     (tmp_path / 'a.json').write_text('{"x": ')
-    assert 'is no valid JSON' in small_runs.run(capfd, run_train, tmp_path / 'a.json').error
+    assert 'is not valid JSON' in small_runs.run(capfd, run_train, tmp_path / 'a.json').error
 
 
 # --- what is built later ------------------------------------------------------------------------

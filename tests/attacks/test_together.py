@@ -114,7 +114,7 @@ def test_a_signal_between_building_and_training(tmp_path, attempt):
 @pytest.mark.parametrize('size, rank, first', [
     (None, '0', True), ('1', '0', True), ('2', '0', True), ('2', '1', False), ('two', '0', True)])
 def test_who_checks_the_data(monkeypatch, size, rank, first):
-    """A size that is no number is refused later, in a sentence."""
+    """A size that is not a number is refused later, in a sentence."""
     monkeypatch.setenv('LOCAL_RANK', rank)
     if size is None:
         monkeypatch.delenv('WORLD_SIZE', raising=False)

@@ -58,7 +58,7 @@ def test_a_norm_at_the_end_is_no_obstacle():
 
 
 @pytest.mark.parametrize(('last', 'words'), [
-    (lambda x: x * 0 - 1, 'has no gradient'), (lambda x: x / 0, 'a gradient that is no number')])
+    (lambda x: x * 0 - 1, 'has no gradient'), (lambda x: x / 0, 'a gradient that is not a number')])
 def test_no_field(last, words):
     with pytest.raises(ValueError, match=words):
         receptive_field(lambda x: [last(x)], torch.rand(1, 3, 5, 5))
@@ -102,7 +102,7 @@ def test_photographs_and_weights(tmp_path, capfd):
 
     (tmp_path / '2.png').write_bytes(b'no picture')
     assert cli.main(argv) == 1
-    assert '2.png is no picture that can be read' in capfd.readouterr().err
+    assert '2.png is not a picture that can be read' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(('options', 'words'), [

@@ -225,7 +225,7 @@ def test_the_largest_batch_is_found_once(cache, monkeypatch):
     assert calls == [(800, 1344), (384, 640)]  # another question
     cache.write_text('{"x": ')
     applied(DET, '--batch', 'auto', images=100)
-    assert len(calls) == 3  # a damaged file is no answer
+    assert len(calls) == 3  # a damaged file is not an answer
 
 
 def test_limits_of_the_largest_batch(cache, monkeypatch):

@@ -56,7 +56,7 @@ def test_problems(change, problem):
 @pytest.mark.parametrize('change, note', [
     (lambda d, i, a: a.update(bbox=[1, 2, 0, 9]), '(id 0) whose box has no area'),
     (lambda d, i, a: a.update(image_id=1), '(id 0) of images that are not listed'),
-    (lambda d, i, a: a.update(category_id=1), 'no listed category'),
+    (lambda d, i, a: a.update(category_id=1), 'not a listed category'),
 ])
 def test_what_is_left_out(change, note):
     problems, notes, summary = check(change)

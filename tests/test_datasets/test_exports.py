@@ -235,10 +235,10 @@ def test_hostile_xml_and_json_are_refused(tmp_path):
     path.write_text('<!DOCTYPE x [<!ENTITY a "aaaa">]>' + path.read_text())
     refused(folder, 'scene_000.xml', 'document type')
     path.write_text('<annotation><object>')
-    refused(folder, 'scene_000.xml', 'no valid XML')
+    refused(folder, 'scene_000.xml', 'not valid XML')
     folder = exports.labelme(tmp_path / 'labelme')
     (folder / 'day/scene_001.json').write_text('{"shapes": [')
-    refused(folder, 'scene_001.json', 'no valid JSON')
+    refused(folder, 'scene_001.json', 'not valid JSON')
     folder = exports.yolo(tmp_path / 'yolo')
     (folder / 'data.yaml').write_text('names: !!python/object/apply:os.system ["true"]')
     refused(folder, 'data.yaml', 'YAML')
@@ -298,7 +298,7 @@ def test_copies_and_groups_stay_together(tmp_path):
     assert [p.name for p in prepared.splits['val']] == [f'images/scene_{n:03d}.jpg'
                                                         for n in (10, 11)]
     refused(folder, 'finds nothing', group='video')
-    refused(folder, 'no regular expression', group='(')
+    refused(folder, 'not a regular expression', group='(')
 
 
 def test_pictures_for_testing_need_annotations(tmp_path):
@@ -366,7 +366,7 @@ def test_names_that_no_list_can_hold_are_named(name, tmp_path):
     folder = exports.yolo(tmp_path)
     with open(bytes(folder) + b'/images/' + name, 'wb'):
         pass
-    refused(folder, 'line break or is no UTF-8')
+    refused(folder, 'line break or is not UTF-8')
 
 
 def test_texts_in_another_encoding_are_named(tmp_path):

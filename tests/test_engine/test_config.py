@@ -102,7 +102,7 @@ def test_config_mistakes():
 def test_broken_config(tmp_path):
     path = tmp_path / 'broken.py'
     path.write_text('model = dict(\n')
-    with pytest.raises(UserError, match='broken.py is no valid Python, line 1'):
+    with pytest.raises(UserError, match='broken.py is not valid Python, line 1'):
         load_config(str(path))
 
 

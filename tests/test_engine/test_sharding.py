@@ -278,8 +278,9 @@ def test_pieces_are_put_together(pieces):
     (lambda folder: change(folder / piece_name(1, 3), run=8),
      'piece_1_of_3.pth is a piece of another checkpoint'),
     (lambda folder: change(folder / piece_name(2, 3), pieces=[]), 'holds other tensors'),
-    (lambda folder: change(folder / piece_name(2, 3), pieces=[1, 2]), 'no piece of a checkpoint'),
-    (lambda folder: torch.save([1], folder / piece_name(0, 3)), 'no piece of a checkpoint'),
+    (lambda folder: change(folder / piece_name(2, 3), pieces=[1, 2]),
+     'not a piece of a checkpoint'),
+    (lambda folder: torch.save([1], folder / piece_name(0, 3)), 'not a piece of a checkpoint'),
     (lambda folder: (folder / piece_name(0, 3)).write_bytes(
         (folder / piece_name(0, 3)).read_bytes()[:-200]), 'piece_0_of_3.pth is cut off'),
     (lambda folder: change(folder / piece_name(2, 3), pieces=torch.load(

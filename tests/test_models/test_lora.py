@@ -77,7 +77,7 @@ def test_maps_and_files(cls, arguments):
     close(maps_of(model), before)
     grow(model)
     found = maps_of(model)
-    assert float((found[-1] - before[-1]).abs().max()) > 0.1  # all that follows is no matter of 0
+    assert float((found[-1] - before[-1]).abs().max()) > 0.1  # what follows is no matter of 0
     # merged, and merged while it is loaded, strictly
     for state in (merge_adapters(model.state_dict()), model.state_dict()):
         plain.load_state_dict(state)

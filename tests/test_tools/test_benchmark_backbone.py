@@ -65,7 +65,7 @@ def test_choices_reach_every_mixer(backbone):
         for choice in ('triton', 'torch'):
             backbone.choose(model, choice)
             assert {m.backend for m in mixers} == {choice}
-        with pytest.raises(SystemExit, match=f'no choice for {name}, .* take torch'):
+        with pytest.raises(SystemExit, match=f'not a choice for {name}, .* take torch'):
             backbone.choose(model, 'torch-plain')
     hybrid = backbone.build('MambaVision', dict(arch=dict(
         dim=8, stem_width=4, depths=(1, 1, 2, 1), num_heads=(1, 1, 2, 4),
@@ -77,8 +77,8 @@ def test_choices_reach_every_mixer(backbone):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['--choices', 'fast'], 'fast is no choice: expected a backend'),
-    (['--models', 'VMmaba:tiny'], 'VMmaba is no backbone of the registry'),
+    (['--choices', 'fast'], 'fast is not a choice: expected a backend'),
+    (['--models', 'VMmaba:tiny'], 'VMmaba is not a backbone of the registry'),
 ])
 def test_mistakes(backbone, arguments, message):
     with pytest.raises(SystemExit, match=message):

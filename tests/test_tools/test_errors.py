@@ -176,7 +176,7 @@ def test_options_that_do_not_fit(task, fails, tmp_path):
     text = fails(run_train, it.config, '--data-root', it.data, '--launcher', 'pytorch')
     assert 'dist_train.sh' in text
     text = fails(run_test, it.config, __file__, '--out', 'results.txt')
-    assert 'no file of weights' in text
+    assert 'not a file of weights' in text
 
 
 def test_traceback_on_request(task, capfd, monkeypatch):

@@ -205,7 +205,7 @@ def test_targets_are_held_against_rows(gpu_run, tmp_path):
 
 
 def test_kernels_are_counted(gpu_run):
-    """Events as the profiler's averages have them; copies of memory are no launches."""
+    """Events as the profiler's averages have them; copies of memory are not launches."""
     from types import SimpleNamespace
 
     from torch.autograd import DeviceType
@@ -251,7 +251,7 @@ def test_mistakes(gpu_run, arguments, message, capsys):
 
 
 def test_mistakes_of_folders(gpu_run, monkeypatch, tmp_path, capsys):
-    for variables, message in ((dict(KERNELS=str(tmp_path / 'none.tar.gz')), 'is no file; make it'),
+    for variables, message in ((dict(KERNELS=str(tmp_path / 'none.tar.gz')), 'is not a file; make'),
                                (dict(OUT=str(tmp_path), WORK=str(tmp_path)), 'are both')):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             for name, value in variables.items():

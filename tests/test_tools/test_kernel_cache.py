@@ -81,7 +81,7 @@ def test_other_archives_are_refused(cache, tmp_path, name):
         member = tarfile.TarInfo(name)
         member.size = 2
         tar.addfile(member, io.BytesIO(b'{}'))
-    with pytest.raises(ValueError, match='which is no file of a cache of kernels'):
+    with pytest.raises(ValueError, match='which is not a file of a cache of kernels'):
         cache.unpack(archive, tmp_path / 'cache')
     assert not list(tmp_path.rglob('*evil*'))
 

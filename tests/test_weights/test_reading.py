@@ -142,7 +142,7 @@ def test_torch_script_and_tar_are_refused(tmp_path):
     (b'\x80\x02}q\x00', 'is cut off: it ends in the middle of its pickle'),
     (b'\x80\x02' + bytes(100), 'damaged|instruction'),
     (struct.pack('<Q', 10 ** 6) + b'{"a"', 'header should have 1,000,000 bytes'),
-    (struct.pack('<Q', 6) + b'{"a":x', 'header is no JSON'),
+    (struct.pack('<Q', 6) + b'{"a":x', 'header is not JSON'),
     (struct.pack('<Q', 8) + b'{"a": 1}', 'not the header of a safetensors'),
 ])
 def test_no_weights(content, message, tmp_path):

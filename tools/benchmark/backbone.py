@@ -60,7 +60,7 @@ def build(model: str, arguments: dict | None = None) -> torch.nn.Module:
     name, _, arch = model.partition(':')
     cls = MODELS.module_dict.get(name)
     if cls is None:
-        raise SystemExit(f'{name} is no backbone of the registry; try one of '
+        raise SystemExit(f'{name} is not a backbone of the registry; try one of '
                          f'{", ".join(m.partition(":")[0] for m in MODELS_OF_INTEREST)}.')
     arguments = {'arch': arch or 'tiny', 'drop_path_rate': 0.0} | (arguments or {})
     torch.manual_seed(0)
@@ -71,14 +71,14 @@ def choose(model: torch.nn.Module, choice: str) -> torch.nn.Module:
     """Set backend and fused or plain way of every mixer."""
     backend, _, plain = choice.partition('-')
     if plain not in ('', 'plain') or backend not in ('auto', *available_backends()):
-        raise SystemExit(f'{choice} is no choice: expected a backend '
+        raise SystemExit(f'{choice} is not a choice: expected a backend '
                          f'({", ".join(available_backends())}), or one followed by -plain.')
     mixers = [m for m in model.modules() if hasattr(m, 'backend')]
     assert mixers, f'{type(model).__name__} has no mixer with a backend'
     fused = [m for m in mixers if hasattr(m, 'fused')]
     if plain and not fused:
-        raise SystemExit(f'{choice} is no choice for {type(model).__name__}, whose mixers go one '
-                         f'way on a backend; take {backend}.')
+        raise SystemExit(f'{choice} is not a choice for {type(model).__name__}, whose mixers go '
+                         f'one way on a backend; take {backend}.')
     for mixer in mixers:
         mixer.backend = backend
     for mixer in fused:

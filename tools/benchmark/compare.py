@@ -75,7 +75,7 @@ def load_factory(spec: str) -> dict:
         raise UserError(f'--factory {spec}: there is no file {path}.')
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if module_spec is None:
-        raise UserError(f'--factory {spec}: {path} is no Python file; its name must end in .py.')
+        raise UserError(f'--factory {spec}: {path} is not a Python file; its name must end in .py.')
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)

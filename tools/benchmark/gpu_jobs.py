@@ -1,4 +1,4 @@
-"""Parts of gpu_run.py that are no benchmark of their own: compiling, a sweep of plans, profiles.
+"""Parts of gpu_run.py that are not benchmark of their own: compiling, a sweep of plans, profiles.
 
     python tools/benchmark/gpu_jobs.py imports
     python tools/benchmark/gpu_jobs.py compile
@@ -87,7 +87,7 @@ IMPORTS = (
 
 
 def imports_part(args) -> int:
-    """Import all of it at once; what is missing is said, and is no failure."""
+    """Import all of it at once; what is missing is said, and is not a failure."""
     code = 'import time; t = time.time(); import {}; print(f"{{time.time() - t:6.1f}} s: {}")'
     wanted = IMPORTS[-1:] if args.dry_run else IMPORTS
     workers = {what: subprocess.Popen([sys.executable, '-c', code.format(what, what.split(';')[0])])

@@ -424,8 +424,8 @@ def parse(arguments=None) -> argparse.Namespace:
     kernels = os.environ.get('KERNELS')
     args.kernels = Path(kernels).resolve() if kernels else None
     if args.kernels and not args.kernels.is_file():
-        parser.error(f'KERNELS={kernels} is no file; make it with kernel_cache.py fill, or leave '
-                     'it out')
+        parser.error(f'KERNELS={kernels} is not a file; make it with kernel_cache.py fill, or '
+                     'leave it out')
     if args.work == args.out:
         parser.error(f'WORK and OUT are both {args.work}; expected two folders, the second for few '
                      'files')

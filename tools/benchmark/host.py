@@ -334,7 +334,7 @@ def passes_of(work: Work) -> dict[str, Callable[[], None]]:
 
 
 def mode(kind: str) -> torch.set_grad_enabled:
-    """In which a pass is run; to enter and to leave it are no calls of the pass."""
+    """In which a pass is run; to enter and to leave it are not calls of the pass."""
     return torch.set_grad_enabled(kind != 'no grad')
 
 

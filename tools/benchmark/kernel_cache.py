@@ -62,8 +62,8 @@ def unpack(archive: Path, folder: Path) -> int:
             entry, _, name = member.name.partition('/')
             if not (member.isfile() and re.fullmatch(r'\w+', entry) and name.endswith(_KEPT)
                     and re.fullmatch(r'[\w.-]+', name)):
-                raise ValueError(f'{archive} holds {member.name!r}, which is no file of a cache of '
-                                 'kernels; expected what kernel_cache.py fill has written')
+                raise ValueError(f'{archive} holds {member.name!r}, which is not a file of a cache '
+                                 'of kernels; expected what kernel_cache.py fill has written')
             data, target = tar.extractfile(member).read(), folder / entry / name
             if name.startswith(_GROUP):
                 data = _moved(data, target.parent)

@@ -31,7 +31,7 @@ class Response:
         directions: K names.
         added: (K, h, w) float64, no less than 0: what each token adds through each direction, the
             sum of its absolute values over channels.
-        rest: (K,) the same of what is no token of the map: a class token, zero tokens of windows
+        rest: (K,) the same of what is not a token of the map: a class token, zero tokens of windows
             that overhang it.
         values: (K, E) float64, the results of the directions at the token, whose sum goes on.
         at: row and column of the token.

@@ -220,7 +220,7 @@ def _named(weights: str) -> tuple[str, str] | None:
         raise UserError(f'--weights: {error}.') from error
     identity = identify({name: tuple(tensor.shape) for name, tensor in found.items()})
     if identity is not None and not identity.ours:
-        raise UserError(f'--weights {weights} are of {identity}, which is no backbone of this '
+        raise UserError(f'--weights {weights} are of {identity}, which is not a backbone of this '
                         'package.')
     return (identity.family, identity.variant) if identity and identity.variant else None
 

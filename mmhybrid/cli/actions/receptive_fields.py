@@ -99,7 +99,7 @@ def _image(path: str, size: int) -> Tensor:
         with Image.open(path) as file:
             picture = ImageOps.fit(ImageOps.exif_transpose(file).convert('RGB'), (size, size))
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f'{path} is no picture that can be read: {error}') from error
+        raise UserError(f'{path} is not a picture that can be read: {error}') from error
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
     return (pixels - _column(_MEAN)) / _column(_SPREAD)
 

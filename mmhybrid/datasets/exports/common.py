@@ -174,7 +174,7 @@ class Files:
             raise ExportError(f'{root} was written by mmhybrid init. Give the folder of the data.')
         odd = next((name for name in names if not _is_plain(name)), None)
         if odd is not None:
-            raise ExportError(f'{root} has a file whose name holds a line break or is no UTF-8: '
+            raise ExportError(f'{root} has a file whose name holds a line break or is not UTF-8: '
                               f'{odd!r}. Rename it.')
         self.root = root
         self.names = [name for name in names if not name.startswith(ours)
@@ -288,13 +288,13 @@ def lines_of(path: str) -> list[str]:
     """Lines of a text file that are not blank, without the blanks around them.
 
     Raises:
-        ExportError: if it is no text in UTF-8.
+        ExportError: if it is not text in UTF-8.
     """
     try:
         with open(path, encoding='utf-8-sig') as file:
             return [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as error:
-        raise ExportError(f'{path} is no text in UTF-8: byte {error.start} is '
+        raise ExportError(f'{path} is not text in UTF-8: byte {error.start} is '
                           f'{error.object[error.start]:#04x}. Convert it, for example: iconv -f '
                           'WINDOWS-1252 -t UTF-8 OLD > NEW.') from error
 

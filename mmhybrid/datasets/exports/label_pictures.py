@@ -168,7 +168,7 @@ def _described(files: Files) -> dict:
                 continue
             if len(colour) != 3 or not all(part.strip().isdecimal() and int(part) < 256
                                            for part in colour):
-                raise ExportError(f'{files.path(name)}: {line!r} is no NAME:RED,GREEN,BLUE:PARTS:'
+                raise ExportError(f'{files.path(name)}: {line!r} is not NAME:RED,GREEN,BLUE:PARTS:'
                                   'ACTIONS. Correct it.')
             found[tuple(map(int, colour))] = label.strip()
         return found
@@ -217,7 +217,8 @@ def _as_described(values: _Values, present: list, described: dict, notes: list[s
         numbers.setdefault(_VOID, IGNORED)
     elif IGNORED in present and IGNORED not in numbers:
         numbers[IGNORED] = IGNORED
-        notes.append('the value 255 of the label images is no class: left out of loss and scores')
+        notes.append('the value 255 of the label images is not a class: left out of loss and '
+                     'scores')
     for value in present:
         if value not in numbers:
             raise ExportError(f'{values.example[value]} holds {_shown(value)}, which the list of '
@@ -227,7 +228,7 @@ def _as_described(values: _Values, present: list, described: dict, notes: list[s
 
 def _without_ignored(values: _Values, present: list, questions: Questions, notes: list[str]
                      ) -> dict:
-    """{255: 255} where 255 is no class."""
+    """{255: 255} where 255 is not a class."""
     if values.colours or IGNORED not in present or len(present) < 3:
         return {}
     others = present[:-1]

@@ -68,10 +68,10 @@ def _content(path: str) -> dict:
         with open(path, encoding='utf-8-sig') as file:
             content = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise ExportError(f'{path} is no valid JSON: {error}. Correct it, or save it again in '
+        raise ExportError(f'{path} is not valid JSON: {error}. Correct it, or save it again in '
                           'LabelMe.') from error
     if not isinstance(content, dict) or not isinstance(content.get('shapes'), list):
-        raise ExportError(f'{path}: "shapes" is no list, so this is no file of LabelMe.')
+        raise ExportError(f'{path}: "shapes" is not a list, so this is not a file of LabelMe.')
     return content
 
 

@@ -107,7 +107,7 @@ def _groups(pool, copies, pattern) -> list[list[Picture]]:
     try:
         finder = re.compile(pattern) if pattern else None
     except re.error as error:
-        raise ExportError(f'--group {pattern} is no regular expression: {error}.') from error
+        raise ExportError(f'--group {pattern} is not a regular expression: {error}.') from error
     groups: dict[str, list[Picture]] = {}
     for one in pool:
         key = together.get(one.name, one.name)

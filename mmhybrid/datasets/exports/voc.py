@@ -84,7 +84,7 @@ def _root(path: str) -> ElementTree.Element:
     try:
         return ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
-        raise ExportError(f'{path} is no valid XML: {error}. Correct it, or export it again.'
+        raise ExportError(f'{path} is not valid XML: {error}. Correct it, or export it again.'
                           ) from error
 
 

@@ -185,7 +185,7 @@ def _things(path: str, size: tuple[int, int], classes: list[str], keypoints: int
                 continue
             values = [_number(part) for part in parts]
             if None in values or len(values) < 5 or values[0] != int(values[0]):
-                left.add('line that is no class number and four or more coordinates: left out',
+                left.add('line that is not a class number and four or more coordinates: left out',
                          where)
             elif not 0 <= values[0] < len(classes):
                 raise ExportError(f'{where} has the class {parts[0]}, and there are '

@@ -316,7 +316,7 @@ def _is_first_of_node() -> bool:
 
     If it finds something, torchrun ends them all.
     """
-    # As text: what is no number is told when the processes are connected.
+    # As text: what is not a number is told when the processes are connected.
     return os.environ.get('WORLD_SIZE', '1') == '1' or os.environ.get('LOCAL_RANK', '0') == '0'
 
 

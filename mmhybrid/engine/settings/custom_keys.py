@@ -43,7 +43,7 @@ def check_custom_keys(cfg: Config, path: str, parameters: Iterable[str]) -> list
         paths = ', '.join(repr(f'{place}.{key}') for key in slips)
         raise UserError(f'{path} has rules without effect:\n{listed}\nCorrect or remove '
                         f'them, or keep them with extra_settings=[{paths}].')
-    return [f'{place}.{key} is no part of any parameter name.' for key in idle]
+    return [f'{place}.{key} is not part of any parameter name.' for key in idle]
 
 
 def _meant(key: str, names: list[str]) -> str | None:

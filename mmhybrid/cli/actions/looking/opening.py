@@ -126,7 +126,7 @@ def pictures_of(args: argparse.Namespace, predictor: Predictor) -> list[str]:
     """Paths of the pictures to look at: of ``--images``, else of the test set.
 
     Raises:
-        UserError: for what is no picture, and if there are none.
+        UserError: for what is not a picture, and if there are none.
     """
     if args.images:
         paths = image_files(args.images)

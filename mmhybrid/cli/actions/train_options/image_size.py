@@ -87,7 +87,7 @@ def _side(steps: list[dict], cfg) -> int | None:
 
 
 def _numbers(value) -> list[int]:
-    """Pixels in a setting; shares of an image are no whole numbers."""
+    """Pixels in a setting; shares of an image are not whole numbers."""
     if isinstance(value, (list, tuple)):
         return [number for each in value for number in _numbers(each)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []

@@ -128,7 +128,7 @@ def available_memory() -> int:
         with open('/proc/meminfo', encoding='ascii') as file:
             line = next(each for each in file if each.startswith('MemAvailable'))
         found.append(int(line.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+    with contextlib.suppress(OSError, ValueError):  # "max" is not a number: no limit
         folder = '/sys/fs/cgroup'
         with open(f'{folder}/memory.max', encoding='ascii') as file:
             most = int(file.read())
