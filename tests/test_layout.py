@@ -38,7 +38,7 @@ MAY_IMPORT = {
     'models': {'layers', 'ops', 'registry', 'weights', 'families'},
     'engine': {
         'models', 'weights', 'layers', 'ops', 'registry', 'datasets', 'datasets.loading',
-        'families', 'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors',
+        'families', 'evaluation', 'mmcv_ops', 'config_scheme', 'compat', 'processes', 'errors',
         'visualization',
     },
     'analysis.models': {

@@ -44,3 +44,9 @@ def test_config_spelling():
     from mmengine.registry import METRICS, DefaultScope
     with DefaultScope.overwrite_default_scope('mmseg'):
         assert isinstance(METRICS.build(dict(type='mmhybrid.PresentIoUMetric')), PresentIoUMetric)
+
+
+def test_older_checkpoints_find_it():
+    """Their configs import the module where it was."""
+    from mmhybrid.engine import present_iou as former
+    assert former.PresentIoUMetric is PresentIoUMetric
