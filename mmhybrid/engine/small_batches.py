@@ -112,7 +112,7 @@ def few_images_note(runner) -> str | None:
         return None
     return (f'{len(names)} BatchNorm layer(s), of which model.{names[0]} is the first, compute '
             f'over the {batch} image(s) of a process. So few make noisy statistics: --norms auto '
-            'chooses frozen ones, GroupNorm or SyncBN.')
+            'chooses what suits them.')
 
 
 def _same_rate(cfg) -> str:
