@@ -28,9 +28,11 @@ def stop(number, frame):
 
 def cause(error):
     """Rank and failure of the first process that ended by itself, else (None, None)."""
-    own = [(failure.timestamp, rank, failure) for rank, failure in error.failures.items()
-           if failure.exitcode not in (ALONE, 128 + signal.SIGTERM, -signal.SIGTERM)]
-    return min(own, key=lambda found: found[:2])[1:] if own else (None, None)
+    found = sorted((failure.timestamp, rank, failure) for rank, failure in error.failures.items()
+                   if failure.exitcode != ALONE)
+    # Processes that torchrun stops after the first one are listed too.
+    own = [each for each in found if each[2].exitcode not in (143, -signal.SIGTERM)]
+    return (own or found or [(0, None, None)])[0][1:]
 
 
 def described(rank, failure):
