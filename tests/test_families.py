@@ -42,6 +42,16 @@ def test_a_network_is_recognised_by_its_names_and_shapes(name, networks):
 
 
 @every_family
+def test_odd_shapes_have_a_family_and_no_variant(name, networks):
+    for cut in (lambda shape: shape[:1], lambda shape: (0, *shape[1:]), lambda shape: ()):
+        shapes = {key: cut(tuple(tensor.shape))
+                  for key, tensor in networks(name).state_dict().items()}
+        identity = identify(shapes)
+        assert (identity.family, identity.variant) in ((name, None), (name, 'tiny'))
+        assert identity.variant is None or FAMILIES[name].is_plain  # one number tells its width
+
+
+@every_family
 def test_state_names_are_those_of_the_marked_parameters(name, networks):
     named = {key.rpartition('.')[2]: parameter
              for key, parameter in networks(name).named_parameters()}

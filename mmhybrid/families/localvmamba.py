@@ -17,7 +17,8 @@ def _facts_of(arch: dict) -> tuple:
 
 
 def _facts_in(shapes: Shapes) -> tuple:
-    return mixer_of(shapes)[0], count_blocks(shapes, 'layers')
+    dim, _ = mixer_of(shapes)
+    return dim, count_blocks(shapes, 'layers')
 
 
 def released_with_localmamba(family: str) -> tuple[Released, ...]:

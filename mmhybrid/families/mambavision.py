@@ -28,7 +28,8 @@ def _facts_of(arch: dict) -> tuple:
 
 
 def _facts_in(shapes: Shapes) -> tuple:
-    return *shapes['patch_embed.conv_down.3.weight'][:2], count_blocks(shapes, 'levels')
+    dim, stem_width = shapes['patch_embed.conv_down.3.weight'][:2]
+    return dim, stem_width, count_blocks(shapes, 'levels')
 
 
 def _released() -> list[Released]:

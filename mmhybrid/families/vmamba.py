@@ -36,11 +36,12 @@ def _facts_in(shapes: Shapes) -> tuple:
             'layers.0.blocks.0.mlp.fc1.weight' in shapes)
 
 
-def mixer_of(shapes: Shapes) -> tuple[int, ...]:
+def mixer_of(shapes: Shapes) -> tuple[int, int]:
     """Channels of the first stage and inside its mixers."""
     block = 'layers.0.blocks.0'
     op = f'{block}.op' if f'{block}.op.A_logs' in shapes else f'{block}.self_attention'
-    return shapes[f'{op}.out_proj.weight'][:2]
+    dim, inner = shapes[f'{op}.out_proj.weight'][:2]
+    return dim, inner
 
 
 def _released() -> list[Released]:
