@@ -83,7 +83,7 @@ def build(kernel, arguments, capability, folder):
     compiled = triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, attributes),
         target=triton.backends.compiler.GPUTarget('cuda', capability, 32),
-        options={name: arguments[name] for name in ('num_warps', 'maxnreg') if name in arguments},
+        options={name: arguments[name] for name in OPTIONS if name in arguments},
     )
     path = folder / 'kernel.cubin'
     path.write_bytes(compiled.asm['cubin'])
@@ -111,6 +111,7 @@ def build(kernel, arguments, capability, folder):
     )
 
 
+OPTIONS = ('num_warps', 'maxnreg', 'launch_pdl')
 WORDS = {'64': 2, '128': 4}
 # Instructions of which no operand is written.
 SINKS = {'STG', 'STS', 'STL', 'BRA', 'BAR', 'EXIT', 'ISETP', 'FSETP', 'PLOP3', 'R2UR', 'WARPSYNC'}

@@ -87,7 +87,7 @@ LAYOUTS = {
     'MambaVision': (MAMBAVISION, (72, 128), (16, 16, 12, 24)),
     'Vim': (VIM, (112, 255), (28, 24, 12, 28)),
     'VMamba': (VMAMBA, (64, 128), (16, 16, 25)),
-    'VMamba, two channels a lane': (VMAMBA | dict(block=64), (64, 144), (16, 16, 25)),
+    'VMamba, two channels a lane': (VMAMBA | dict(block=64), (66, 128), (16, 16, 25)),
 }
 # Instructions between a load and the first use of its result in the same loops, at least. The
 # compiler moves the last loads of a sweep down to where the next turn begins. Two channels of 16
@@ -97,8 +97,11 @@ NEAR = {
     'MambaVision': (80, 95, 85, 85),
     'Vim': (3, 150, 150, 150),
     'VMamba': (110, 110, 170),
-    'VMamba, two channels a lane': (60, 150, 300),
+    'VMamba, two channels a lane': (60, 150, 250),
 }
+# Most instructions of those loops, the inner one's once in the outer one's. Before softplus, its
+# slope and a table without holes became cheaper: 361, 368, 526, 865, and 229, 215, 502.
+MOST = {'MambaVision': (356, 362, 528, 832), 'VMamba': (205, 190, 445)}
 NOW = [x if x == 'MambaVision' else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
 
 
@@ -114,6 +117,8 @@ def test_what_a_run_reads_is_loaded_one_run_ahead(layout, kernels, monkeypatch, 
         distances = sorted(use_distances(body))
         assert len(distances) == number
         assert distances[0] >= near, distances
+    for body, most_of in zip(bodies, MOST.get(layout, ()), strict=False):
+        assert len(body) <= most_of
 
 
 def test_eight_sums_share_their_exchanges(kernels, monkeypatch, tmp_path):

@@ -52,8 +52,8 @@ def selective_scan_ordered(
         delta_softplus: pass delta (after its bias) through softplus.
         return_last_state: also return the state.
         order: int32 or int64, (L',) for all groups or (G, L') for one sequence each. Every token
-            appears once in a row; -1 stands for a zero token (zeros in u, delta, B, C and z), as
-            in windows that overhang the map. The values are not checked.
+            appears once in a row; where L' > L, -1 stands for a zero token (zeros in u, delta, B, C
+            and z), as in windows that overhang the map. The values are not checked.
         reverse: visit the positions from right to left.
         backend: see :func:`mmhybrid.ops.selective_scan`.
 

@@ -79,6 +79,10 @@ class _Shape:
         batch, channel, token = x.stride()
         return batch, x.shape[1] // self.groups * channel, channel, token
 
+    def kind_of_order(self, order: Tensor | None) -> int:
+        """Of the kernels' constants: a table of as many positions as tokens has no holes."""
+        return 0 if order is None else 1 if self.length == self.tokens else 2
+
     def common(self, inputs, softplus: bool, reverse: bool, cut: plans.Cut) -> dict:
         """Arguments that the kernels of both passes share."""
         *_, z, bias, order = inputs
@@ -95,7 +99,7 @@ class _Shape:
             HAS_Z=z is not None,
             HAS_BIAS=bias is not None,
             SOFTPLUS=softplus,
-            ORDER=order is not None,
+            ORDER=self.kind_of_order(order),
             REVERSE=reverse,
             EVEN=self.group_dim % cut.block == 0,
             num_warps=1,
@@ -177,7 +181,16 @@ def is_wide(arguments: dict, tokens: int) -> bool:
     return tokens * max(step for name, step in arguments.items() if name.endswith('_sl')) >= 2**31
 
 
-def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str, int]:
+def in_turn(launches: list[Launch], overlap: bool) -> list[Launch]:
+    """The launches of a call; they overlap if all but the first are launched ahead and wait."""
+    ahead = dict(launch_pdl=True) if overlap else {}
+    return [
+        launch._replace(constants=launch.constants | dict(OVERLAP=overlap) | (ahead if i else {}))
+        for i, launch in enumerate(launches)
+    ]
+
+
+def most_registers(cut: plans.Cut, state: int, packed: bool, more: bool) -> dict[str, int]:
     """Most registers of a thread of the forward kernel, an option of its launch.
 
     Left alone the compiler aims at 64, which one-warp programs cannot turn into more warps, and
@@ -186,21 +199,29 @@ def most_registers(block: int, state: int, packed: bool, more: bool) -> dict[str
     """
     if torch.version.hip:
         return {}
+    if cut.registers:
+        return dict(maxnreg=cut.registers)
     if state <= 2:
         return dict(maxnreg=80)
-    if block == 32 and state <= 8 and packed:
+    if cut.block == 32 and state <= 8 and packed:
         return dict(maxnreg=96 if more else 80)
-    return dict(maxnreg=128 if block == 32 and (state <= 8 or packed) else 168)
+    return dict(maxnreg=128 if cut.block == 32 and (state <= 8 or packed) else 168)
 
 
-def most_registers_backward(state: int, packed: bool, gate: bool) -> dict[str, int]:
+def most_registers_backward(
+    cut: plans.Cut, state: int, packed: bool, gate: bool
+) -> dict[str, int]:
     """Most registers of a thread of the main backward kernel, an option of its launch.
 
     With 128 a multiprocessor holds 16 warps, with up to 168 it holds 12. Left alone the compiler
-    takes 168 for 8 states, which it does not need. A few states stay below 128 by themselves; a
+    takes 168 for 8 states and for one in ragged blocks of 64 channels, which it does not need. A
     gate, more states, and states that are no words need more than 128.
     """
-    if torch.version.hip or not packed or gate or not 2 < state <= 8:
+    if torch.version.hip:
+        return {}
+    if cut.registers:
+        return dict(maxnreg=cut.registers)
+    if gate or state > 8 or not (packed or state <= 2):
         return {}
     return dict(maxnreg=128)
 
@@ -267,7 +288,7 @@ class Forward(_Pass):
         def sweep(mode):
             grid = (shape.programs(cut, plan.n_chunks - (mode is kernels.AGGREGATE)),)
             more = z is not None or not softplus or mode is kernels.FEW
-            registers = most_registers(cut.block, shape.state, packed, more)
+            registers = most_registers(cut, shape.state, packed, more)
             return Launch(
                 'scan_forward_kernel', grid, places,
                 constants | dict(MODE=mode.value) | registers,
@@ -281,7 +302,7 @@ class Forward(_Pass):
         if not starts:
             mode = kernels.FEW if few else kernels.FINAL
             launches.append(sweep(mode if plan.n_chunks > 1 else kernels.SINGLE))
-        self.program = Program(kernels, launches)
+        self.program = Program(kernels, in_turn(launches, plan.overlap))
         del self.laid
 
     def _out_strides(self, out):
@@ -373,7 +394,7 @@ class Backward(_Pass):
                     CHUNKED=plan.n_chunks > 1,
                     HAS_DLAST=dlast is not None, HAS_D=D is not None,
                 )
-                | most_registers_backward(shape.state, constants['PACK'], z is not None),
+                | most_registers_backward(cut, shape.state, constants['PACK'], z is not None),
             ),
             Launch(
                 'sum_gradients_kernel',
@@ -389,11 +410,11 @@ class Backward(_Pass):
                     row=shape.state if given[3] is None else given[3].stride(-1),
                     channels=shape.channels, rows=rows, over_blocks=over_blocks,
                     N=shape.state, K=plans.RUN, COLS=256, HAS_D=D is not None,
-                    HAS_BIAS=bias is not None, ORDER=order is not None, REVERSE=reverse,
+                    HAS_BIAS=bias is not None, ORDER=common['ORDER'], REVERSE=reverse,
                 ),
             ),
         ]  # fmt: skip
-        self.program = Program(kernels, launches)
+        self.program = Program(kernels, in_turn(launches, plan.overlap))
         del self.laid
 
     def _gradients(self, inputs, given) -> dict[str, Place]:

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from .common import (
+    HOLES,
     LOG2E,
     SIZES,
     entries_at,
+    let_next_begin,
     load_as_is,
     load_channels,
     load_states,
@@ -22,6 +24,7 @@ from .common import (
     step_size,
     token_of,
     token_step,
+    wait_for_previous,
 )
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -94,7 +97,7 @@ def steps_of_run(
     delta_k = ()
     for k in tl.static_range(K):
         b_delta = raw_k[k].to(tl.float32)
-        if ORDER:
+        if ORDER == HOLES:
             b_delta = tl.where(entry_k[k] >= 0, b_delta, 0.0)
         b_delta = step_size(b_delta, b_bias, HAS_BIAS, SOFTPLUS)
         delta_k = delta_k + (tl.where(s0 + k < length, b_delta, 0.0),)
@@ -107,7 +110,7 @@ def inputs_of_run(raw_k, entry_k, K: tl.constexpr, ORDER: tl.constexpr):
     u_k = ()
     for k in tl.static_range(K):
         b_u = raw_k[k].to(tl.float32)
-        if ORDER:
+        if ORDER == HOLES:
             b_u = tl.where(entry_k[k] >= 0, b_u, 0.0)
         u_k = u_k + (b_u,)
     return u_k
@@ -126,7 +129,7 @@ def slopes_of_run(
             b_z = z_k[k].to(tl.float32)
             b_dy = b_dy * b_z * sigmoid(b_z)
         live = s0 + k < length
-        if ORDER:
+        if ORDER == HOLES:
             live = live & (entry_k[k] >= 0)
         dy_k = dy_k + (tl.where(live, b_dy, 0.0),)
     return dy_k
@@ -140,7 +143,7 @@ def scan_backward_aggregate_kernel(
     group_dim, groups, length, chunk, n_chunks, n_blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """What each chunk but the first adds to the gradient of the state before it, and its step.
 
@@ -150,6 +153,7 @@ def scan_backward_aggregate_kernel(
     C_sl = token_step(C_sl, WIDE)
     z_sl = token_step(z_sl, WIDE)
     dout_sl = token_step(dout_sl, WIDE)
+    let_next_begin(OVERLAP)
     # Nothing comes before the first chunk, so nobody asks for what it adds.
     i_block, i_g, i_c, i_b = program_place(groups, n_chunks - 1, n_blocks)
     i_c += 1
@@ -260,6 +264,23 @@ def note_states(
 
 
 @triton.jit
+def adjoint_at_end(
+    p_gstate, p_dlast, o_chunk, o_channel, channels, m_d,
+    N: tl.constexpr, CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the state that leaves a chunk, for every state."""
+    b_g = ()
+    for n in tl.static_range(N):
+        if CHUNKED:
+            b_g = b_g + (load_channels(p_gstate + o_chunk + n * channels, m_d, EVEN),)
+        elif HAS_DLAST:
+            b_g = b_g + (load_channels(p_dlast + o_channel * N + n, m_d, EVEN),)
+        else:
+            b_g = b_g + (tl.zeros(o_channel.shape, tl.float32),)
+    return b_g
+
+
+@triton.jit
 def fold(b_a, b_b, PARTS: tl.constexpr):
     """Two blocks of PARTS sums each become one of 2 PARTS, each sum spread over half the lanes.
 
@@ -299,13 +320,12 @@ def behind(line, done, N: tl.constexpr, SOME: tl.constexpr):
 @triton.jit
 def slope_of_softplus(y):
     """The derivative of softplus where its value is y: 1 - exp(-y), a series where that cancels."""
-    p = 1.0 - y * (1.0 / 7.0)
-    p = 1.0 - y * p * (1.0 / 6.0)
-    p = 1.0 - y * p * (1.0 / 5.0)
-    p = 1.0 - y * p * (1.0 / 4.0)
-    p = 1.0 - y * p * (1.0 / 3.0)
-    p = 1.0 - y * p * (1.0 / 2.0)
-    return tl.where(y < 0.25, y * p, 1.0 - tl.exp2(-y * LOG2E))
+    p = 1.0 / 120.0 - y * (1.0 / 720.0)
+    p = p * y - 1.0 / 24.0
+    p = p * y + 1.0 / 6.0
+    p = p * y - 1.0 / 2.0
+    p = p * y + 1.0
+    return tl.where(y < 0.25, y * p, 1.0 - tl.exp2(y * -LOG2E))
 
 
 @triton.jit
@@ -362,7 +382,7 @@ def scan_backward_kernel(
     PACK: tl.constexpr, WIDE: tl.constexpr, SOME: tl.constexpr,
     CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
+    ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk.
 
@@ -411,30 +431,38 @@ def scan_backward_kernel(
     if HAS_D:
         b_skip = load_channels(p_D + o_d, m_d, EVEN)
     b_h = ()
-    b_g = ()
-    b_dA = ()
     for n in tl.static_range(N):
         if CHUNKED:
             b_h = b_h + (load_channels(p_state + o_chunk + n * channels, m_d, EVEN),)
-            b_g = b_g + (load_channels(p_gstate + o_chunk + n * channels, m_d, EVEN),)
         else:
             b_h = b_h + (tl.zeros([BLOCK], tl.float32),)
-            if HAS_DLAST:
-                p_last = p_dlast + (i_b * channels + o_d) * N + n
-                b_g = b_g + (load_channels(p_last, m_d, EVEN),)
-            else:
-                b_g = b_g + (tl.zeros([BLOCK], tl.float32),)
-        b_dA = b_dA + (tl.zeros([BLOCK], tl.float32),)
-    b_dD = tl.zeros([BLOCK], tl.float32)
-    b_dbias = tl.zeros([BLOCK], tl.float32)
-
     first = i_c.to(tl.int32) * chunk
     n_runs = tl.cdiv(tl.minimum(chunk, length - first), K)
+    let_next_begin(OVERLAP)
+    # The first sweep needs nothing of the launch before, but the compiler makes shorter loops when
+    # all is loaded ahead of it.
+    if not OVERLAP:
+        b_g = adjoint_at_end(
+            p_gstate, p_dlast, o_chunk, i_b * channels + o_d, channels, m_d,
+            N, CHUNKED, HAS_DLAST, EVEN,
+        )  # fmt: skip
     note_states(
         b_h, p_u, p_delta, p_B, p_order, p_scratch, u_sl, delta_sl, B_sn, B_sl,
         b_A, b_bias, m_d, first, n_runs, length,
         N, BLOCK, K, PACK, HAS_BIAS, SOFTPLUS, ORDER, REVERSE, EVEN,
     )  # fmt: skip
+
+    if OVERLAP:
+        wait_for_previous(CHUNKED)
+        b_g = adjoint_at_end(
+            p_gstate, p_dlast, o_chunk, i_b * channels + o_d, channels, m_d,
+            N, CHUNKED, HAS_DLAST, EVEN,
+        )  # fmt: skip
+    b_dA = ()
+    for _ in tl.static_range(N):
+        b_dA = b_dA + (tl.zeros([BLOCK], tl.float32),)
+    b_dD = tl.zeros([BLOCK], tl.float32)
+    b_dbias = tl.zeros([BLOCK], tl.float32)
     # The scratch is read by other threads of this program than those that wrote it.
     tl.debug_barrier()
 
@@ -632,12 +660,13 @@ def sum_gradients_kernel(
     p_dbc, p_dB, p_dC, p_dchannel, p_dA, p_dD, p_dbias, p_order, order_sg,
     groups, length, tokens, n_blocks, row, channels, rows, over_blocks,
     N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The second pass over what the chunks left: sums of fixed order, without atomics.
 
     The first ``over_blocks`` programs sum over the blocks of channels, the others over the chunks.
     """
+    wait_for_previous(OVERLAP)
     i = tl.program_id(0)
     if i < over_blocks:
         sum_over_blocks(

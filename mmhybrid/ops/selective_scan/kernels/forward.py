@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from .common import (
+    HOLES,
     LOG2E,
     SIZES,
+    let_next_begin,
     load_as_is,
     load_channels,
     load_states,
@@ -15,6 +17,7 @@ from .common import (
     state_of,
     step_size,
     token_step,
+    wait_for_previous,
 )
 
 # What one launch of the forward kernel is for.
@@ -37,7 +40,7 @@ def scan_forward_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, MODE: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-    PACK: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr,
+    PACK: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
@@ -79,6 +82,9 @@ def scan_forward_kernel(
     b_skip = tl.zeros([BLOCK], tl.float32)
     if HAS_D:
         b_skip = load_channels(p_D + o_d, m_d, EVEN)
+    let_next_begin(OVERLAP)
+    if MODE == FEW or MODE == FINAL:
+        wait_for_previous(OVERLAP)
     b_A = ()
     b_h = ()
     for n in tl.static_range(N):
@@ -127,7 +133,9 @@ def scan_forward_kernel(
             entry_k = entry_k + (tl.load(p_order + token),)
             position = position_at(first + AHEAD + k, end, length, REVERSE)
             ahead_k = ahead_k + (tl.load(p_order + position),)
-            token = tl.maximum(entry_k[k], 0)
+            token = entry_k[k]
+            if ORDER == HOLES:
+                token = tl.maximum(token, 0)
         u_k = u_k + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
         delta_k = delta_k + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
         B_k = B_k + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
@@ -153,7 +161,9 @@ def scan_forward_kernel(
                     entry_next = entry_next + (ahead_k[k],)
                     position = position_at(s0 + 2 * AHEAD + k, end, length, REVERSE)
                     ahead_next = ahead_next + (tl.load(p_order + position),)
-                    token = tl.maximum(ahead_k[k], 0)
+                    token = ahead_k[k]
+                    if ORDER == HOLES:
+                        token = tl.maximum(token, 0)
                 u_next = u_next + (load_as_is(p_u + token * u_sl, m_d, EVEN),)
                 delta_next = delta_next + (load_as_is(p_delta + token * delta_sl, m_d, EVEN),)
                 B_next = B_next + (load_states(p_B + token * B_sl, B_sn, N, PACK),)
@@ -167,7 +177,9 @@ def scan_forward_kernel(
                 token = position_at(s0 + k, end, length, REVERSE)
                 live = s0 + k < length
                 if ORDER:
-                    token = tl.maximum(entry_k[k], 0)
+                    token = entry_k[k]
+                if ORDER == HOLES:
+                    token = tl.maximum(token, 0)
                     b_u = tl.where(entry_k[k] >= 0, b_u, 0.0)
                     b_delta = tl.where(entry_k[k] >= 0, b_delta, 0.0)
                 # A step of zero leaves the state alone: that is all a ragged end needs.
@@ -189,7 +201,7 @@ def scan_forward_kernel(
                     if HAS_Z:
                         b_z = z_k[k].to(tl.float32)
                         b_y = b_y * b_z * sigmoid(b_z)
-                    if ORDER:
+                    if ORDER == HOLES:
                         live = live & (entry_k[k] >= 0)
                     p_y = p_out + token * out_sl
                     tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_d & live)
