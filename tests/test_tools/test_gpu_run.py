@@ -284,6 +284,28 @@ def test_a_plan_is_forced_on_every_scan(gpu_run, monkeypatch):
     assert sizes() == own
 
 
+def test_forms_change_a_plan_and_nothing_else(gpu_run, tmp_path):
+    jobs = importlib.import_module('gpu_jobs')
+    from mmhybrid.ops.selective_scan import plan as plans
+
+    def sizes():
+        return plans.launch_plan(2, 1, 160, 4096, 8, 132, gradients=True)
+
+    own, found = sizes(), {}
+    for form, changes in jobs.FORMS.items():
+        with jobs.formed(**changes):
+            found[form] = sizes()
+    assert sizes() == found.pop('as planned') == own and not own.overlap
+    assert own.forward.registers == own.backward.registers == 0  # those of passes.py
+    assert found == {
+        'launches overlap': own._replace(overlap=True),
+        'forward with 96 registers': own._replace(forward=own.forward._replace(registers=96)),
+        'backward with 168 registers': own._replace(backward=own.backward._replace(registers=168)),
+    }
+    with pytest.raises(SystemExit):
+        jobs.main(['forms', '--dry-run'])  # without a file for the rows
+
+
 def test_a_sweep_has_the_planners_own_plans_and_is_read_again(gpu_run, monkeypatch, tmp_path):
     """Rows as the sweep writes them, times made up, through the script that judges plans."""
     jobs = importlib.import_module('gpu_jobs')
@@ -330,12 +352,12 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()
-    for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'profile',
-                 'attention', 'train', 'steps', 'imports', 'resolutions', 'fpn', 'pareto'):
+    for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'forms',
+                 'profile', 'attention', 'train', 'steps', 'imports', 'resolutions', 'fpn', 'pareto'):
         assert f'| {name} | passed, ' in summary
     found = archived(out)
-    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'attention', 'iterations', 'steps',
-                 'resolutions', 'pareto'):
+    for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'scan_forms', 'attention', 'iterations',
+                 'steps', 'resolutions', 'pareto'):
         assert list(csv.DictReader(found[f'{name}.csv'].decode().splitlines())), name
     assert any(name.startswith('profile_') for name in found)
     assert (out / 'failures.txt').read_text() == 'Nothing has failed so far.\n'

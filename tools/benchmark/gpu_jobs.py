@@ -1,15 +1,17 @@
-"""Parts of gpu_run.py that are not benchmark of their own: compiling, a sweep of plans, profiles.
+"""Parts of gpu_run.py that are not benchmarks of their own: compiling, a sweep of plans, profiles.
 
     python tools/benchmark/gpu_jobs.py imports
     python tools/benchmark/gpu_jobs.py compile
     python tools/benchmark/gpu_jobs.py sweep --csv tools/benchmark/results/scan_plans.csv
+    python tools/benchmark/gpu_jobs.py forms --csv tools/benchmark/results/scan_forms.csv
     python tools/benchmark/gpu_jobs.py profile --out FOLDER
 
 imports loads what later parts import, many processes at a time: a machine that reads its software
 for the first time takes a minute or two for it. compile runs every shape of the benchmarks once,
 many processes at a time, so that whoever comes later finds the kernels in Triton's cache. sweep
-times launch plans of the scan and appends them as `plans.py` reads them. --dry-run takes the CPU,
-interpreted, and the smallest shapes.
+times launch plans of the scan and appends them as `plans.py` reads them. forms times what else a
+plan may say, each against the planner's own: whether launches overlap, and how many registers a
+thread may have. --dry-run takes the CPU, interpreted, and the smallest shapes.
 """
 
 import argparse
@@ -263,20 +265,27 @@ def forget_kinds() -> None:
             module.forget()
 
 
-def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
-    """Time one plan: a forward pass, and what a backward pass adds."""
+def forward_and_both(shape, args) -> tuple[float, float]:
+    """Microseconds of a forward pass, and of one with its backward pass."""
     import ops
 
     capture = as_graph if args.device == 'cuda' else in_sequence
     leaves, function = scan_call(shape, args.dtype, args.device)
-    calls = 1 if args.dry_run else 4
+    works = {
+        backward: capture(
+            [lambda b=backward: ops.run(function, leaves, b)] * (1 if args.dry_run else 4)
+        )
+        for backward in (False, True)
+    }  # fmt: skip
+    times = take_turns(works, 1 if args.dry_run else 7, default_clock(args.device), seconds=0.5)
+    forward, both = (float(percentiles(times[backward])['p50_ms']) * 1e3 for backward in works)
+    return forward, both
+
+
+def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
+    """Time one plan: a forward pass, and what a backward pass adds."""
     with planned_as(cut):
-        works = {
-            what: capture([lambda b=backward: ops.run(function, leaves, b)] * calls)
-            for what, backward in (('forward', False), ('both', True))
-        }  # fmt: skip
-        times = take_turns(works, 1 if args.dry_run else 7, default_clock(args.device), seconds=0.5)
-    forward, both = (float(percentiles(times[name])['p50_ms']) * 1e3 for name in works)
+        forward, both = forward_and_both(shape, args)
     return {
         'device': processor(args.device), 'kernels': args.kernels, 'shape': shape.name,
         'B': shape.batch, 'G': 1, 'H': shape.channels, 'L': shape.length, 'N': shape.state,
@@ -302,6 +311,64 @@ def sweep_part(args) -> int:
                                      (float(row[name]), row['plan']))
         said = ', '.join(f'best {name} {value:g} ({cut})' for name, (value, cut) in best.items())
         print(f'{shape.name}: {said}', flush=True)
+    return int(bool(failures))
+
+
+# --- forms ----------------------------------------------------------------------------------------
+
+
+#: What of a plan no model of the time decides, beside the planner's own.
+FORMS = {
+    'as planned': {},
+    'launches overlap': dict(overlap=True),
+    'forward with 96 registers': dict(forward=dict(registers=96)),
+    'backward with 168 registers': dict(backward=dict(registers=168)),
+}  # fmt: skip
+_FORM_COLUMNS = ('device', 'shape', 'form', 'forward_us', 'both_us')
+
+
+@contextlib.contextmanager
+def formed(overlap: bool = False, **cuts: dict):
+    """A context in which every scan has its own plan with these changes."""
+    own = plans.launch_plan
+
+    def plan(*sizes, **options):
+        found = own(*sizes, **options)
+        changed = {name: getattr(found, name)._replace(**new) for name, new in cuts.items()}
+        return found._replace(overlap=overlap, **changed)
+
+    forget_kinds()
+    try:
+        with mock.patch.object(plans, 'launch_plan', plan):
+            yield
+    finally:
+        forget_kinds()
+
+
+def can_overlap(device: str) -> bool:
+    """Whether launches may overlap: from compute capability 9.0 on."""
+    return device == 'cuda' and torch.cuda.get_device_capability()[0] >= 9
+
+
+def forms_part(args) -> int:
+    """Time every form of every shape's own plan, in turns of shapes."""
+    import ops
+
+    append_rows(args.csv, _FORM_COLUMNS, [])
+    failures, limit = Failures(), TimeLimit(args.minutes)
+    for shape in [tiny_scan()] if args.dry_run else ops.GPU_SHAPES:
+        if limit.passed(shape.name):
+            continue
+        for form, changes in FORMS.items():
+            if changes.get('overlap') and not can_overlap(args.device):
+                continue
+            with failures.noted(f'{shape.name}: {form}'), formed(**changes):
+                forward, both = forward_and_both(shape, args)
+                append_rows(args.csv, _FORM_COLUMNS, [{
+                    'device': processor(args.device), 'shape': shape.name, 'form': form,
+                    'forward_us': f'{forward:.2f}', 'both_us': f'{both:.2f}',
+                }])  # fmt: skip
+                print(f'{shape.name}, {form}: {forward:.1f} / {both:.1f} us', flush=True)
     return int(bool(failures))
 
 
@@ -401,24 +468,24 @@ def main(arguments=None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts = {'imports': imports_part, 'compile': compile_part, 'sweep': sweep_part,
-             'profile': profile_part}
+             'forms': forms_part, 'profile': profile_part}
     parser.add_argument('part', choices=parts)
     parser.add_argument('--dry-run', action='store_true')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: cuda, in a dry run cpu')
-    parser.add_argument('--csv', metavar='PATH', help='where sweep appends its rows')
+    parser.add_argument('--csv', metavar='PATH', help='where sweep and forms append rows')
     parser.add_argument('--out', metavar='FOLDER', type=Path, help='where profile writes')
     parser.add_argument('--kernels', default=kernels_commit(),
                         help='name of the kernels in the rows (default: their last commit)')
     parser.add_argument('--minutes', type=float, metavar='M',
-                        help='sweep: begin no further shape after these')
+                        help='sweep and forms: begin no further shape after these')
     parser.add_argument('--processes', type=int, help='that compile (default: one per core)')
     parser.add_argument('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.device = args.device or ('cpu' if args.dry_run else 'cuda')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('PyTorch sees no GPU; --dry-run tries everything on a CPU')
-    if args.part == 'sweep' and not args.csv:
-        parser.error('sweep needs --csv for its rows')
+    if args.part in ('sweep', 'forms') and not args.csv:
+        parser.error(f'{args.part} needs --csv for its rows')
     if args.part == 'profile' and not args.out:
         parser.error('profile needs --out for its tables')
     args.dtype = torch.float32 if args.dry_run else torch.bfloat16

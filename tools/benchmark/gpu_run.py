@@ -115,10 +115,13 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
         'compile': script('gpu_jobs.py', 'compile', *jobs),
         'plans': script('gpu_jobs.py', 'sweep', '--csv', str(out / 'scan_plans.csv'),
                         '--minutes', '{minutes}', *jobs),
+        'forms': script('gpu_jobs.py', 'forms', '--csv', str(out / 'scan_forms.csv'),
+                        '--minutes', '{minutes}', *jobs),
         'profile': script('gpu_jobs.py', 'profile', '--out', str(out), *jobs),
     }
-    shares = dict(imports=20, compile=10, tests=20, ops=8, plans=6, steps=14, host=6, train=10,
-                  profile=5, attention=4, resolutions=6, fpn=6, pareto=6, mixer=8, backbone=5)
+    shares = dict(imports=20, compile=10, tests=20, ops=8, plans=6, forms=4, steps=14, host=6,
+                  train=10, profile=5, attention=4, resolutions=6, fpn=6, pareto=6, mixer=8,
+                  backbone=5)
     plain = 'imports', 'host', 'resolutions', 'fpn', 'pareto'  # the others are interpreted
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
@@ -393,7 +396,8 @@ def write_summary(out: Path, parts: list[Part], found: dict[str, str]) -> None:
             lines += ['', f'## {title}', '', f'| {" | ".join(columns)} |',
                       '|---' * len(columns) + '|']  # fmt: skip
             lines += [f'| {" | ".join(row[key] for key in columns)} |' for row in rows]
-    for name, title, count in (('tests', 'Tests', 12), ('host', 'Host', 12), ('plans', 'Plans', 9)):
+    for name, title, count in (('tests', 'Tests', 12), ('host', 'Host', 12), ('plans', 'Plans', 9),
+                               ('forms', 'Forms of plans', 60)):
         if tail(out / f'{name}.log', count):
             lines += ['', f'## {title}, end of the log', '', '```',
                       *tail(out / f'{name}.log', count), '```']  # fmt: skip
