@@ -105,7 +105,9 @@ def test_plans_between_and_beyond_the_measured_shapes():
 def test_a_plan_is_a_value_with_names():
     plan = launch_plan(2, 1, 320, 3136, 8, 132, gradients=True)
     assert isinstance(plan, LaunchPlan)
-    assert plan._fields == ('chunk', 'n_chunks', 'forward', 'backward')
-    assert plan.forward._fields == ('block', 'unroll')
+    assert plan._fields == ('chunk', 'n_chunks', 'forward', 'backward', 'overlap')
+    assert plan.forward._fields == ('block', 'unroll', 'registers')
+    # What no GPU has compared is in no plan.
+    assert (plan.overlap, plan.forward.registers, plan.backward.registers) == (False, 0, 0)
     with pytest.raises(ValueError, match='got -8'):
         launch_plan(2, 1, 320, 3136, 8, 132, gradients=True, chunk=-8)

@@ -277,7 +277,7 @@ def test_carry(backward):
         rows.add(2 ** options['LOG_ROWS'])
         scan_carry_kernel[(2 * state * blocks,)](
             states, sums, A, given, channels, n_chunks, blocks, N=state, BLOCK=32, UNROLL=8,
-            HAS_FIRST=first, BACKWARD=backward, **options,
+            HAS_FIRST=first, BACKWARD=backward, OVERLAP=False, **options,
         )  # fmt: skip
         torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
     assert rows == {1, 8, 32}

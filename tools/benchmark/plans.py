@@ -91,7 +91,7 @@ def over_best(rows: list[Row], choose=MEASURED) -> tuple[float, float]:
         best_step = min(best_step, both)
 
     def at(times, cut, plan):
-        return times[(*cut, min(plan.chunk, length))]
+        return times[cut.block, cut.unroll, min(plan.chunk, length)]
 
     own_step = at(forward, step.forward, step) + at(backward, step.backward, step)
     own_alone = at(forward, alone.forward, alone)
