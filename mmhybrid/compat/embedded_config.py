@@ -242,7 +242,7 @@ def _type_problem(name: object) -> str | None:
     if parts[0] not in (*PACKAGES, 'torch'):
         return f'is nothing of {", ".join(PACKAGES)}'
     if parts[0] == 'torch' and parts[1] not in ('nn', 'optim'):
-        return 'is not a layer and no optimizer'
+        return 'is neither a layer nor an optimizer'
     try:
         found = get_object_from_string(name)
     except Exception:  # whatever a module raises that cannot be imported here

@@ -353,7 +353,8 @@ def test_dry_run(tmp_path):
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()
     for name in ('compile', 'tests', 'ops', 'mixer', 'backbone', 'host', 'plans', 'forms',
-                 'profile', 'attention', 'train', 'steps', 'imports', 'resolutions', 'fpn', 'pareto'):
+                 'profile', 'attention', 'train', 'steps', 'imports', 'resolutions', 'fpn',
+                 'pareto'):
         assert f'| {name} | passed, ' in summary
     found = archived(out)
     for name in ('ops', 'mixer', 'backbone', 'scan_plans', 'scan_forms', 'attention', 'iterations',
