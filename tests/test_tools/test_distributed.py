@@ -78,6 +78,7 @@ def test_two_processes_measure_what_one_does(task, tmp_path):
     assert not Path('.dist_test').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_on_two_nodes(task, tmp_path):
     it = task('seg')
     path = checkpoint(it, tmp_path / 'fresh.pth')
