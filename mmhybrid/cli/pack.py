@@ -18,13 +18,13 @@ def add_arguments(parser):
 def run(args):
     """Pack each folder."""
     from mmhybrid.datasets.packed import pack
+    from mmhybrid.errors import UserError
 
-    from ._common import Failure
     from .data import ProgressLine
 
     for folder in args.folders:
         try:
             count = pack(folder, args.force, ProgressLine(f'packing {folder}', 'images'))
         except (OSError, ValueError, ModuleNotFoundError) as error:
-            raise Failure(error) from error
+            raise UserError(error) from error
         print(f'{folder}: {count} images are in images.lmdb')
