@@ -5,6 +5,10 @@ Trains configs/cascade_mambavision_mini_coco.py twice, from the backbone of a de
 trained on the mini set before and with fresh necks and heads: once all of it, once with ``--lora``.
 Prints box and mask AP of both; exit status 0 if adapters are within two points of full tuning.
 
+Measured on a busy machine, one thread, one seed, 3 epochs from the backbone of a detector after 10
+of its 12 epochs on the same images: box / mask AP 0.518 / 0.434 in 155 s of processor time for all
+weights, 0.559 / 0.439 in 148 s for rank 8.
+
     python tools/benchmark/lora.py --start work_dirs/quickstart/epoch_12.pth --epochs 3
 """
 from __future__ import annotations
@@ -42,7 +46,7 @@ def main() -> None:
               f'{spent:.0f} s of processor time, {time.perf_counter() - started:.0f} s in all',
               flush=True)
     lost = max(full - lora for full, lora in zip(found['full'], found['lora'], strict=True))
-    print(f'rank {args.rank} is {100 * lost:.1f} points below full tuning, where it is worse')
+    print(f'rank {args.rank} loses {100 * lost:.1f} points in the worse of the two (below 0: gains)')
     sys.exit(lost > POINTS)
 
 
