@@ -65,7 +65,7 @@ def loader(sampler, size=12, batch_size=2, num_workers=0):
 
 def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSampler', val=True,
         launcher='none', hook=True, num_workers=0, wrapper=None, optim=None,
-        load_from=None, kind=Runner, **cfg):
+        load_from=None, kind=None, **cfg):
     """Train the toy; returns the runner.
 
     ``resume`` and ``load_from``: path of a checkpoint. ``optim``: further settings of the
@@ -76,7 +76,7 @@ def run(work_dir, train_cfg, checkpoint, resume=None, seed=3, sampler='DefaultSa
         val_dataloader=loader(dict(type='DefaultSampler', shuffle=False), size=5),
         val_cfg=dict(), val_evaluator=Evaluator(ToyMetric())) if val else {}
     cfg = dict(cfg, **(dict(model_wrapper_cfg=wrapper) if wrapper else {}))
-    runner = kind(
+    runner = (kind or Runner)(
         model=ToyModel(), work_dir=str(work_dir),
         train_dataloader=loader(dict(type=sampler, shuffle=True), num_workers=num_workers),
         train_cfg=train_cfg,
