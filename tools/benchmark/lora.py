@@ -46,7 +46,7 @@ def main() -> None:
               f'{spent:.0f} s of processor time, {time.perf_counter() - started:.0f} s in all',
               flush=True)
     lost = max(full - lora for full, lora in zip(found['full'], found['lora'], strict=True))
-    print(f'rank {args.rank} loses {100 * lost:.1f} points in the worse of the two (below 0: gains)')
+    print(f'rank {args.rank} loses {100 * lost:.1f} points where it is worse (below 0: gains)')
     sys.exit(lost > POINTS)
 
 
