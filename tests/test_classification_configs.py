@@ -408,7 +408,7 @@ def test_metafile_and_page_have_the_published_numbers():
         assert model['Metadata']['Batch Size'] == row['images'][1]
         published = RELEASED.get(row['weights'])
         assert model.get('Weights') == (published and published.address)
-        assert model.get('Weights License') == (published and published.licence)
+        assert model.get('Weights License') == (published and published.license)
         _, parameters, crop, first, fifth, command = next(
             cells for cells in page if cells[-1].startswith(f'`{name}.py '))
         assert parameters == f'{row["parameters"]:,}'

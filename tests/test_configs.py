@@ -736,7 +736,7 @@ def test_the_model_index_claims_nothing_without_a_source():
         elif expected['weights'] in RELEASED:
             row = RELEASED[expected['weights']]
             assert row.address
-            assert (model['Weights'], model['Weights License']) == (row.address, row.licence)
+            assert (model['Weights'], model['Weights License']) == (row.address, row.license)
 
 
 @pytest.mark.parametrize(('name', 'metric', 'value'), [

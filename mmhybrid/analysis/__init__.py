@@ -1,7 +1,7 @@
 """Counts what models cost, from shapes alone."""
 from .conventions import CONVENTIONS, Convention
 from .macs import KINDS, Record, Scan, count_macs, scan_macs
-from .tables import Cost, Row, format_cost, sum_up
+from .tables import Cost, Row, format_cost, summarize
 
 __all__ = ['CONVENTIONS', 'KINDS', 'Convention', 'Cost', 'Record', 'Row', 'Scan', 'count_macs',
-           'format_cost', 'scan_macs', 'sum_up']
+           'format_cost', 'scan_macs', 'summarize']

@@ -12,7 +12,7 @@ from torch import nn
 from .conventions import CONVENTIONS
 from .macs import KINDS, Record
 
-__all__ = ['Cost', 'Row', 'format_cost', 'sum_up']
+__all__ = ['Cost', 'Row', 'format_cost', 'summarize']
 
 TOTAL = 'total'
 
@@ -71,7 +71,7 @@ class Cost:
         return self.rows[0].macs[kind]
 
 
-def sum_up(model: nn.Module, records: Sequence[Record], convention: str, depth: int | None
+def summarize(model: nn.Module, records: Sequence[Record], convention: str, depth: int | None
            ) -> list[Row]:
     """One row for the model and one per module with parameters or cost.
 

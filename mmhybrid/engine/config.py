@@ -193,7 +193,7 @@ def _published(cfg: Config) -> str:
     if row is None:
         raise UserError(f'published_checkpoint={name!r} is not a short name of released weights; '
                         f'{suggestion(str(name), RELEASED)}.')
-    return (f' The published recipe starts from {row.file} (licence {row.licence}): --pretrained '
+    return (f' The published recipe starts from {row.file} (licence {row.license}): --pretrained '
             f'{row.name} fetches it from {row.address} , or download it and pass its path.')
 
 

@@ -33,7 +33,7 @@ from ..registry import HOOKS, find_type
 
 __all__ = ['ALPHAS_FILE', 'DirectionSearchHook', 'alphas_table', 'check_finite', 'check_pick',
            'checkpoint_alphas', 'choose_directions', 'make_supernet', 'model_alphas',
-           'searched_backbone', 'shares_of', 'supernet_blocks', 'write_searched_config']
+           'searched_backbone', 'direction_weights', 'supernet_blocks', 'write_searched_config']
 
 #: Record of the alphas in the work directory: one JSON object per line.
 ALPHAS_FILE = 'alphas.jsonl'
@@ -64,7 +64,7 @@ def choose_directions(alphas: Sequence[float], pick: int = 4) -> tuple[str, ...]
     return tuple(DIRECTIONS[k] for k in sorted(ranked[:pick]))
 
 
-def shares_of(alphas: Sequence[float]) -> list[float]:
+def direction_weights(alphas: Sequence[float]) -> list[float]:
     """Shares in which a block mixes its directions; their sum is 1."""
     return torch.tensor(alphas, dtype=torch.float64).softmax(dim=0).tolist()
 
@@ -121,7 +121,7 @@ def alphas_table(alphas: Mapping[str, Sequence[float]], pick: int = 4) -> str:
         chosen = choose_directions(values, pick)
         lines.append((block.ljust(width) + ''.join(
             f'{100 * share:7.2f} {"*" if name in chosen else " "}'
-            for name, share in zip(DIRECTIONS, shares_of(values), strict=True))).rstrip())
+            for name, share in zip(DIRECTIONS, direction_weights(values), strict=True))).rstrip())
     return '\n'.join(lines)
 
 

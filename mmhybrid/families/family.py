@@ -22,7 +22,7 @@ class Released(NamedTuple):
         kind: 'classification', 'detector' or 'segmentor'.
         file: published file name.
         address: where it is, '' if nowhere.
-        licence: of the weights.
+        license: of the weights.
         source: repository that published it.
         remark: what a user must know.
         window_size: windows of a classifier with these weights, which no file tells; None for
@@ -35,7 +35,7 @@ class Released(NamedTuple):
     kind: str
     file: str
     address: str
-    licence: str
+    license: str
     source: str
     remark: str = ''
     window_size: tuple[int, int, int, int] | None = None

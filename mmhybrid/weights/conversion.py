@@ -66,7 +66,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | 
         source=path.name if os.path.isfile(source) else name,
         sha256=sha256_of(path),
         published=row.address if row else '',
-        licence=licence or (row.licence if row else 'unknown'),
+        licence=licence or (row.license if row else 'unknown'),
         repository=row.source if row else '', kind=kind,
         family=identity.family if identity else '', arch=(identity and identity.variant) or '',
         original=json.dumps(dict(entry=where, prefix=prefix)))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmhybrid.analysis import CONVENTIONS, Record, Scan, count_macs, scan_macs, sum_up
+from mmhybrid.analysis import CONVENTIONS, Record, Scan, count_macs, scan_macs, summarize
 from mmhybrid.layers import SS2D, Attention, LocalVimMixer, MambaVisionMixer, VimMixer
 from mmhybrid.ops import selective_scan
 
@@ -122,9 +122,9 @@ def test_one_direction_convention(make, directions):
     one = (L + 3) * E * 4 + L * E * (R + 2 * N) + L * R * E
     attention = directions * 2 * E * (E // 8) if directions == 4 else 0
     shared = L * C * 2 * E + L * E * C + attention
-    total = sum_up(model, records, 'localvim-released', 0)[0].total
+    total = summarize(model, records, 'localvim-released', 0)[0].total
     assert total == shared + one + directions * L * E * (5 * N + 2)
-    everything = sum_up(model, records, 'all', 0)[0]
+    everything = summarize(model, records, 'all', 0)[0]
     assert everything.total - everything.macs['norm'] == (
         shared + directions * (one + L * E * (9 * N + 1)))
 
@@ -151,12 +151,12 @@ def test_costs_add_up_over_modules():
 
     model = on_meta(Two)
     records = count_macs(model, lambda: model(empty(10, 4)))
-    rows = {row.module: row for row in sum_up(model, records, 'all', None)}
+    rows = {row.module: row for row in summarize(model, records, 'all', None)}
     assert list(rows) == ['total', 'first', 'inner', 'inner.0', 'inner.1']
     assert rows['total'].total == 2 * 160 + 200
     assert rows['inner'].macs == dict(conv=0, linear=160, attention=0, scan=0, norm=200, resize=0)
     assert rows['inner'].parameters == 28 and rows['total'].parameters == 48
-    shallow = sum_up(model, records, 'conv-linear', 1)
+    shallow = summarize(model, records, 'conv-linear', 1)
     assert [row.module for row in shallow] == ['total', 'first', 'inner']
     assert shallow[0].total == 320 and shallow[0].macs['norm'] == 200
     assert 'forward' not in vars(model)  # nothing is left behind

@@ -13,8 +13,8 @@ from mmhybrid.engine.search import (
     alphas_table,
     check_pick,
     choose_directions,
+    direction_weights,
     make_supernet,
-    shares_of,
     supernet_blocks,
 )
 from mmhybrid.errors import UserError
@@ -40,8 +40,8 @@ def test_choice(alphas, pick, expected):
     # adding a constant changes neither shares nor choice
     shifted = [value + 5 for value in alphas]
     assert choose_directions(shifted, pick) == tuple(expected.split())
-    assert shares_of(shifted) == pytest.approx(shares_of(alphas))
-    assert sum(shares_of(alphas)) == pytest.approx(1)
+    assert direction_weights(shifted) == pytest.approx(direction_weights(alphas))
+    assert sum(direction_weights(alphas)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize('pick', [0, 9, -1, 2.0, True, '4'])

@@ -371,7 +371,7 @@ def test_the_table_of_released_files():
     for name, row in RELEASED.items():
         assert name == name.lower() == row.name
         assert row.arch in architectures[row.family].ARCHITECTURES
-        assert row.licence in ('CC-BY-NC-SA-4.0', 'MIT', 'Apache-2.0')
+        assert row.license in ('CC-BY-NC-SA-4.0', 'MIT', 'Apache-2.0')
         assert row.source.startswith('https://github.com/')
         assert row.address or row.remark
         assert row.address.startswith(('https://', 'hf://')) or not row.address

@@ -8,7 +8,7 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, sum_up
+from mmhybrid.analysis import CONVENTIONS, Cost, Record, count_macs, summarize
 from mmhybrid.errors import UserError
 from mmhybrid.layers import LocalSS2D
 from mmhybrid.ops.cross_scan import cross_selective_scan, scan_plan
@@ -29,7 +29,7 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
         source: of :func:`mmhybrid.analysis.models.source.find_model`.
         shape: (height, width) of the image as the network sees it, padding included.
         convention: name in :data:`mmhybrid.analysis.CONVENTIONS`.
-        depth: see :func:`mmhybrid.analysis.sum_up`.
+        depth: see :func:`mmhybrid.analysis.summarize`.
 
     Returns:
         Cost: of one forward pass in eval mode. A segmentor runs without its auxiliary head, whose
@@ -47,7 +47,7 @@ def measure(source: ModelSource, shape: Sequence[int], convention: str = 'all',
         counted = _count(source, shape, convention, 'cpu')
         counted[2].append('really computed on the CPU, because the model looks at numbers')
     model, records, notes = counted
-    rows = sum_up(model, records, convention, depth)
+    rows = summarize(model, records, convention, depth)
     if CONVENTIONS[convention].longest:  # nobody pays for that here
         records = _count(source, shape, 'mmdet2', 'meta')[1]
     return Cost(source.name, (_channels(source), *shape), convention, rows,

@@ -278,7 +278,7 @@ def _weights_text(weights: str | None, backbone: Backbone) -> str:
     if weights is None:
         name = backbone.released()
         return 'random ones' + (f'; published ones start much better: --weights {name} (licence '
-                                f'{RELEASED[name].licence})' if name else '')
+                                f'{RELEASED[name].license})' if name else '')
     if osp.isfile(weights):
         return f'{weights} ({osp.getsize(weights) / 1e6:.0f} MB)'
     return f'{weights} ({_licence_and_size(weights)}), fetched when training starts'
@@ -289,7 +289,7 @@ def _licence_and_size(weights: str) -> str:
         row = find_released(weights)
     except WeightsError:
         row = None
-    licence = f'licence {row.licence}, ' if row else ''
+    licence = f'licence {row.license}, ' if row else ''
     return licence + _size_of(row.address if row else weights)
 
 

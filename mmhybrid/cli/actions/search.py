@@ -19,10 +19,10 @@ from mmhybrid.engine.search import (
     check_pick,
     checkpoint_alphas,
     choose_directions,
+    direction_weights,
     make_supernet,
     model_alphas,
     searched_backbone,
-    shares_of,
     supernet_blocks,
     write_searched_config,
 )
@@ -124,8 +124,8 @@ def _write(args: argparse.Namespace, cfg: Config, alphas: dict, how: str,
     remark = f'{how} with {osp.basename(args.config)}'
     write_searched_config(path, base, chosen, model=model, remark=remark)
     picture = osp.join(cfg.work_dir, 'directions.png')
-    draw_directions({block: shares_of(values) for block, values in alphas.items()}, DIRECTIONS,
-                    chosen, title=remark).save(picture)
+    weights = {block: direction_weights(values) for block, values in alphas.items()}
+    draw_directions(weights, DIRECTIONS, chosen, title=remark).save(picture)
     say(f'Shares of the scan directions in %, * = the {args.pick} chosen\n'
         + alphas_table(alphas, args.pick))
     record = osp.join(cfg.work_dir, ALPHAS_FILE)
