@@ -163,8 +163,9 @@ def test_a_full_disk_ends_nothing(gpu_run, tmp_path, monkeypatch, capsys):
 def test_what_is_missed_most_comes_first(gpu_run, tmp_path):
     """In the order of the parts, and of the cases of steps.py, which has no others."""
     parts = [part.name for part in gpu_run.parts_of(tmp_path, False)]
-    assert parts == ['imports', 'compile', 'tests', 'ops', 'plans', 'steps', 'host', 'train',
-                     'profile', 'attention', 'resolutions', 'fpn', 'pareto', 'mixer', 'backbone']
+    assert parts == ['imports', 'compile', 'tests', 'ops', 'plans', 'forms', 'steps', 'host',
+                     'train', 'profile', 'attention', 'resolutions', 'fpn', 'pareto', 'mixer',
+                     'backbone']
     assert [part.name for part in gpu_run.parts_of(tmp_path, True)] == parts
     assert sorted(gpu_run.STEPS) == sorted(importlib.import_module('launches').CASES)
 
