@@ -10,7 +10,8 @@ import toy
 from mmengine.config import Config
 
 from mmhybrid.engine.amp import has_accelerator
-from mmhybrid.engine.distributed import prepare_launch, replace_sync_bn
+from mmhybrid.engine.config import apply_resume
+from mmhybrid.engine.distributed import end_if_alone, prepare_launch, replace_sync_bn
 from mmhybrid.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,3 +124,40 @@ def test_two_processes_resume_bitwise(tmp_path, loop):
     if loop == 'iterations':
         first, second = states['pending_gradients']['ranks']
         assert not torch.equal(first['net.0.weight'], second['net.0.weight'])
+
+
+def test_a_restart_goes_on_from_what_this_job_has_written(tmp_path, monkeypatch):
+    def resumed(count, start=None, resume=None):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', count)
+        if start is not None:
+            monkeypatch.setenv('MMHYBRID_JOB_START', str(start))
+        cfg = Config(dict(work_dir=str(tmp_path)))
+        apply_resume(cfg, resume)
+        return cfg.get('load_from')
+
+    path = tmp_path / 'epoch_1.pth'
+    assert resumed('1', 0) is None  # lost before the first checkpoint
+    torch.save(dict(state_dict={}, meta=dict(iter=3)), path)
+    written = path.stat().st_mtime
+    assert resumed('0', written - 1) is None
+    assert resumed('1', written - 1) == str(path)
+    assert resumed('1', written - 1, 'other.pth') == str(path)
+    assert resumed('1', written + 1) is None  # of an earlier job
+    assert resumed('1', written + 1, 'other.pth') == 'other.pth'
+
+
+def test_errors_of_connections(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr('torch.distributed.is_initialized', lambda: True)
+    monkeypatch.setattr('torch.distributed.get_world_size', lambda: 2)
+    monkeypatch.setattr('torch.distributed.get_rank', lambda: 1)
+    monkeypatch.setattr(os, '_exit', ended.append)
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    end_if_alone(ValueError('Connection closed by peer'))
+    end_if_alone(RuntimeError('shapes differ'))
+    assert ended == []
+    end_if_alone(RuntimeError('[/x/gloo/transport/tcp/pair.cc:538] Read error'))
+    assert ended == [75] and capfd.readouterr().err.count('process 1') == 1
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')  # its launcher says it
+    end_if_alone(RuntimeError('Connection closed by peer [127.0.0.1]:1'))
+    assert ended == [75, 75] and capfd.readouterr().err == ''

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import toy
 from mmengine.config import Config
 
@@ -17,6 +18,9 @@ from mmhybrid.weights.shards import piece_name
 
 ROOT = Path(__file__).resolve().parents[2]
 on_cpu = pytest.mark.skipif(has_accelerator(), reason='several processes on a CPU')
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp, 'FSDPModule'),
+    reason='an older PyTorch')
 
 WORKER = """
 import copy, sys, torch, toy
@@ -151,6 +155,7 @@ def launch(folder, processes, *arguments):
 
 
 @on_cpu
+@needs_fsdp
 def test_a_sharded_training_is_that_of_ddp(tmp_path):
     launch(tmp_path, 2, 'training')
     full, ddp = (read_checkpoint(tmp_path / name / 'iter_8.pth') for name in ('full', 'ddp'))
@@ -171,6 +176,7 @@ def test_a_sharded_training_is_that_of_ddp(tmp_path):
 
 
 @on_cpu
+@needs_fsdp
 @pytest.mark.slow
 def test_all_families_and_another_number_of_processes(tmp_path):
     launch(tmp_path, 2, 'families')
@@ -185,11 +191,6 @@ def test_all_families_and_another_number_of_processes(tmp_path):
 def settings(**more):
     common = dict(model=dict(), optim_wrapper=dict(optimizer=dict(type='AdamW')))
     return Config(dict(common, **more))
-
-
-needs_fsdp = pytest.mark.skipif(
-    not hasattr(__import__('torch.distributed.fsdp', fromlist=['x']), 'FSDPModule'),
-    reason='an older PyTorch')
 
 
 @needs_fsdp

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+import torch.distributed.fsdp
 
 from mmhybrid.engine.amp import has_accelerator
+from mmhybrid.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -68,11 +70,6 @@ def nodes(train, *options, **env):
             for rank in range(2)]
 
 
-def weights(folder):
-    state = torch.load(folder / 'epoch_3.pth', weights_only=False)
-    return {name: tensor for name, tensor in state['state_dict'].items() if 'running' not in name}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('lost', [0, 1])
 def test_one_line_on_each_machine_names_the_lost_process(train, lost):
@@ -94,13 +91,13 @@ def test_a_lost_process_of_one_machine(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [(), ('--fsdp', 'sharded')])
+@pytest.mark.parametrize('options', [
+    (), pytest.param(('--fsdp', 'sharded'), marks=pytest.mark.skipif(
+        not hasattr(torch.distributed.fsdp, 'FSDPModule'), reason='an older PyTorch'))])
 def test_a_restarted_training_equals_one_without_a_break(train, tmp_path, options):
     finish(train(2, 'whole', *options), 0)
-    # checkpoints of an earlier job in the same folder are not those of this one
     output = finish(train(2, 'lost', *options, LOSE='0', MAX_RESTARTS='1'), 0)
     assert 'Start 2 of this job: it goes on from ' in output
-    from mmhybrid.weights import read_checkpoint
     whole, lost = (read_checkpoint(tmp_path / name / 'epoch_3.pth') for name in ('whole', 'lost'))
     for name, tensor in whole['state_dict'].items():
         if 'running' not in name:
