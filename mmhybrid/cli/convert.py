@@ -36,15 +36,22 @@ def add_arguments(parser):
 def run(args):
     """Convert, publish or restore."""
     from mmhybrid.errors import UserError
-    from mmhybrid.weights.conversion import convert, merge_lora, publish, restore
+    from mmhybrid.weights.conversion import convert, join, merge_lora, publish, restore
+    from mmhybrid.weights.shards import is_folder_of_pieces
 
+    if is_folder_of_pieces(args.source) and (
+            args.publish or args.merge_lora or args.restore or args.key):
+        args.wrong_usage('put the pieces together first, with mmhybrid convert FOLDER FILE.pth')
     if (args.publish or args.merge_lora or args.restore) and (args.key or args.licence):
         args.wrong_usage('--key and --licence belong to a plain conversion')
     folder = os.path.dirname(args.target) or '.'
     if not os.path.isdir(folder):
         raise UserError(f'The folder {folder} of the target does not exist.')
     try:
-        if args.restore:
+        if is_folder_of_pieces(args.source):
+            join(args.source, args.target)
+            print(f'wrote {args.target}, one file of all pieces')
+        elif args.restore:
             restore(args.source, args.target)
             print(f'{args.target} has the original names')
         elif args.merge_lora:

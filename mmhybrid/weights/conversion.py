@@ -23,6 +23,7 @@ from .nesting import strip_parallel, strip_wrappers, unwrap
 from .reading import read_file, safetensors_metadata
 from .recognition import identify, kind_of
 from .released import RELEASED
+from .shards import put_together
 from .sources import fetch
 
 __all__ = ['convert', 'merge_lora', 'provenance_of', 'publish', 'restore']
@@ -75,6 +76,21 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, key: str | 
         _write(state_dict, part, facts)
         os.replace(part, target)
     return facts
+
+
+def join(folder: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Write a checkpoint in pieces (``--fsdp sharded``) as one .pth file, with all that is in it.
+
+    Raises:
+        WeightsError: if the pieces do not fit each other, or the target has another suffix.
+    """
+    if not os.fspath(target).endswith('.pth'):
+        raise WeightsError(f'{target}: pieces of a checkpoint become a .pth file, which '
+                           'mmhybrid convert brings into other containers')
+    checkpoint = put_together(folder, read_file)
+    with _aside(Path(target)) as part:
+        torch.save(checkpoint, part)
+        os.replace(part, target)
 
 
 def restore(source: str | os.PathLike, target: str | os.PathLike) -> None:

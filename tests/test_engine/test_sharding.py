@@ -10,6 +10,7 @@ import torch.distributed.fsdp
 import toy
 from mmengine.config import Config
 
+from mmhybrid import cli
 from mmhybrid.engine.amp import has_accelerator
 from mmhybrid.engine.sharding import apply_fsdp
 from mmhybrid.errors import UserError
@@ -272,6 +273,19 @@ def test_pieces_are_put_together(pieces):
     assert found['state_dict']['weight'].tolist() == torch.arange(12.).view(4, 3).tolist()
     assert found['state_dict']['count'] == 3
     assert found['optimizer']['state'][0]['exp_avg'].tolist() == [0, 1]
+
+
+def test_pieces_become_one_file(pieces, tmp_path, capsys):
+    target = tmp_path / 'whole.pth'
+    assert cli.main(['convert', str(pieces), str(target)]) == 0
+    assert 'one file of all pieces' in capsys.readouterr().out
+    one, several = read_checkpoint(target), read_checkpoint(pieces)
+    assert one.keys() == several.keys()
+    assert torch.equal(one['state_dict']['weight'], several['state_dict']['weight'])
+    assert cli.main(['convert', str(pieces), str(tmp_path / 'x.safetensors')]) == 1
+    assert 'become a .pth file' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(['convert', '--publish', str(pieces), str(target)])
 
 
 @pytest.mark.parametrize('damage, said', [
