@@ -26,7 +26,7 @@ class ChannelAttention(nn.Module):
     tokens, the published weights do not have it; see :class:`SpatialChannelAttention`.
 
     Args:
-        dim: D.
+        dim: number of channels D.
         reduction: D over the width in between.
     """
 
@@ -62,7 +62,7 @@ class SpatialChannelAttention(ChannelAttention):
     The branch over tokens sets each one beside the mean of all and gives it one factor.
 
     Args:
-        dim: D.
+        dim: number of channels D.
         reduction: D over the width in between.
     """
 
@@ -90,7 +90,7 @@ def make_attention(kind: str, dim: int) -> ChannelAttention | None:
 
     Args:
         kind: 'channel' as in the published networks, 'channel-spatial' as in the paper, or 'none'.
-        dim: D.
+        dim: number of channels D.
 
     Raises:
         ValueError: for another kind.
@@ -106,7 +106,7 @@ class DirectionMixture(nn.Module):
     """Learned preference for directions, while a network is searched for the best ones.
 
     Args:
-        count: K.
+        count: number of directions K.
     """
 
     def __init__(self, count: int):

@@ -26,7 +26,7 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis.
 
     Args:
-        normalized_shape: C.
+        normalized_shape: number of channels C.
         eps: added to the variance.
         feeds_linear: whether linear layers or convolutions alone read the result.  Under autocast
             on a GPU the norm then rounds to their dtype itself; they see the same numbers, and
@@ -48,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
     """Norm by the root of the mean square over the last axis.
 
     Args:
-        normalized_shape: C.
+        normalized_shape: number of channels C.
         eps: added to the mean square.
         feeds_linear: see :class:`LayerNorm`.
     """
@@ -72,7 +72,7 @@ class LayerNorm2d(nn.LayerNorm):
     necks and RoI operators want.
 
     Args:
-        normalized_shape: C.
+        normalized_shape: number of channels C.
         eps: added to the variance.
         elementwise_affine: whether there is a weight.
         bias: whether there is a bias beside it.

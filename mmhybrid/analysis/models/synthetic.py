@@ -20,7 +20,7 @@ def synthetic_batch(model: nn.Module, shape: Sequence[int], batch: int, seed: in
         model: a detector or a segmentor of mmdet or mmseg.
         shape: (height, width) of the images.
         batch: number of images.
-        seed: of the random numbers.
+        seed: seeds the random numbers.
 
     Returns:
         What the model's data preprocessor takes: 'inputs', uint8 tensors (3, H, W), and

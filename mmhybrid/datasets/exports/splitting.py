@@ -40,7 +40,7 @@ def split_pictures(export: Export, held: dict[str, set[str]], copies: list[list[
         questions: the option ``group`` is a pattern: pictures for which it finds the same text
             (its first group, if there is one) stay together, such as the frames of a video.
         fraction: of the pictures that go to validation.
-        seed: of the random numbers.
+        seed: seeds the random numbers.
 
     Returns:
         Pictures by 'train', 'val' and, if the export has one, 'test'.

@@ -28,13 +28,13 @@ class LocalVimMixer(nn.Module):
     2403.09338), section 3.  The gate acts token by token, so it needs no scan order of its own.
 
     Args:
-        dim: C.
+        dim: number of channels C.
         directions: K scan directions; None for all eight under learned weights, the form in which
             directions are searched.
         class_token: whether the sequence has a class token in its middle.  It is read at the same
             position by every direction.
         v_restore: see :class:`mmhybrid.layers.mixers.ss2d.SS2D`.
-        state_dim: N.
+        state_dim: number of states N.
         conv_size: kernel of the causal convolutions.
         dt_rank: R; None for ceil(C / 16).
         depth: blocks of the network; the output projection starts smaller by its root.

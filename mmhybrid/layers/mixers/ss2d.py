@@ -85,8 +85,8 @@ class SS2D(nn.Module):
     gate this is the form of the current models, with gate that of the first release.
 
     Args:
-        dim: C.
-        state_dim: N.
+        dim: number of channels C.
+        state_dim: number of states N.
         ratio: D / C.
         dt_rank: R; None for ceil(C / 16).
         directions: K scan directions, see :mod:`mmhybrid.ops.cross_scan`.
@@ -212,7 +212,7 @@ class LocalSS2D(SS2D):
     2403.09338), section 3.  Maps are (B, H, W, C).
 
     Args:
-        dim: C.
+        dim: number of channels C.
         directions: K scan directions; None for all eight under learned weights, the form in which
             directions are searched.
         attention: what each direction goes through before the sum: 'channel' as in the published

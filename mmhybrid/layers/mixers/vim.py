@@ -26,8 +26,8 @@ class VimMixer(nn.Module):
     gate are shared by both directions, so the gate is applied once to their sum.
 
     Args:
-        dim: C.
-        state_dim: N.
+        dim: number of channels C.
+        state_dim: number of states N.
         conv_size: kernel of the causal convolutions.
         dt_rank: R; None for ceil(C / 16).
         divide: take the mean of the directions instead of the sum.

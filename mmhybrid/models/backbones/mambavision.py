@@ -123,7 +123,7 @@ class ConvStage(nn.Module):
     """Convolutional blocks on a map (stages 1 and 2).
 
     Args:
-        dim: C.
+        dim: number of channels C.
         drop_paths: one stochastic depth rate per block.
         downsample: whether the stage owns the convolution that leads to the next stage.
         with_cp: whether to recompute blocks in the backward pass.
@@ -190,7 +190,7 @@ class HybridStage(nn.Module):
     blocks there is one scan block more.
 
     Args:
-        dim: C.
+        dim: number of channels C.
         num_heads: heads of the attention blocks.
         window: side of a window in pixels of this stage's map.
         drop_paths: one stochastic depth rate per block.

@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
 
     Args:
         in_channels: channels of the images.
-        dim: C.
+        dim: number of channels C.
         patch: side of a patch in pixels.
         stride: pixels between patches.
     """
@@ -105,7 +105,7 @@ class PlainBackbone(DenseBackbone):
 
     Args:
         mixers: one per block, in order.
-        dim: C.
+        dim: number of channels C.
         norm: makes a norm over C.
         img_size: (height, width) of the images for which position embedding and rotary tables are
             built; other sizes resize them.

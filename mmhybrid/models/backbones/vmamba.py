@@ -108,7 +108,7 @@ class PatchMerging(nn.Module):
     """Four neighbouring pixels into one of twice the width, as in Swin.
 
     Args:
-        dim: C.
+        dim: number of channels C.
         channel_first: whether maps are (B, C, H, W) rather than (B, H, W, C).
     """
 
@@ -179,7 +179,7 @@ class VSSBlock(nn.Module):
     """Pre-norm residual block: mixer, then an MLP if there is one.
 
     Args:
-        dim: C.
+        dim: number of channels C.
         mixer: module that maps a map to one of the same shape.
         mlp_ratio: hidden width of the MLP over C; 0 for no MLP.
         drop_path: stochastic depth rate of both branches.
