@@ -27,7 +27,7 @@ def add_arguments(parser):
     parser.add_argument('--batch', type=int, default=1, metavar='N',
                         help='images of the input (default: 1)')
     parser.add_argument('--dynamic', action='store_true',
-                        help='any batch and size (backbone, neck; MambaVision, VMamba)')
+                        help='any batch and size (backbone or neck of VMamba)')
     parser.add_argument('--half', action='store_true', help='also a file in float16')
     parser.add_argument('--int8', action='store_true',
                         help='also a file with linear layers of 8 bits')

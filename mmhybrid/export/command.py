@@ -22,8 +22,7 @@ __all__ = ['export']
 
 #: The largest difference to PyTorch that a file may have, over the largest value.
 TOLERANCE = 1e-3
-# Half precision has three digits, and whole numbers of 8 bits fewer: said, not held to a bound.
-_DYNAMIC = ('MambaVision', 'VMamba')
+_DYNAMIC = ('VMamba',)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -111,6 +110,7 @@ def check_dynamic(model: nn.Module, part: str) -> None:
     backbone = getattr(model, 'backbone', model)
     kind = type(backbone).__name__
     reasons = {
+        'MambaVision': 'its windows of several pictures are put together for one size',
         'Vim': 'its last patches are padded, and its position embedding resized, for one size',
         'LocalVim': 'its position embedding is resized, and its windows overhang the map or do '
                     'not, for one size',
@@ -120,8 +120,6 @@ def check_dynamic(model: nn.Module, part: str) -> None:
     if part == 'whole':
         reason = ('the heads of a whole model choose their numbers of boxes, or the cells that '
                   'they pool, for one size; --part backbone and neck may be of any')
-    elif reason is None and any(getattr(m, 'tight', False) for m in backbone.modules()):
-        reason = "windows='tight' are cut for one size; windows='published' are not"
     elif reason is None and any(type(m).__name__ == 'PatchMerging' for m in backbone.modules()):
         reason = "downsample='v1' pads odd sides, or does not, for one size"
     elif reason is None and kind not in _DYNAMIC:

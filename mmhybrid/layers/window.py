@@ -62,7 +62,7 @@ def windows_along(side: int, window: int) -> int:
     finds constants.
     """
     if exporting():  # the number follows the side, also of one window
-        return -(-side // window)
+        return (side + window - 1) // window  # ONNX divides negative numbers towards zero
     return 1 if side <= window else -(-side // window)
 
 
