@@ -57,7 +57,7 @@ def _imported_for_a_part():
 
 def _finds(frame, start):
     return frame.f_code.co_name == '_find_and_load' and str(
-        frame.f_locals.get('name')).startswith(start)  # fmt: skip
+        frame.f_locals.get('name')).startswith(start)
 
 
 if not _imported_for_a_part() and find_spec('mmengine') is not None:

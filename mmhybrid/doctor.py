@@ -27,7 +27,7 @@ _CHILDREN = (
     (True, ('numpy', 'opencv', 'mmengine', 'checkpoints', 'mmcv', 'mmhybrid', 'patches',
             'operators', 'mmdet', 'pycocotools')),
     (True, ('mmhybrid', 'mmseg', 'step')),
-)  # fmt: skip
+)
 _TIMEOUT = 300  # seconds; a cold start of torch from a network disk takes a minute
 
 # Import name -> distributions that bring it: maintained fork first, then upstream.
@@ -44,7 +44,7 @@ _UPSTREAM = {
     'mmseg': 'mmsegmentation==1.2.2',
 }
 _TORCHVISION = {'2.4': '0.19', '2.5': '0.20', '2.6': '0.21', '2.7': '0.22', '2.8': '0.23',
-                '2.9': '0.24', '2.10': '0.25', '2.11': '0.26'}  # fmt: skip
+                '2.9': '0.24', '2.10': '0.25', '2.11': '0.26'}
 
 
 class Row(NamedTuple):
@@ -136,7 +136,7 @@ def collect_facts():
             for name in ('torch', 'torchvision', 'triton', 'numpy', 'cv2', 'pycocotools',
                          *_DISTRIBUTIONS)
         },
-    }  # fmt: skip
+    }
     with ThreadPoolExecutor(max_workers=2) as pool:
         for answer in pool.map(lambda child: run_probes(*child), _CHILDREN):
             facts.update(answer)
@@ -225,13 +225,13 @@ def _gpu_row(facts):
         return Row('GPU', 'unknown without torch', NOTE, 'install torch first')
     if not gpu['ok']:
         return Row('GPU', gpu['error'], PROBLEM, 'the GPU is seen but does not compute: check the '
-                   'driver with nvidia-smi, or hide it with CUDA_VISIBLE_DEVICES= ')  # fmt: skip
+                   'driver with nvidia-smi, or hide it with CUDA_VISIBLE_DEVICES= ')
     if gpu['names']:
         return Row('GPU', ', '.join(gpu['names']))
     if facts['nvidia_driver']:
         return Row('GPU', 'an NVIDIA driver is loaded, but torch sees no GPU', NOTE,
                    'install a CUDA build of torch that the driver supports, and check that '
-                   'CUDA_VISIBLE_DEVICES is not empty; training would run on the CPU')  # fmt: skip
+                   'CUDA_VISIBLE_DEVICES is not empty; training would run on the CPU')
     return Row('GPU', 'none, training runs on the CPU')
 
 
@@ -304,7 +304,7 @@ def _mm_row(facts, package, needed=True):
         names = ' and '.join(entries)
         pip_names = ' '.join(entry.split()[0] for entry in entries)
         return Row(package, f'{names} own the same files', PROBLEM,
-                   f'pip uninstall -y {pip_names} && {_install_mm(facts, package)}')  # fmt: skip
+                   f'pip uninstall -y {pip_names} && {_install_mm(facts, package)}')
     bad = PROBLEM if needed else NOTE
     probe = facts[package]
     if not facts['importable'][package]:
@@ -330,7 +330,7 @@ def _checkpoint_row(facts):
     if re.search('weights.only|WeightsUnpickler', error, re.IGNORECASE):
         return Row('checkpoints', 'this mmengine cannot load what it saves under torch >= 2.6',
                    PROBLEM, 'replace mmengine by its maintained fork (pip uninstall -y mmengine && '
-                   'pip install onedl-mmengine), or use torch<2.6')  # fmt: skip
+                   'pip install onedl-mmengine), or use torch<2.6')
     return Row('checkpoints', error, PROBLEM, 'see the error; is the temporary folder full?')
 
 
@@ -346,7 +346,7 @@ def _operators_row(facts):
         return Row('mmcv operators', found)
     return Row('mmcv operators', 'torchvision stands in for mmcv._ext (nms, roi_align)', NOTE,
                'nothing to do for Mask R-CNN, Cascade Mask R-CNN and UperNet; other operators '
-               f'need compiled mmcv: {_compile_command(facts)}')  # fmt: skip
+               f'need compiled mmcv: {_compile_command(facts)}')
 
 
 def _patch_rows(facts):
@@ -359,7 +359,7 @@ def _patch_rows(facts):
     if patches['off']:
         names = ', '.join(patches['off'])
         rows.append(Row('patches left out', names, NOTE, f"{patches['variable']} names them; unset "
-                        'it where something below or in a training fails'))  # fmt: skip
+                        'it where something below or in a training fails'))
     if patches['hook']:
         rows.append(Row('start-up hook', ', '.join(patches['hook'])))
     return rows
@@ -369,7 +369,7 @@ def _own_rows(facts):
     own, step = facts['mmhybrid'], facts['step']
     if not facts['mmengine']['ok']:
         return [Row('mmhybrid', f'{__version__}, without mmengine nothing to train', PROBLEM,
-                    'repair mmengine first')]  # fmt: skip
+                    'repair mmengine first')]
     if not own['ok']:
         remedy = _explain(facts, own['error'], 'install mmhybrid again, or report this')
         if 'MMHYBRID_WITHOUT' in own['error']:
@@ -383,7 +383,7 @@ def _own_rows(facts):
     else:
         rows.append(Row('training step', step['error'], PROBLEM,
                         f"see the error ({step.get('where')}); repair the rows above, then "
-                        "run this again"))  # fmt: skip
+                        "run this again"))
     return rows
 
 

@@ -222,7 +222,7 @@ def step():
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     arch = {'dim': 8, 'stem_width': 8, 'depths': (1, 1, 2, 2), 'num_heads': (1, 1, 2, 2),
-            'window_size': (8, 8, 4, 2)}  # fmt: skip
+            'window_size': (8, 8, 4, 2)}
     model = MODELS.build({'type': 'mmhybrid.MambaVision', 'arch': arch}).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = next(model.parameters()).detach().clone()

@@ -18,7 +18,7 @@ def line():
     tree = ast.parse(Path(__file__).with_name('_startup_hook.py').read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(
-                node) is not None:  # fmt: skip
+                node) is not None:
             del node.body[0]
     code = ast.unparse(tree)
     return f"import sys; exec(compile({code!r}, 'mmhybrid/_startup_hook.py', 'exec'), {{}})\n"

@@ -29,7 +29,7 @@ if not CUOBJDUMP.exists():
 
 TYPES = {
     torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.int32: '*i32',
-}  # fmt: skip
+}
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ B, D, L, N = 2, 12, 37, 8
 
 
 def make_inputs(batch=B, channels=D, length=L, state=N, groups=None, *, skip=True, gate=False,
-                bias=True, softplus=True, dtype=torch.float64):  # fmt: skip
+                bias=True, softplus=True, dtype=torch.float64):
     """Random inputs by name; ``groups=None`` gives B and C without the axis of groups."""
 
     def normal(*size):
@@ -22,7 +22,7 @@ def make_inputs(batch=B, channels=D, length=L, state=N, groups=None, *, skip=Tru
         'A': -0.1 - 2 * torch.rand(channels, state, dtype=torch.float64),
         'B': normal(*lead, state, length),
         'C': normal(*lead, state, length),
-    }  # fmt: skip
+    }
     if skip:
         inputs['D'] = normal(channels)
     if gate:
@@ -36,7 +36,7 @@ def run(inputs, *, backend, softplus=True, reverse=False, use_y=True, use_state=
     """Outputs and all gradients by name."""
     inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     y, last = selective_scan(**inputs, delta_softplus=softplus, return_last_state=True,
-                             reverse=reverse, backend=backend)  # fmt: skip
+                             reverse=reverse, backend=backend)
     generator = torch.Generator().manual_seed(1)
     loss = 0
     for use, x in ((use_y, y), (use_state, last)):

@@ -23,7 +23,7 @@ class Machine(host.Stub):
         self.metadata = SimpleNamespace(
             global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
             profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=False, num_ctas=1,
-        )  # fmt: skip
+        )
 
     def launch(self, *arguments):
         if self.notice is not None:
@@ -48,4 +48,4 @@ class Machine(host.Stub):
         return SimpleNamespace(
             function=self.functions, packed_metadata=(1, 1, 0), run=runner, src=src,
             launch_metadata=lambda grid, stream, *arguments: 'metadata',
-        )  # fmt: skip
+        )

@@ -57,7 +57,7 @@ HEALTHY = {
     'pycocotools': {'ok': True},
     'mmseg': {'ok': True, 'version': '1.4.2'},
     'step': {'ok': True, 'device': 'cpu', 'seconds': 0.5},
-}  # fmt: skip
+}
 
 COMPILED = {'ok': True, 'implementation': 'compiled', 'compiler': 'GCC 13.2', 'cuda': '12.8'}
 
@@ -66,7 +66,7 @@ def facts(**changes):
     changed = copy.deepcopy(HEALTHY)
     for key, value in changes.items():
         changed[key] = {**changed[key], **value} if key in (
-            'distributions', 'importable') else value  # fmt: skip
+            'distributions', 'importable') else value
     return changed
 
 
@@ -143,7 +143,7 @@ def test_torchvision_missing_or_for_another_torch():
     compiled = facts(
         importable={'torchvision': False}, torchvision=missing('torchvision'),
         operators=COMPILED,
-    )  # fmt: skip
+    )
     assert problems(compiled) == {}
 
 
@@ -164,7 +164,7 @@ def test_old_triton_is_a_note_with_the_reason():
     ({'cpu': 'cpp', 'cuda': 'triton'}, True, doctor.OK, 'found; used when asked for'),
     ({'cpu': 'cpp', 'cuda': 'mamba_ssm'}, True, doctor.OK, 'found and used'),
     ({'cpu': 'cpp', 'cuda': 'torch'}, False, doctor.NOTE, 'not usable'),
-])  # fmt: skip
+])
 def test_kernels_of_mamba_ssm(chosen, usable, state, found):
     reason = '' if usable else 'mamba_ssm is not installed'
     backends = {'mamba_ssm': [usable, reason], 'torch': [True, '']}
@@ -256,7 +256,7 @@ def test_patches_are_listed():
     assert row.state == doctor.OK and row.found == (
         'mmcv-operators, pipelines (by importing mmhybrid); image-files (by its commands)')
     fewer = facts(patches={**HEALTHY['patches'], 'active': ['pipelines'], 'off': ['mmcv-operators'],
-                           'hook': ['/s/mmhybrid_config_scheme.pth']})  # fmt: skip
+                           'hook': ['/s/mmhybrid_config_scheme.pth']})
     assert row_of(fewer, 'patches').found.startswith('pipelines (')
     left_out = row_of(fewer, 'patches left out')
     assert left_out.state == doctor.NOTE and left_out.found == 'mmcv-operators'
@@ -316,7 +316,7 @@ def run_doctor(tmp_path=None, *arguments):
     return subprocess.run(
         [sys.executable, '-m', 'mmhybrid', 'doctor', *arguments],
         capture_output=True, text=True, env=environment, cwd=ROOT / 'tests', timeout=600,
-    )  # fmt: skip
+    )
 
 
 def test_here_and_now():

@@ -39,7 +39,7 @@ def test_contributing_names_what_is_there():
     ('mmhybrid/families/__init__.py', 'FAMILIES'),
     ('mmhybrid/ops/selective_scan/__init__.py', '_BACKENDS'),
     ('mmhybrid/datasets/exports/recognise.py', 'FORMS'),
-])  # fmt: skip
+])
 def test_contributing_names_tables_that_are_there(file, name):
     assert file in CONTRIBUTING and f'`{name}`' in CONTRIBUTING
     assert re.search(rf'^{name}\b.*=', (ROOT / file).read_text(), re.M)
@@ -68,7 +68,7 @@ def test_the_citation_names_this_version_and_the_papers_of_the_model_index():
 
 
 @pytest.mark.parametrize('form', sorted((ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml')),
-                         ids=lambda path: path.stem)  # fmt: skip
+                         ids=lambda path: path.stem)
 def test_issue_forms_ask_for_doctor(form):
     content = yaml.safe_load(form.read_text())
     assert {'name', 'description', 'body'} <= set(content)

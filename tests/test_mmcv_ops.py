@@ -209,7 +209,7 @@ def test_cuda_agrees_with_cpu(dtype):
     arguments = dict(
         aligned_height=7, aligned_width=5, spatial_scale=0.25, sampling_ratio=0, pool_mode=1,
         aligned=True,
-    )  # fmt: skip
+    )
     results = []
     for device in ('cpu', 'cuda'):
         values, regions = features.to(device), rois.to(device)

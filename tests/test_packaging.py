@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
     'mmhybrid', 'configs', 'tools', 'requirements', 'setup.py', 'setup.cfg', 'pyproject.toml',
     'MANIFEST.in', 'LICENSE', 'README.md', 'model-index.yml',
-)  # fmt: skip
+)
 
 
 def run(command, **options):
@@ -71,7 +71,7 @@ def wheel(source_tree, tmp_path_factory):
         [sys.executable, '-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '-q',
          '-w', folder, source_tree],
         env=clean_environment(),
-    )  # fmt: skip
+    )
     (path,) = folder.glob('mmhybrid-*.whl')
     return path
 
@@ -215,7 +215,7 @@ def test_without_the_hook_only_mmengine_speaks(installed_python, project):
     for name in ('mine', 'deep'):
         done = subprocess.run(
             [installed_python, '-c', READ.format(f'{name}.py')], cwd=project, text=True,
-            capture_output=True, env=clean_environment())  # fmt: skip
+            capture_output=True, env=clean_environment())
         last = done.stderr.strip().splitlines()[-1].replace('`', '')
         assert done.returncode == 1 and last.partition(', just like')[0] in page, done.stderr
 
@@ -227,7 +227,7 @@ def test_ways_without_the_hook(wheel_python, project):
     (project / 'whole.py').write_text(run(command_line, env=clean_environment()))
     (project / 'script.py').write_text(READ.format('mine.py'))
     for words in (['-c', READ.format('call.py')], ['-c', READ.format('whole.py')],
-                  ['-m', 'mmhybrid', 'run', 'script.py']):  # fmt: skip
+                  ['-m', 'mmhybrid', 'run', 'script.py']):
         output = run([wheel_python, *words], cwd=project, env=clean_environment())
         assert output.strip().splitlines()[-1] == 'CascadeRCNN', words
 

@@ -137,7 +137,7 @@ _FREE = {f'aten::{name}' for name in (
     'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', '_unsafe_view',
     'promote_types', 'result_type', 'is_same_size', 'lift_fresh', 'set_', 'resize_', 'detach_',
     '_local_scalar_dense', 'record_stream',
-)} | {'mmhybrid::scan_tables'}  # fmt: skip
+)} | {'mmhybrid::scan_tables'}
 
 
 def _layer_norm_backward(out, dout, x, shape, *_, **__) -> int:
@@ -259,7 +259,7 @@ _KIND_OF = {
                        for kernel in ('flash', 'efficient') for part in ('', '_backward')),
     'fill': ('zeros', 'ones', 'full', 'fill_', 'zero_', 'zeros_like', 'ones_like', 'full_like',
              'new_zeros', 'new_ones', 'new_full', 'arange'),
-}  # fmt: skip
+}
 _KINDS = {f'aten::{name}': kind for kind, names in _KIND_OF.items() for name in names}
 
 

@@ -63,7 +63,7 @@ def _of_torch() -> Iterator[contextlib.AbstractContextManager]:
         get_device_properties=properties, get_device_capability=(9, 0), current_device=0,
         is_current_stream_capturing=False, is_bf16_supported=True, _exchange_device=-1,
         _maybe_exchange_device=-1,
-    )  # fmt: skip
+    )
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     yield mock.patch('torch.cuda.amp.common.amp_definitely_not_available', lambda: False)

@@ -87,7 +87,7 @@ def run_subcommand(name, arguments, prog):
             _check_environment()
         parser = argparse.ArgumentParser(
             prog=prog, description=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(parser)
         finish_parser(parser, module.EXAMPLE)
         status.append(parser.parse_args(arguments))
@@ -118,7 +118,7 @@ def _overview():
 
     parser = argparse.ArgumentParser(
         prog='mmhybrid', epilog=f'mmhybrid COMMAND --help tells more.\n{STATUSES}',
-        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=f'mmhybrid {__version__}')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
     for name in names():

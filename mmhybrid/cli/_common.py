@@ -15,7 +15,7 @@ class CfgOptions(argparse.Action):
             from mmhybrid.engine.options import OptionsAction
 
         OptionsAction(self.option_strings, self.dest, nargs='+')(parser, namespace, values,
-                                                                 option_string)  # fmt: skip
+                                                                 option_string)
 
 
 def is_onnx(arguments):
@@ -32,12 +32,12 @@ def add_cfg_options(parser):
     """Add ``--cfg-options``."""
     parser.add_argument('--cfg-options', nargs='+', action=CfgOptions, metavar='KEY=VALUE',
                         help='change the config, e.g. train_cfg.max_epochs=1 '
-                             'or key="[(1,2),(3,4)]"')  # fmt: skip
+                             'or key="[(1,2),(3,4)]"')
 
 
 def finish_parser(parser, example):
     """Add what every subcommand has: ``--traceback`` and an example."""
     parser.add_argument('--traceback', action='store_true',
-                        help='show full tracebacks (MMHYBRID_TRACEBACK=1 does so too)')  # fmt: skip
+                        help='show full tracebacks (MMHYBRID_TRACEBACK=1 does so too)')
     example = textwrap.indent(example.strip(), '  ')
     parser.epilog = '\n\n'.join(filter(None, [parser.epilog, f'example:\n{example}']))

@@ -16,7 +16,7 @@ mmhybrid config my.py --cfg-options train_cfg.max_epochs=12 > shorter.py"""
 def add_arguments(parser):
     """Add the options."""
     parser.add_argument('config', help='one of ours by its name, with or without mmhybrid:: and '
-                                       '.py, or a config file')  # fmt: skip
+                                       '.py, or a config file')
     parser.add_argument('--path', action='store_true', help='print where the file is instead')
     add_cfg_options(parser)
 

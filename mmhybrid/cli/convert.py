@@ -13,23 +13,23 @@ def add_arguments(parser):
     """Add the options."""
     parser.add_argument('source', help='file, http(s) address, hf://organisation/repository[/file]'
                                        '[@revision], or short name such as '
-                                       'mambavision-t-1k')  # fmt: skip
+                                       'mambavision-t-1k')
     parser.add_argument('target', help='file to write: .safetensors, or .pth as mmengine has it')
     way = parser.add_mutually_exclusive_group()
     way.add_argument('--publish', action='store_true',
                      help='slim a checkpoint of training; its checksum is added '
-                          'to the name')  # fmt: skip
+                          'to the name')
     way.add_argument('--merge-lora', action='store_true',
                      help='merge the adapters of a training with --lora into the weights, and '
-                          'slim the file')  # fmt: skip
+                          'slim the file')
     way.add_argument('--restore', action='store_true',
                      help='bring a converted file back to the names and entry '
-                          'of its original')  # fmt: skip
+                          'of its original')
     parser.add_argument('--key', help='entry of the checkpoint to take, e.g. state_dict_ema')
     parser.add_argument('--licence', help='of the weights; known for published files')
     parser.add_argument('--trust', action='store_true',
                         help='read a pickle that may run code; '
-                             'only for files of your own')  # fmt: skip
+                             'only for files of your own')
     parser.set_defaults(wrong_usage=parser.error)
 
 

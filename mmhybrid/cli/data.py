@@ -55,12 +55,12 @@ def add_arguments(parser):
     """Add the options."""
     parser.add_argument('dataset', choices=sorted(FOLDERS))
     parser.add_argument('--root', default='data/', help='the set goes or is below it '
-                        '(default: data/)')  # fmt: skip
+                        '(default: data/)')
     parser.add_argument('--train', type=int, help='mini sets: number of training images')
     parser.add_argument('--val', type=int, help='mini sets: number of validation images')
     parser.add_argument('--seed', type=int, help='mini sets: another seed gives other images')
     parser.add_argument('--force', action='store_true',
-                        help='mini sets: replace a generated set that is there')  # fmt: skip
+                        help='mini sets: replace a generated set that is there')
     parser.set_defaults(wrong_usage=parser.error)
 
 
@@ -72,7 +72,7 @@ def run(args):
     given = [f'--{name}' for name in OPTIONS if getattr(args, name) is not None]
     if given or args.force:
         args.wrong_usage(f"{' '.join(given) or '--force'} is for the mini sets; {args.dataset} is "
-                         'only checked, never written')  # fmt: skip
+                         'only checked, never written')
     return check(args, folder)
 
 

@@ -20,10 +20,10 @@ def add_arguments(parser):
     parser.add_argument('--part', choices=('whole', 'neck', 'backbone'), default='whole',
                         help='the whole model (UPerNet and other segmentors of mmseg that test on '
                              'whole pictures; Mask R-CNN and Cascade Mask R-CNN), backbone and '
-                             'neck, or the backbone (default: whole)')  # fmt: skip
+                             'neck, or the backbone (default: whole)')
     parser.add_argument('--size', type=int, nargs='+', metavar='PIXELS',
                         help='height and width of the input (default: those of the test pipeline, '
-                             "or a segmentor's of training)")  # fmt: skip
+                             "or a segmentor's of training)")
     parser.add_argument('--batch', type=int, default=1, metavar='N',
                         help='images of the input (default: 1)')
     parser.add_argument('--dynamic', action='store_true',

@@ -19,14 +19,14 @@ def add_arguments(parser):
     parser.add_argument('config', help='config file of this or another mm project; a class and its '
                                        'variant such as VMambaClassifier:tiny_s1l8; or a table of '
                                        'published numbers such as '
-                                       'configs/complexity.yml')  # fmt: skip
+                                       'configs/complexity.yml')
     parser.add_argument('--shape', type=int, nargs='+', metavar='PIXELS',
-                        help='height and width of the image (default: 800 1280)')  # fmt: skip
+                        help='height and width of the image (default: 800 1280)')
     parser.add_argument('--convention', default='all', help='what counts, see below')
     parser.add_argument('--format', choices=['text', 'csv', 'json'], default='text')
     parser.add_argument('--depth', type=int, default=2, metavar='N',
                         help='levels of modules in the table; '
-                             '-1 for all (default: 2)')  # fmt: skip
+                             '-1 for all (default: 2)')
     parser.add_argument('--backbone-only', action='store_true')
     add_cfg_options(parser)
 
@@ -53,7 +53,7 @@ def _published_table(args):
 
     if args.shape or args.cfg_options or args.backbone_only:
         raise UserError('The rows of a table of published numbers say themselves what is counted; '
-                        'leave out --shape, --cfg-options and --backbone-only.')  # fmt: skip
+                        'leave out --shape, --cfg-options and --backbone-only.')
     folder = osp.dirname(args.config)
     tables = {
         title: [count_row(row, folder) for row in rows]

@@ -23,4 +23,4 @@ def run(args):
         print(f'wrote {hook_file.install()}')
     except OSError as error:
         raise UserError(f'The hook cannot be written: {error}. Use the Python of a virtual '
-                      'environment, or `mmhybrid run`, which needs none.') from error  # fmt: skip
+                      'environment, or `mmhybrid run`, which needs none.') from error

@@ -13,7 +13,7 @@ def add_arguments(parser):
     parser.add_argument('target', help='new folder for the numbered ones, as PNG')
     parser.add_argument('mapping', nargs='+', metavar='VALUE=CLASS',
                         help='grey value, palette index or RED,GREEN,BLUE and its class; 255 is '
-                             '"ignore"')  # fmt: skip
+                             '"ignore"')
 
 
 def run(args):

@@ -16,13 +16,13 @@ def add_arguments(parser):
     """Add the options."""
     parser.add_argument('source', nargs='+', metavar='SOURCE',
                         help='picture, folder, pattern such as "*/*.jpg", list of paths (.txt), '
-                             'http(s) address, video, or the number of a camera')  # fmt: skip
+                             'http(s) address, video, or the number of a camera')
     parser.add_argument('--weights', required=True, metavar='RUN_OR_CHECKPOINT',
                         help='work directory of a training (its best checkpoint, else its last), '
                              'a checkpoint, its address, or a file of `mmhybrid export` (.onnx), '
-                             'which needs no PyTorch')  # fmt: skip
+                             'which needs no PyTorch')
     parser.add_argument('--config', help='config file, if the checkpoint holds none or yours needs '
-                                         'modules of your own')  # fmt: skip
+                                         'modules of your own')
     parser.add_argument('--out', metavar='FOLDER',
                         help='where results go (default: predictions, then predictions-2, ...)')
     parser.add_argument('--overwrite', action='store_true',
@@ -30,7 +30,7 @@ def add_arguments(parser):
     parser.add_argument('--write', nargs='+', metavar='KIND',
                         help='some of pictures, masks (class numbers as PNG), yolo, labelme; or '
                              'json for nothing but predictions.json, which is always there '
-                             '(default: pictures; masks too for a segmentor)')  # fmt: skip
+                             '(default: pictures; masks too for a segmentor)')
     parser.add_argument('--score', type=float, metavar='S',
                         help='detectors: lowest score of an object (default: 0.3)')
     parser.add_argument('--classes', nargs='+', metavar='NAME', help='leave out all other classes')
@@ -40,7 +40,7 @@ def add_arguments(parser):
                         help='least part of a tile that its neighbours show too (default: 0.2)')
     parser.add_argument('--batch', type=int, default=1, metavar='N',
                         help='pictures or tiles that go through the model at once, if they are of '
-                             'one size (default: 1)')  # fmt: skip
+                             'one size (default: 1)')
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation (detectors: boxes only)')
     parser.add_argument('--device', help='such as cuda:1 or cpu (default: a GPU if there is one)')

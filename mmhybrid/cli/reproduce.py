@@ -16,10 +16,10 @@ def add_arguments(parser):
     parser.add_argument('--list', action='store_true', help='name all claims')
     parser.add_argument('--page', metavar='FILE', help='write all claims as Markdown')
     parser.add_argument('--row', metavar='NAME', help='run the command of this row, '
-                                                      'whatever it needs')  # fmt: skip
+                                                      'whatever it needs')
     parser.add_argument('--show', action='store_true', help='run nothing')
     parser.add_argument('--with', nargs=argparse.REMAINDER, default=[], dest='extra',
-                        metavar='OPTION', help='all that follows goes to the commands')  # fmt: skip
+                        metavar='OPTION', help='all that follows goes to the commands')
     parser.set_defaults(usage_error=parser.error)
 
 

@@ -21,9 +21,9 @@ def add_arguments(parser):
     """Add the options."""
     parser.add_argument('tool', help='file of a script; or a module; or, for what the wheels of '
                                      'mmdet and mmseg bring in their folder .mim/tools, its dotted '
-                                     'name such as mmdet.tools.test')  # fmt: skip
+                                     'name such as mmdet.tools.test')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, metavar='...',
-                        help='what the tool gets')  # fmt: skip
+                        help='what the tool gets')
 
 
 def run(args):
@@ -76,7 +76,7 @@ def _tools_of(package):
 def _is_module(name):
     try:
         return all(part.isidentifier() for part in name.split('.')) and (
-            importlib.util.find_spec(name) is not None)  # fmt: skip
+            importlib.util.find_spec(name) is not None)
     except ModuleNotFoundError:
         return False  # a package in front of it
 
@@ -88,7 +88,7 @@ def _reason(name):
     root = _tools_of(package)
     if rest.partition('.')[0] != 'tools' or root is None:
         return ('it is neither a file that ends in .py, nor a module, nor a tool that the wheel of '
-                f'{package} brings.')  # fmt: skip
+                f'{package} brings.')
     known = [
         '.'.join([package, 'tools', *os.path.relpath(path, root)[:-3].split(os.sep)])
         for folder, _, files in os.walk(root)

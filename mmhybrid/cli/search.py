@@ -7,7 +7,7 @@ block.
 from ._options import add_search_arguments
 
 EXAMPLE = ('mmhybrid search configs/upernet_localvmamba_mini_ade20k.py --work-dir '
-           'work_dirs/search')  # fmt: skip
+           'work_dirs/search')
 
 
 def add_arguments(parser):

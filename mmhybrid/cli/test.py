@@ -3,7 +3,7 @@
 from ._options import add_test_arguments
 
 EXAMPLE = ('mmhybrid test configs/cascade_mambavision_mini_coco.py work_dirs/first/epoch_12.pth '
-           '--show-dir shown')  # fmt: skip
+           '--show-dir shown')
 
 
 def add_arguments(parser):

@@ -38,14 +38,14 @@ def add_arguments(parser):
                         help='config file; or a work directory or checkpoint alone')
     parser.add_argument('checkpoint', nargs='?', help='checkpoint file')
     parser.add_argument('--out-dir', help='folder for the pictures (default: beside the '
-                                          'checkpoint, called after what is drawn)')  # fmt: skip
+                                          'checkpoint, called after what is drawn)')
     parser.add_argument('--num', type=int, help='images, evenly spread over the set (default: 12); '
                                                 'with --errors examples of each kind (default: 4)')
     parser.add_argument('--score-thr', type=float,
                         help='detection: lowest score that is drawn (default: 0.5)')
     parser.add_argument('--data-root', metavar='FOLDER',
                         help="read all data from here instead of "
-                             "the config's data_root")  # fmt: skip
+                             "the config's data_root")
     modes = parser.add_argument_group('instead of predictions').add_mutually_exclusive_group()
     modes.add_argument('--features', action='store_true', help='maps of --layer')
     modes.add_argument('--cam', action='store_true', help='class activation maps')
@@ -53,24 +53,24 @@ def add_arguments(parser):
     modes.add_argument('--errors', action='store_true', help='mistakes on the test set')
     modes.add_argument('--receptive-field', nargs='*', metavar='BACKBONE',
                        help='backbones such as VMamba:tiny, configs, or work directories; '
-                            'without any one of each family')  # fmt: skip
+                            'without any one of each family')
     more = parser.add_argument_group('for these')
     more.add_argument('--images', nargs='+', metavar='SOURCE',
                       help='pictures, folders, patterns or lists, instead of the test set '
-                           '(--receptive-field: instead of noise)')  # fmt: skip
+                           '(--receptive-field: instead of noise)')
     more.add_argument('--layer', nargs='+', metavar='NAME',
                       help='parts of the model such as neck or backbone.levels.2 (default: '
-                           'backbone; --directions: the last mixer of each stage)')  # fmt: skip
+                           'backbone; --directions: the last mixer of each stage)')
     more.add_argument('--classes', nargs='+', metavar='NAME',
                       help='--cam: of these classes (default: the three surest, or largest)')
     more.add_argument('--cam-method', choices=('hires-cam', 'grad-cam'),
                       help='--cam: how gradients weigh a map: place by place (default), or by '
-                           'channel')  # fmt: skip
+                           'channel')
     more.add_argument('--at', nargs=2, type=int, metavar=('X', 'Y'),
                       help='--directions: the place, in pixels of the picture (default: middle)')
     more.add_argument('--weights', nargs='+', metavar='FILE',
                       help='--receptive-field: one for each backbone: path, address or short name, '
-                           'or - for random weights (default)')  # fmt: skip
+                           'or - for random weights (default)')
     more.add_argument('--size', type=int,
                       help='--receptive-field: side of the images in pixels (default: 224)')
     add_cfg_options(parser)

@@ -58,7 +58,7 @@ def register(
 def define(
     name: str, schema: str, function: Callable, fake: Callable,
     keys: Iterable[str] = ('CPU', 'CUDA', 'XPU'),
-) -> None:  # fmt: skip
+) -> None:
     """Make ``torch.ops.mmhybrid.<name>`` without a derivative; see :func:`register`."""
     _library.define(f'{name}{schema}', tags=(torch.Tag.pt2_compliant_tag,))
     for key in keys:

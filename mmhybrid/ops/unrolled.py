@@ -36,7 +36,7 @@ _OPERATORS = {
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert,
     ast.Not: operator.not_,
-}  # fmt: skip
+}
 _NUMBERS = (bool, int, float)
 # Python's functions that constants may go through.
 _PURE = (len, min, max, abs, int, float, bool)
@@ -684,7 +684,7 @@ class _Writer:
             self._node(function, node),
             [self._node(x, node) for x in arguments],
             [ast.keyword(name, self._node(x, node)) for name, x in named.items()],
-        ))  # fmt: skip
+        ))
 
     def _constant_call(self, function, arguments, named, node):
         if function is tl.constexpr:

@@ -38,10 +38,10 @@ MEASURED = {
     'mambavision_cls': ('MambaVision', {}, 64, (224, 224), 'bfloat16', 2408),
     'vmamba_seg': ('VMamba', {}, 2, (512, 512), 'bfloat16', 1053),
     'vmamba_det': ('VMamba', {}, 2, (832, 1344), 'bfloat16', 4171),
-}  # fmt: skip
+}
 # What this predicted for the code of that commit, which is what was measured.
 PREDICTED_THEN = {'mambavision_det': 3450, 'mambavision_seg': 1197, 'mambavision_cls': 2367,
-                  'vmamba_seg': 1119, 'vmamba_det': 4145}  # fmt: skip
+                  'vmamba_seg': 1119, 'vmamba_det': 4145}
 
 
 def backbone(name, **optimizer):
@@ -66,7 +66,7 @@ def test_what_was_predicted_is_what_was_measured(name):
     'mambavision_seg',
     *(pytest.param(name, marks=pytest.mark.slow)
       for name in ('mambavision_det', 'mambavision_cls', 'vmamba_seg', 'vmamba_det')),
-])  # fmt: skip
+])
 def test_backbones_take_no_more_than_measured(name):
     """The present code was made to keep less; see PREDICTED_THEN for the code that was measured."""
     peak = memory.predict(backbone(name), step(name)).peak.bytes / MIB
@@ -79,7 +79,7 @@ def test_backbones_take_no_more_than_measured(name):
     ('cascade_mambavision_t_coco', (800, 1088), 0.03, 4800),
     # 2 crops, 4.4 GB; cuDNN's benchmark is what it is fitted to
     ('upernet_vmamba_t_ade20k', None, None, 4400),
-])  # fmt: skip
+])
 def test_whole_trainings(config, size, positive, measured):
     source = find_model(str(CONFIGS / f'{config}.py'))
     found = memory.predict(source, memory.step_of(source, size=size), positive)
@@ -111,7 +111,7 @@ def followed(module, size):
 def test_a_chain_of_layers_by_hand():
     """Two linear layers of 256 x 256 on 1024 tokens: everything is a multiple of a block."""
     linear = nn.Sequential(nn.Linear(256, 256, bias=False), nn.GELU(),
-                           nn.Linear(256, 256, bias=False))  # fmt: skip
+                           nn.Linear(256, 256, bias=False))
     weight, map_ = 4 * 256 * 256, 4 * 1024 * 256
     found = followed(linear, (1024, 256))
     # When the last layer runs backwards: what GELU read and wrote, the gradient of the result,
@@ -143,7 +143,7 @@ def test_everything_is_gone_after_a_step():
 
 def test_recomputing_and_lean_mixers_save():
     arch = dict(dim=80, stem_width=32, depths=(1, 1, 2, 2), num_heads=(2, 4, 8, 16),
-                window_size=(8, 8, 14, 7))  # fmt: skip
+                window_size=(8, 8, 14, 7))
 
     def peak(**options):
         shallow = step('mambavision_seg', arch=arch, **options)
@@ -172,7 +172,7 @@ def test_frozen_weights_have_no_gradients_and_no_states():
     (dict(type='SGD'), 0), (dict(type='SGD', momentum=0.9), 1), (dict(type='AdamW'), 2),
     (dict(type='AdamW', amsgrad=True), 3), (dict(type='PagedAdamW8bit'), 2),
     (dict(type='Lion8bit'), 1), (dict(type='mmhybrid.Unknown'), 2),
-])  # fmt: skip
+])
 def test_values_that_an_optimizer_keeps(optimizer, values):
     assert memory.states_per_value(Config(dict(optim_wrapper=dict(optimizer=optimizer)))) == values
 
@@ -182,7 +182,7 @@ def test_values_that_an_optimizer_keeps(optimizer, values):
     ('mask_rcnn_vmamba_t_coco', 2, (800, 1344), torch.float32),
     ('upernet_vmamba_t_ade20k', 2, (512, 512), torch.float32),
     ('classification/localvim_t_imagenet', 128, (224, 224), torch.float32),
-])  # fmt: skip
+])
 def test_the_step_of_a_config(config, batch, size, dtype):
     found = memory.step_of(find_model(str(CONFIGS / f'{config}.py')))
     assert found == memory.Step(batch, size, dtype)
@@ -220,7 +220,7 @@ def test_the_command(capsys):
     (('nowhere', '--gpu', '24'), 'nowhere is neither a config file'),
     (('VMamba:tiny', '--gpu', '24', '--batch', '2', '--size', '64', '--cfg-options', 'x'),
      '--cfg-options takes KEY=VALUE'),
-])  # fmt: skip
+])
 def test_wrong_use_of_the_command(capsys, arguments, words):
     assert cli.main(['memory', *arguments]) == 1
     printed = capsys.readouterr().err

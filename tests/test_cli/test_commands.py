@@ -13,7 +13,7 @@ NAMES = cli.names()
 # Each script of tools/ is one subcommand.
 TOOLS = {'train': 'train', 'test': 'test', 'search_directions': 'search', 'get_flops': 'flops',
          'convert_checkpoint': 'convert', 'visualize': 'visualize', 'prepare_data': 'data',
-         'map_labels': 'map-labels'}  # fmt: skip
+         'map_labels': 'map-labels'}
 
 
 def help_of(capsys, *arguments):
@@ -60,7 +60,7 @@ def test_the_overview_lists_all(capsys):
     (['--nonsense'], 'required: COMMAND'), (['data', 'mini-koko'], "invalid choice: 'mini-koko'"),
     (['memory', 'VMamba:tiny'], 'required: --gpu'),
     (['convert', 'a', 'b.pth', '--restore', '--key', 'model'], 'belong to a plain conversion'),
-])  # fmt: skip
+])
 def test_wrong_usage_ends_with_2(arguments, words, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -70,7 +70,7 @@ def test_wrong_usage_ends_with_2(arguments, words, capsys):
 
 @pytest.mark.parametrize('arguments', [
     ['train', 'nowhere.py'], ['data', 'mini-coco', '--val', '0', '--root', 'x'],
-    ['map-labels', 'nowhere', 'out', '0=1']], ids=lambda it: it[0])  # fmt: skip
+    ['map-labels', 'nowhere', 'out', '0=1']], ids=lambda it: it[0])
 def test_failures_end_with_1_and_one_block_of_text(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 1
@@ -104,5 +104,5 @@ def test_a_tool_is_called_by_its_own_name(tmp_path):
     """From a clone that is not installed, and from any folder."""
     done = subprocess.run(
         [sys.executable, ROOT / 'tools' / 'map_labels.py'], cwd=tmp_path, capture_output=True,
-        text=True)  # fmt: skip
+        text=True)
     assert done.returncode == 2 and 'usage: map_labels.py [-h]' in done.stderr

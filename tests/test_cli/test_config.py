@@ -9,7 +9,7 @@ import mmhybrid
 from mmhybrid import cli
 
 NAMES = ('cascade_mambavision_t_coco', 'upernet_vmamba_t_ade20k',
-         'classification/localvmamba_mini_imagenet')  # fmt: skip
+         'classification/localvmamba_mini_imagenet')
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -33,14 +33,14 @@ def test_spellings(spelling, capsys, tmp_path, monkeypatch):
 def test_options_and_files_of_ones_own(capsys, tmp_path):
     (tmp_path / 'mine.py').write_text("_base_ = 'mmhybrid::cascade_mambavision_t_coco.py'\n")
     assert cli.main(['config', str(tmp_path / 'mine.py'), '--cfg-options',
-                     'train_cfg.max_epochs=3']) == 0  # fmt: skip
+                     'train_cfg.max_epochs=3']) == 0
     assert Config.fromstring(capsys.readouterr().out, '.py').train_cfg.max_epochs == 3
 
 
 @pytest.mark.parametrize(('arguments', 'words'), [
     (['cascade_mambavision_tiny_coco'], "Did you mean 'mmhybrid::cascade_mambavision_t_coco.py'"),
     (['cascade_mambavision_t_coco', '--cfg-options', 'model=1'], 'model is a group of settings'),
-    (['cascade_mambavision_t_coco', '--cfg-options', 'x'], 'takes KEY=VALUE')])  # fmt: skip
+    (['cascade_mambavision_t_coco', '--cfg-options', 'x'], 'takes KEY=VALUE')])
 def test_mistakes(arguments, words, capsys):
     assert cli.main(['config', *arguments]) == 1
     error = capsys.readouterr().err

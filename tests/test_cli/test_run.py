@@ -48,22 +48,22 @@ def detection(tmp_path):
         "    dataset=dict(data_root=data_root, metainfo=dict(classes=('cup',))))\n"
         "test_dataloader = val_dataloader\n")
     box = dict(bboxes=torch.tensor([[4.0, 4, 40, 40]]), scores=torch.tensor([0.9]),
-               labels=torch.tensor([0]))  # fmt: skip
+               labels=torch.tensor([0]))
     with open('found.pkl', 'wb') as file:
         pickle.dump([dict(pred_instances=box)] * 2, file)
     return 'mine.py'
 
 
 @pytest.mark.parametrize('process', [
-    'this one', pytest.param('another', marks=pytest.mark.slow)])  # fmt: skip
+    'this one', pytest.param('another', marks=pytest.mark.slow)])
 def test_confusion_matrix(detection, process, capfd):
     command = ['run', shipped('mmdet', 'analysis_tools.confusion_matrix'), detection, 'found.pkl',
-               'out']  # fmt: skip
+               'out']
     if process == 'this one':
         assert cli.main(command) == 0, capfd.readouterr().err
     else:
         done = subprocess.run([sys.executable, '-m', 'mmhybrid', *command], capture_output=True,
-                              text=True)  # fmt: skip
+                              text=True)
         assert done.returncode == 0, done.stderr
     assert Path('out/confusion_matrix.png').stat().st_size > 1000
 
@@ -98,7 +98,7 @@ def test_analyze_logs(capfd):
         pytest.importorskip('seaborn')
     Path('log.json').write_text('\n'.join(json.dumps(dict(
         lr=0.1, data_time=0.1, loss=1 / step, loss_cls=1.0, epoch=1, time=0.5, memory=100,
-        step=step)) for step in range(1, 5)))  # fmt: skip
+        step=step)) for step in range(1, 5)))
     assert cli.main(['run', tool, 'cal_train_time', 'log.json']) == 0, capfd.readouterr().err
     assert 'average iter time: 0.5000 s/iter' in capfd.readouterr().out
 
@@ -143,7 +143,7 @@ def test_an_error_of_the_tool_keeps_its_traceback(tmp_path, capsys):
     ('gone.py', 'There is no script gone.py'), ('no_such.module', 'no_such.module cannot be run'),
     ('not-a-name', 'neither a file that ends in .py, nor a module'),
     ('mmdet.tools.analysis_tools.confusion_matrx', 'mmdet.tools.analysis_tools.confusion_matrix'),
-    ('mmdet.tools', 'mmdet brings mmdet.tools.')])  # fmt: skip
+    ('mmdet.tools', 'mmdet brings mmdet.tools.')])
 def test_what_cannot_be_run_is_said(tool, words, capsys):
     if tool.startswith('mmdet'):
         shipped('mmdet', 'train')

@@ -70,7 +70,7 @@ def after():
     server = subprocess.Popen(
         [sys.executable, '-c', textwrap.dedent(SERVER)], text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'})  # fmt: skip
+        env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
     def ask(code, **environment):
         server.stdin.write(json.dumps([code, environment]) + '\n')
@@ -94,7 +94,7 @@ def after():
     'import mmhybrid.cli; mmhybrid.cli.names()', 'import mmhybrid.ops; import mmhybrid',
     "import mmhybrid.ops as ops, threading; t = threading.Thread(target=lambda: __import__("
     "'mmhybrid.layers')); t.start(); t.join()",
-])  # fmt: skip
+])
 def test_parts_change_nothing(after, code):
     assert after(code) == [True, []]
 
@@ -114,7 +114,7 @@ def test_parts_change_nothing(after, code):
     "Config.fromstring(\"custom_imports = dict(imports=['mmhybrid.plugin'])\", '.py')\n"
     "from mmengine.registry import HOOKS, MODELS\n"
     "assert MODELS.get('VMamba') and HOOKS.get('RandomStateHook')",
-])  # fmt: skip
+])
 def test_the_plugin_applies_all(after, code):
     assert after(code) == [False, AT_IMPORT]
 
@@ -135,7 +135,7 @@ def test_all_switched_off_is_nothing_changed(after):
 def test_an_unknown_name_is_refused(after):
     error, _ = after('import mmhybrid', MMHYBRID_WITHOUT='pipelines,checkpoints')
     assert error.startswith('ValueError: The environment variable MMHYBRID_WITHOUT=pipelines,'
-                            'checkpoints switches off checkpoints, which')  # fmt: skip
+                            'checkpoints switches off checkpoints, which')
     assert 'checkpoint-loader' in error
 
 

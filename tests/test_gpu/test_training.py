@@ -192,12 +192,12 @@ def test_mini_detector(tmp_path, amp):
     short = ['--cfg-options', 'train_cfg.max_epochs=1', 'train_dataloader.num_workers=0',
              'train_dataloader.persistent_workers=False', 'val_dataloader.num_workers=0',
              'val_dataloader.persistent_workers=False', 'model.test_cfg.rcnn.score_thr=0.0',
-             'model.test_cfg.rcnn.max_per_img=5']  # fmt: skip
+             'model.test_cfg.rcnn.max_per_img=5']
     command = [
         sys.executable, ROOT / 'tools' / 'train.py',
         ROOT / 'configs' / 'cascade_mambavision_mini_coco.py', '--data-root', f'{data}/',
         '--work-dir', tmp_path / 'work', *(['--amp'] if amp else []), *([] if ON_GPU else short),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

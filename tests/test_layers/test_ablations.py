@@ -27,7 +27,7 @@ from mmhybrid.models.classifiers import LocalVMambaClassifier, MambaVisionClassi
 from mmhybrid.ops import selective_scan
 
 SMALL = dict(dim=8, stem_width=8, depths=(1, 1, 4, 3), num_heads=(1, 2, 4, 8),
-             window_size=(8, 8, 4, 2), mlp_ratio=2)  # fmt: skip
+             window_size=(8, 8, 4, 2), mlp_ratio=2)
 
 
 # --- MambaVision's mixer -------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_only_the_published_mixer_has_kernels():
     ('attention-first', 8, 'SMSMSMSM'), ('scan-first', 8, 'MSMSMSMS'),
     ('last-half', 5, 'MMMSS'), ('first-half', 5, 'SSMMM'), ('attention-first', 5, 'SMSMM'),
     ('scan-first', 5, 'MSMSM'), ('last-quarter', 5, 'MMMMS'), ('last-quarter', 3, 'MMM'),
-    ('last-half', 1, 'M'), ('scan-first', 1, 'M'), ('random', 1, 'M')])  # fmt: skip
+    ('last-half', 1, 'M'), ('scan-first', 1, 'M'), ('random', 1, 'M')])
 def test_patterns_are_those_of_the_paper(pattern, depth, blocks):
     chosen = attention_blocks(pattern, depth)
     assert ''.join('S' if i in chosen else 'M' for i in range(depth)) == blocks
@@ -171,7 +171,7 @@ def test_backbones_take_them(options):
     (LocalVMamba, dict(attention='spatial'), ValueError, "attention='spatial', expected one of ch"),
     (LocalVim, dict(attention=None), ValueError, 'attention=None, expected one of channel, '),
     (LocalVMambaClassifier, dict(attention=True), ValueError, 'attention=True, expected one of'),
-])  # fmt: skip
+])
 def test_other_values_are_refused(cls, options, error, words):
     with pytest.raises(error, match=words):
         cls('tiny', **options)
@@ -239,7 +239,7 @@ def test_default_networks_have_the_released_attention():
     none = LocalVMamba(arch, directions=directions, attention='none')
     assert not [name for name in none.state_dict() if '.attn.' in name]
     model = LocalVim(dict(dim=16, depth=2), directions=[['h']] * 2, attention='channel-spatial',
-                     out_indices=(1,))  # fmt: skip
+                     out_indices=(1,))
     assert 'layers.0.mixer.attn.spatial_select.weight' in model.state_dict()
 
 
@@ -252,5 +252,5 @@ def test_autocast_copies_what_other_forms_have():
         assert not [name for name in cast if 'conv1d' in name or name.endswith('dt_proj.bias')]
     for attention in ('none', 'channel-spatial'):
         model = LocalVMamba(dict(dim=16, depths=(1, 1, 1, 1)), directions=[['h']] * 4,
-                            attention=attention)  # fmt: skip
+                            attention=attention)
         assert [*_castable(model)]

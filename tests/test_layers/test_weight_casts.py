@@ -35,7 +35,7 @@ BACKBONES = {
     'localvim': lambda **k: LocalVim(dict(
         dim=16, depth=4, state_dim=2), directions=[('h', 'w2')] * 4, out_indices=(0, 1, 2, 3),
         img_size=32, **k),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

@@ -160,7 +160,7 @@ def test_a_young_adapter_is_not_lost_in_half_precision():
 def test_graphs_replay_adapters():
     net = models.MambaVision(dict(
         dim=8, stem_width=4, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 2), window_size=(8, 8, 4, 2)),
-        lora=dict(rank=2), drop_path_rate=0.).train()  # fmt: skip
+        lora=dict(rank=2), drop_path_rate=0.).train()
     grow(net)
     eager = copy.deepcopy(net)
     use_cuda_graphs(net, recorder=Recorder())
@@ -306,7 +306,7 @@ def test_heads_start_as_without():
     (dict(rank=2, train=['pos_embedding']), ValueError,
      "'pos_embedding' in lora train, .*did you mean 'pos_embed'"),
     (dict(rank=32), ValueError, 'rank 32, but the weights of layers.0.mixer have rank 32'),
-])  # fmt: skip
+])
 def test_wrong_settings(settings, error, words):
     with pytest.raises(error, match=words):
         models.Vim(**PLAIN, lora=settings)

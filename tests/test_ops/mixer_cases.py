@@ -140,7 +140,7 @@ def test_kept_states(tokens, lean, monkeypatch):
 def weights_of(mixer):
     return (mixer.in_proj.weight, mixer.conv1d_x.weight, mixer.conv1d_z.weight,
             mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D,
-            mixer.out_proj.weight)  # fmt: skip
+            mixer.out_proj.weight)
 
 
 def test_half_precision_parameters():

@@ -38,7 +38,7 @@ def launched(forward=1, backward=0):
             stack.enter_context(
                 mock.patch.object(one, 'run', autospec=True, side_effect=one.run)
             ) for one in (fused.Forward, fused.Backward)
-        ]  # fmt: skip
+        ]
         yield
     assert [p.call_count for p in passes] == [forward, backward]
 
@@ -58,7 +58,7 @@ def inputs(size, x=FLOAT, branch=FLOAT, scale=None, factor=False, bias=True, wei
         factor=torch.tensor([1.25, 0.0, 2.0])[torch.arange(size[0]) % 3] if factor else None,
         weight=randn(weight, channels),
         bias=randn(weight, channels) if bias else None,
-    )  # fmt: skip
+    )
 
 
 def kernels(residual, branch, weight, bias, dtype, scale, factor, rms):
@@ -90,9 +90,9 @@ def gradients(function, given, dtype, rms=False, frozen=(), unread=(), wide=Fals
     weights = [
         torch.randn(given['residual'].shape, generator=generator(len(n))).to(
             found[n].dtype if not wide else dtype or FLOAT).to(found[n].dtype) for n in used
-    ]  # fmt: skip
+    ]
     grads = torch.autograd.grad([found[n] for n in used], [*wanted.values()], weights,
-                                allow_unused=True)  # fmt: skip
+                                allow_unused=True)
     found = {n: y.detach() for n, y in found.items()}
     for (name, leaf), grad in zip(wanted.items(), grads, strict=True):
         if not wide and grad is not None:
@@ -149,7 +149,7 @@ def test_2048_channels():
 @pytest.mark.parametrize(('x', 'branch', 'scale'), [
     pytest.param(*one, marks=() if i % 5 == 3 else SLOW)
     for i, one in enumerate(itertools.product((HALF, FLOAT, BF16), (HALF, FLOAT, BF16),
-                                              (None, FLOAT, HALF)))], ids=str)  # fmt: skip
+                                              (None, FLOAT, HALF)))], ids=str)
 def test_mixed_dtypes(x, branch, scale):
     given = inputs((2, 5, 24), x, branch, scale, factor=x != branch, weight=x)
     got = check(given, dtype=HALF if BF16 not in (x, branch) else BF16)
@@ -308,7 +308,7 @@ class Spy(TorchDispatchMode):
 @pytest.mark.parametrize('form', ['norm', 'sum', 'all', 'frozen'])
 def test_the_operator_gives_the_same_bits(form):
     given = inputs((2, 5, 24), branch=None if form == 'norm' else HALF,
-                   scale=FLOAT if form == 'all' else None, factor=form == 'all')  # fmt: skip
+                   scale=FLOAT if form == 'all' else None, factor=form == 'all')
     frozen = ('branch', 'bias') if form == 'frozen' else ()
     eager = gradients(kernels, given, HALF, frozen=frozen)
     with Spy() as spy, launched(1, 1):
@@ -321,7 +321,7 @@ def test_the_operator_gives_the_same_bits(form):
 @pytest.mark.parametrize('form', ['norm', 'sum', 'all', 'first'])
 def test_fake_tensors_and_the_checks_of_operators(form):
     given = inputs((2, 5, 3, 24), branch=None if form == 'norm' else HALF,
-                   scale=FLOAT if form == 'all' else None, factor=form == 'all')  # fmt: skip
+                   scale=FLOAT if form == 'all' else None, factor=form == 'all')
     tensors = [given[n] for n in ('residual', 'branch', 'scale', 'factor', 'weight', 'bias')]
     first = form == 'first'
     if first:
@@ -332,19 +332,19 @@ def test_fake_tensors_and_the_checks_of_operators(form):
     arguments = (*tensors, 1e-3, HALF, False, first)
     operator = torch.ops.mmhybrid.add_norm.default
     torch.library.opcheck(operator, arguments, test_utils=('test_schema', 'test_faketensor',
-                          'test_autograd_registration'))  # fmt: skip
+                          'test_autograd_registration'))
     real = [x.detach() for x in operator(*arguments)]
     with FakeTensorMode() as mode:
         fake = operator(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
-                          for t in arguments))  # fmt: skip
+                          for t in arguments))
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     total = tensors[0] if form == 'norm' else real[0]
     needs = [True, form != 'norm', form == 'all', True, True]
     backward = (real[1], None, total.detach(), real[2], tensors[1] if form == 'all' else None,
-                *tensors[2:5], needs, FLOAT, HALF, False, True)  # fmt: skip
+                *tensors[2:5], needs, FLOAT, HALF, False, True)
     torch.library.opcheck(torch.ops.mmhybrid.add_norm_backward.default, backward, test_utils=(
-        'test_schema', 'test_faketensor'))  # fmt: skip
+        'test_schema', 'test_faketensor'))
 
 
 def test_a_second_derivative_is_refused():
@@ -359,7 +359,7 @@ def test_a_second_derivative_is_refused():
 def test_a_sum_that_is_changed_before_the_backward_pass_is_noticed():
     given = inputs((2, 3, 8))
     total, out = ops.add_norm(given['residual'].requires_grad_(), given['branch'],
-                              given['weight'], given['bias'], 1e-3)  # fmt: skip
+                              given['weight'], given['bias'], 1e-3)
     total.data.add_(0)  # not a change that autograd looks at
     with torch.no_grad():
         total.add_(1)
@@ -377,7 +377,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match='expects branch like x'):
             ops.add_norm(x, y, w, b, 1e-3, **more)
     for bad, reason in ((x.double(), 'float64'), (x[0, 0], 'at least one token'), (x[:0], 'token'),
-                        (torch.ones(2, 4097), 'up to 4096')):  # fmt: skip
+                        (torch.ones(2, 4097), 'up to 4096')):
         with pytest.raises(RuntimeError, match=reason):
             ops.norm(bad, torch.ones(bad.shape[-1]), None, 1e-3)
 
@@ -442,7 +442,7 @@ def test_modules_alone(kind, feeds_linear, monkeypatch):
 
     assert_same(*(of_module(module, run, monkeypatch, k) for k in (True, False)), 1e-5)
     for x in (torch.randn(size), torch.randn(size).to(memory_format=torch.channels_last)
-              if len(size) == 4 else torch.randn(size).half()):  # fmt: skip
+              if len(size) == 4 else torch.randn(size).half()):
         with torch.autocast(DEVICE, HALF if DEVICE == 'cuda' else BF16), launched(1):
             y = module(x)
         wide = x.dtype if kind == 'RMSNorm' else FLOAT
@@ -479,7 +479,7 @@ def test_map_in_channels_last():
 def test_sum_and_norm(kind, drop, scaled, monkeypatch):
     module, size = module_of(kind)
     drop = {None: None, 'identity': nn.Identity(), 'path': DropPath(0.5),
-            'eval': DropPath(0.5).eval()}[drop]  # fmt: skip
+            'eval': DropPath(0.5).eval()}[drop]
 
     def run():
         torch.manual_seed(6)

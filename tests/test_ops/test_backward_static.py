@@ -10,12 +10,12 @@ from machine_code import Recorder, build, compiler, count, use_distances
 from mmhybrid.ops.selective_scan import passes
 
 KERNELS = ('scan_backward_aggregate_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
-           'sum_gradients_kernel')  # fmt: skip
+           'sum_gradients_kernel')
 # As the models call it: MambaVision, Vim, VMamba.
 MAMBAVISION = dict(batch=2, group_dim=160, length=12544, state=8, softplus=True, bias=True)
 VIM = dict(batch=1, group_dim=768, length=6085, state=16, softplus=True, bias=True, gate=True)
 VMAMBA = dict(batch=2, groups=4, group_dim=96, length=16384, state=1, softplus=True, bias=True,
-              order=True)  # fmt: skip
+              order=True)
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +28,7 @@ def launches(
     kernels, monkeypatch, *, batch, group_dim, length, state, block=32, groups=1,
     dtype=torch.bfloat16, token_major=True, gate=False, bias=False, softplus=False, order=False,
     reverse=False, last=False,
-):  # fmt: skip
+):
     """The launches of a backward pass of programs of ``block`` channels: (kernel, arguments)."""
     calls = []
     own_choice = passes.plans.launch_plan
@@ -55,7 +55,7 @@ def launches(
     u, B, channels = tokens(group_dim), tokens(state), groups * group_dim
     table = torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None
     inputs = (u, u, parameter(channels, state), B, B, parameter(channels), u if gate else None,
-              parameter(channels) if bias else None, table)  # fmt: skip
+              parameter(channels) if bias else None, table)
     shape = passes.state_shape(u, inputs[2], B, table, True, 0)
     dlast = parameter(batch, channels, state) if last else None
     passes.backward(u, dlast, inputs, parameter(*shape), softplus, reverse, True)
@@ -158,6 +158,6 @@ def test_launches(kernels, monkeypatch):
 
 def test_words_are_taken_where_rows_allow_it(kernels, monkeypatch):
     for other, packed in ((dict(), 1), (dict(dtype=torch.float32), 0), (dict(state=6), 0),
-                          (dict(token_major=False), 0)):  # fmt: skip
+                          (dict(token_major=False), 0)):
         calls = launches(kernels, monkeypatch, **MAMBAVISION | other)
         assert {x['PACK'] for _, x in calls if 'PACK' in x} == {bool(packed)}

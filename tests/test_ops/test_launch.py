@@ -57,13 +57,13 @@ def machine(monkeypatch):
     kernels = [
         x for module in (scan_kernels, mixer_kernels, walk_kernels)
         for x in vars(module).values() if isinstance(x, triton.JITFunction)
-    ]  # fmt: skip
+    ]
     arena = machine.arena = Arena()
     monkeypatch.setattr(torch.Tensor, 'new_empty', lambda x, size: arena.new_empty(size))
     monkeypatch.setattr(
         torch.Tensor, 'new_empty_strided',
         lambda x, size, stride: arena.take(size, stride, x.dtype),
-    )  # fmt: skip
+    )
 
     def forget():
         triton_backend.forget()
@@ -117,13 +117,13 @@ def inputs(batch=2, channels=64, length=96, state=8, dtype=torch.bfloat16, major
         u=tokens(channels), delta=tokens(channels), A=-torch.rand(channels, state),
         B=tokens(state), C=tokens(state), D=torch.randn(channels), delta_bias=torch.randn(channels),
         delta_softplus=True,
-    )  # fmt: skip
+    )
 
 
 def both_passes(call, names=('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias'), **options):
     """A run of the forward and the backward pass for inputs by name."""
     leaves = {k: x.detach().requires_grad_() if k in names and x is not None else x
-              for k, x in options.items()}  # fmt: skip
+              for k, x in options.items()}
     wanted = [x for x in leaves.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     dy = torch.ones_like(options['u'])
 
@@ -184,7 +184,7 @@ def test_grad_modes_autocast_and_inference(machine):
     run = both_passes(selective_scan, **inputs())
     check(machine, run)
     for context in (torch.no_grad, torch.inference_mode,
-                    lambda: torch.autocast('cpu', dtype=torch.bfloat16)):  # fmt: skip
+                    lambda: torch.autocast('cpu', dtype=torch.bfloat16)):
         with context():
             check(machine, run)
         check(machine, run)
@@ -207,9 +207,9 @@ def test_a_cotangent_of_other_strides(machine):
     leaves = [v for v in x.values() if isinstance(v, torch.Tensor)]
     dense = torch.ones(2, 64, 96, dtype=torch.bfloat16)
     for dy in (dense, dense.mT.contiguous().mT, dense[:, :1, :1].expand(2, 64, 96),
-               torch.ones(2 * 64 * 96 + 1, dtype=torch.bfloat16)[1:].view(2, 64, 96)):  # fmt: skip
+               torch.ones(2 * 64 * 96 + 1, dtype=torch.bfloat16)[1:].view(2, 64, 96)):
         check(machine, lambda dy=dy: torch.autograd.grad(
-            selective_scan(**x, backend='triton'), leaves, dy))  # fmt: skip
+            selective_scan(**x, backend='triton'), leaves, dy))
 
 
 def test_saved_tensors_that_come_back_changed(machine):
@@ -463,7 +463,7 @@ def unready():
 
 
 @pytest.mark.parametrize(('name', 'context', 'x'), list(unready()), ids=lambda x: x if
-                         isinstance(x, str) else '')  # fmt: skip
+                         isinstance(x, str) else '')
 def test_calls_that_only_the_operator_may_take(name, context, x):
     plain = torch.randn(2, 3)
     assert triton_backend.prepared((plain,) * 3, 'test') is not None
@@ -515,7 +515,7 @@ def test_threads_share_a_record(machine, monkeypatch):
     for method, own in _NEW.items():
         monkeypatch.setattr(torch.Tensor, method, own)
     given = [{k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs().items()}
-             for _ in range(4)]  # fmt: skip
+             for _ in range(4)]
     together, failures = threading.Barrier(4), []
 
     def work(x):

@@ -75,7 +75,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize('shape', [
     dict(), dict(length=8, batch=64), dict(channels=1), dict(state=1), dict(shift=1),
     dict(dtype=torch.float32), dict(dtype=torch.float16, state=3),
-], ids=str)  # fmt: skip
+], ids=str)
 def test_the_same_bits(shape, launches, monkeypatch):
     given = inputs(**shape)
     expected = ordinary(given, monkeypatch)

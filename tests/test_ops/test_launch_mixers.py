@@ -79,7 +79,7 @@ def machine(monkeypatch):
         x for module in (
             scan_kernels, mixer_kernels, walk_kernels, norm_kernels, rotation_kernels, gate_kernels)
         for x in vars(module).values() if isinstance(x, triton.JITFunction)
-    ]  # fmt: skip
+    ]
 
     def forget():
         mixer.forget()
@@ -363,7 +363,7 @@ def _weights(module):
     return [p.detach() for p in (
         module.in_proj.weight, module.conv1d_x.weight, module.conv1d_z.weight,
         module.x_proj.weight, module.dt_proj.weight, module.dt_proj.bias, module.A_log, module.D,
-        module.out_proj.weight)]  # fmt: skip
+        module.out_proj.weight)]
 
 
 def test_threads_share_a_record(machine):
@@ -410,7 +410,7 @@ def test_calls_of_functions_do_not_grow(name, machine):
 
 
 def walks(channels=40, batch=2, length=50, extra=0, taps=4, dtype=torch.bfloat16, turned=False,
-          shift=0, of_weights=torch.float32, K=2):  # fmt: skip
+          shift=0, of_weights=torch.float32, K=2):
     memory = torch.randn(batch * length * channels + shift).to(dtype)[shift:]
     u = memory.view(batch, channels, length)
     if not turned:
@@ -447,7 +447,7 @@ def convolve(tensors, *leaves):
     def run():
         y = walk_conv(*tensors)
         for leaf, grad in zip(wanted, torch.autograd.grad(y, wanted, torch.ones_like(y)),
-                              strict=True):  # fmt: skip
+                              strict=True):
             assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
 
     return run
@@ -491,12 +491,12 @@ def test_walks_of_known_kind_are_still_refused_where_they_do_not_fit(machine):
 
 
 def mixers(channels=40, batch=2, length=50, extra=0, dtype=torch.bfloat16, state=4, rank=4, K=2,
-           shift=0):  # fmt: skip
+           shift=0):
     """uz, conv_weight, conv_bias, w_x, w_dt, dt_bias, A, D, slots and steps."""
     memory = torch.randn(batch * length * 2 * channels + shift).to(dtype)[shift:]
     of_conv = [torch.randn(s) for s in ((K, channels, 4), (K, channels))]
     factors = [torch.randn(s).to(dtype) for s in (
-        (K, rank + 2 * state, channels), (K, channels, rank))]  # fmt: skip
+        (K, rank + 2 * state, channels), (K, channels, rank))]
     rest = [torch.randn(s) for s in ((K * channels,), (K * channels, state), (K * channels,))]
     slots = torch.stack([torch.randperm(length + extra) for _ in range(K)]).int()
     return [memory.view(batch, length, 2 * channels), *of_conv, *factors, *rest, slots,
@@ -524,7 +524,7 @@ def scan_along(tensors, factor, *leaves):
     def run():
         y = walk_scan.walk_scan(*tensors, factor)
         for leaf, grad in zip(wanted, torch.autograd.grad(y, wanted, torch.ones_like(y)),
-                              strict=True):  # fmt: skip
+                              strict=True):
             assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
 
     return run
@@ -563,14 +563,14 @@ def test_gradients_of_a_scan_along_walks_with_other_strides(machine):
 
 
 def turned(batch=2, length=9, channels=12, stream=torch.float32, hidden=torch.bfloat16,
-           factor=True, shift=0):  # fmt: skip
+           factor=True, shift=0):
     """stream, hidden, factor, cos and sin."""
     size = batch, length, channels
     memory = torch.randn(torch.Size(size).numel() + shift).to(hidden)[shift:]
     return [
         None if stream is None else torch.randn(size).to(stream), memory.view(size),
         torch.rand(batch) if factor else None, *torch.randn(2, length, channels),
-    ]  # fmt: skip
+    ]
 
 
 TURNED = {
@@ -610,7 +610,7 @@ def test_no_record_of_a_turned_sum_is_stale(variation, machine):
 
 
 def tokens(size=(2, 50, 40), x=torch.bfloat16, branch=torch.bfloat16, scale=False, factor=False,
-           turned=False, shift=0):  # fmt: skip
+           turned=False, shift=0):
     """Residual, branch, scale, factor, weight and bias."""
     def of_tokens(dtype):
         memory = torch.randn(torch.Size(size).numel() + shift).to(dtype)[shift:]
@@ -623,7 +623,7 @@ def tokens(size=(2, 50, 40), x=torch.bfloat16, branch=torch.bfloat16, scale=Fals
         of_tokens(x), None if branch is None else of_tokens(branch),
         of_channels[0] if scale else None, torch.rand(size[0]) if factor else None,
         *of_channels[1:],
-    ]  # fmt: skip
+    ]
 
 
 NORMS = {
@@ -643,7 +643,7 @@ NORMS = {
     'no common step': lambda: [
         x.transpose(1, 2).contiguous().transpose(1, 2) if i < 2 else x
         for i, x in enumerate(tokens((2, 5, 10, 40)))],
-}  # fmt: skip
+}
 
 
 def add_norm(x, branch, scale, factor, weight, bias, **options):

@@ -72,7 +72,7 @@ def test_what_is_expected_is_written_down():
 
 
 SIZES = itertools.product((1, 2, 128), (1, 4), (1, 5, 96, 160, 3072), (1, 3, 49, 6085, 100_000),
-                          (1, 3, 8, 16), (8, 132))  # fmt: skip
+                          (1, 3, 8, 16), (8, 132))
 
 
 def test_every_plan_covers_the_sequence():

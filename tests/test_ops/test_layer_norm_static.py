@@ -32,14 +32,14 @@ def launches(kernels, monkeypatch, size, x=BF16, branch=BF16, scale=False, facto
             tokens(x), None if branch is None else tokens(branch),
             torch.zeros(size[-1]) if scale else None, torch.zeros(size[0]) if factor else None,
             torch.zeros(size[-1]), None if rms else torch.zeros(size[-1]),
-        )  # fmt: skip
+        )
     flags = 1e-5, BF16, rms, first
     total, out, stats = fused.Forward(tensors, *flags, True).run(tensors, (None,) * 6)
     needs = True, branch is not None, scale, True, not rms
     given = (
         out, None if branch is None else total, tensors[0] if branch is None else total, stats,
         tensors[1] if scale else None, *tensors[2:5],
-    )  # fmt: skip
+    )
     fused.Backward(given, needs, (x, branch), rms, not rms).run(given, (None,) * 8)
     monkeypatch.undo()
     return calls

@@ -77,7 +77,7 @@ def kept_bytes(shape, lean, autocast):
             p.detach().flatten(1).to(dtype) if p.dim() > 1 else p.detach() for p in (
                 mixer.in_proj.weight, mixer.conv1d_x.weight, mixer.conv1d_z.weight,
                 mixer.x_proj.weight, mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log,
-                mixer.D, mixer.out_proj.weight)]  # fmt: skip
+                mixer.D, mixer.out_proj.weight)]
         of_weights = {w.requires_grad_().shape for w in weights}
 
         def pack(x):

@@ -17,7 +17,7 @@ KERNELS = ('prescan_kernel', 'prescan_backward_kernel')
 SCAN_KERNELS = (
     'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_gradients_kernel',
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +39,7 @@ def launches(kernels, monkeypatch, batch, length, dim, dtype=torch.bfloat16, lea
     half = [w.detach().to(dtype) for w in (
         mixer.in_proj.weight, mixer.x_proj.weight, mixer.dt_proj.weight, mixer.out_proj.weight)]
     weights = (half[0], mixer.conv1d_x.weight.flatten(1), mixer.conv1d_z.weight.flatten(1), half[1],
-               half[2], mixer.dt_proj.bias, mixer.A_log, mixer.D, half[3])  # fmt: skip
+               half[2], mixer.dt_proj.bias, mixer.A_log, mixer.D, half[3])
     weights = [w.detach() for w in weights]
     out, *kept = fused._forward(x, *weights, lean)
     forward = calls[:]
@@ -57,7 +57,7 @@ class Log(TorchDispatchMode):
 
     FREE = {'t', 'view', '_unsafe_view', 'as_strided', 'slice', 'split_with_sizes', 'transpose',
             'unsqueeze', 'squeeze', 'permute', 'select', 'detach', 'new_empty', 'empty',
-            'empty_like', 'new_empty_strided'}  # fmt: skip
+            'empty_like', 'new_empty_strided'}
 
     def __init__(self):
         super().__init__()

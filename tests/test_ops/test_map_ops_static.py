@@ -14,7 +14,7 @@ ATTENTION = ('token_sums_kernel', 'merge_norm_kernel', 'direction_gradients_kern
 MODULES = {
     'map_conv': ('map_conv', CONVOLUTION), 'merge_norm': ('merge_norm', MERGE),
     'attend_norm': ('merge_norm', ATTENTION),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope='module', params=MODULES)

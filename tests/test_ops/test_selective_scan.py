@@ -33,7 +33,7 @@ def test_torch_path_equals_the_reference(case, dtype):
 def test_gradient_through_one_output_only(use_y, use_state):
     inputs = make_inputs(gate=True)
     both = [run(inputs, backend=name, use_y=use_y, use_state=use_state)
-            for name in ('torch', 'reference')]  # fmt: skip
+            for name in ('torch', 'reference')]
     for name in ('grad_C', 'grad_D', 'grad_z'):  # the state does not depend on these
         if not use_y:
             assert not both[0][name].any()
@@ -48,7 +48,7 @@ def test_gradcheck(gate, reverse, groups):
 
     def scan(*tensors):
         return selective_scan(**dict(zip(names, tensors, strict=True)), delta_softplus=True,
-                              return_last_state=True, reverse=reverse, backend='torch')  # fmt: skip
+                              return_last_state=True, reverse=reverse, backend='torch')
 
     tensors = tuple(x.requires_grad_() for x in inputs.values())
     assert torch.autograd.gradcheck(scan, tensors, fast_mode=True)
@@ -84,7 +84,7 @@ def test_last_state_continues_a_sequence():
     whole, _ = selective_scan(**inputs, delta_softplus=True, return_last_state=True)
     cut = 13
     halves = [{name: x if name in ('A', 'delta_bias') else x[..., part] for name, x in
-               inputs.items()} for part in (slice(None, cut), slice(cut, None))]  # fmt: skip
+               inputs.items()} for part in (slice(None, cut), slice(cut, None))]
     first, state = selective_scan(**halves[0], delta_softplus=True, return_last_state=True)
     second = selective_scan(**halves[1], delta_softplus=True)
     step = torch.nn.functional.softplus(halves[1]['delta'] + inputs['delta_bias'][:, None])
@@ -267,12 +267,12 @@ def test_number_of_operations_is_sublinear_in_the_tokens():
 
 
 GOLDEN_NAMES = ('y', 'grad_u', 'grad_delta', 'grad_A', 'grad_B', 'grad_C', 'grad_D',
-                'grad_delta_bias')  # fmt: skip
+                'grad_delta_bias')
 
 
 @pytest.mark.parametrize('backend', ['auto', 'torch', 'reference'])
 @pytest.mark.parametrize('case', ['scan_small', 'scan_no_D_no_bias', 'scan_softplus_threshold',
-                                  'scan_long_2048'])  # fmt: skip
+                                  'scan_long_2048'])
 def test_published_scan(case, backend):
     """Stored results of the official model's scan, within ten times its own float32 noise."""
     manifest = json.loads((GOLDEN / 'manifest.json').read_text())
@@ -405,7 +405,7 @@ def test_environment_variable_replaces_auto_only(backends, monkeypatch):
         ({'u': torch.zeros(B, D, L, dtype=torch.int64)}, TypeError, 'u of a real floating dtype'),
         ({'B': None}, TypeError, 'expects B as a tensor, got NoneType'),
     ],
-)  # fmt: skip
+)
 def test_wrong_arguments_are_named(change, error, message):
     inputs = make_inputs(dtype=torch.float32)
     with pytest.raises(error, match=message):

@@ -136,7 +136,7 @@ def test_softplus_and_its_slope_are_accurate_everywhere():
     # With one token per sequence, y is the step itself and its gradient the slope.
     shape = (3200, 1, 1)
     y = selective_scan(torch.ones(shape), leaf.reshape(shape), torch.zeros(1, 1), torch.ones(shape),
-                       torch.ones(shape), delta_softplus=True, backend='cpp')  # fmt: skip
+                       torch.ones(shape), delta_softplus=True, backend='cpp')
     y.sum().backward()
     step = torch.nn.functional.softplus(x.double(), threshold=1e9)
     assert (y.detach().double().view(-1) / step - 1).abs().max() < 5e-7
@@ -149,7 +149,7 @@ def test_growing_states_and_not_a_number():
     inputs['A'] = inputs['A'].abs() * 0.05
     assert_same(run(inputs, backend='cpp', softplus=False),
                 run({k: x.double() for k, x in inputs.items()}, backend='reference',
-                    softplus=False), 1e-4)  # fmt: skip
+                    softplus=False), 1e-4)
     inputs['A'] = inputs['A'] * 1e4  # overflows like the other backends
     assert not selective_scan(**inputs, backend='cpp')[..., -1].isfinite().any()
     inputs = to_float(make_inputs(1, 20, 300, 8))
@@ -183,13 +183,13 @@ def test_any_strides(reverse):
     token_major['u'] = torch.cat([token_major['u']] * 2, 1)[:, 33:]
     leaves = {k: x.requires_grad_() for k, x in token_major.items()}
     y, last = selective_scan(**leaves, delta_softplus=True, return_last_state=True,
-                             reverse=reverse, backend='cpp')  # fmt: skip
+                             reverse=reverse, backend='cpp')
     assert torch.equal(y.detach(), expected['y'])
     assert torch.equal(last.detach(), expected['last_state'])
     (y.sum() + last.sum()).backward()  # a gradient without strides
     contiguous = {k: x.detach().clone().requires_grad_() for k, x in inputs.items()}
     y, last = selective_scan(**contiguous, delta_softplus=True, return_last_state=True,
-                             reverse=reverse, backend='cpp')  # fmt: skip
+                             reverse=reverse, backend='cpp')
     (y * torch.ones_like(y)).sum().backward(retain_graph=True)
     last.sum().backward()
     for name, x in leaves.items():

@@ -75,7 +75,7 @@ def ordered(backend, order, **settings):
         return selective_scan_ordered(
             **tensors, delta_softplus=True, return_last_state=True, order=order, backend=backend,
             **settings,
-        )  # fmt: skip
+        )
 
     return scanned
 

@@ -37,7 +37,7 @@ def to_float(inputs):
 @pytest.mark.parametrize('use_state', [True, False])
 @pytest.mark.parametrize('case', [
     pytest.param(case, marks=[pytest.mark.slow] if case[2] == 1000 else []) for case in CASES
-], ids=lambda case: '-'.join(map(str, case)))  # fmt: skip
+], ids=lambda case: '-'.join(map(str, case)))
 def test_equals_the_reference(installed, case, use_state):
     """With a gradient of the last state, which the kernels do not know, and without."""
     *sizes, skip, gate, bias, softplus, reverse = case
@@ -54,7 +54,7 @@ def test_equals_the_reference(installed, case, use_state):
 
 @pytest.mark.parametrize('chunk, length', [
     (16, 32), (16, 33), pytest.param(2048, 2049, marks=pytest.mark.slow)
-])  # fmt: skip
+])
 def test_states_of_several_chunks(installed, monkeypatch, chunk, length):
     assert stand_in.CHUNK == mamba_ssm_backend._CHUNK == 2048
     monkeypatch.setattr(stand_in, 'CHUNK', chunk)
@@ -94,7 +94,7 @@ def test_half_precision_keeps_a_float32_state(installed, dtype, use_state):
     ({'u': torch.bfloat16, 'delta': torch.float16, 'B': torch.bfloat16, 'C': torch.bfloat16,
       'z': torch.bfloat16}, torch.float32),
     ({'A': torch.bfloat16, 'D': torch.float16, 'delta_bias': torch.bfloat16}, torch.float32),
-])  # fmt: skip
+])
 def test_mixed_dtypes_lose_nothing(installed, mixed, computed):
     inputs = to_float(make_inputs(gate=True))
     inputs |= {name: inputs[name].to(dtype) for name, dtype in mixed.items()}
@@ -114,22 +114,22 @@ def test_any_strides(installed, length, reverse):
     inputs = to_float(make_inputs(2, 12, length, groups=2, gate=True))
     inputs['B'] = inputs['B'][:, :1].expand_as(inputs['B'])
     expected = run({k: x.double() for k, x in inputs.items()}, backend='reference',
-                   reverse=reverse)  # fmt: skip
+                   reverse=reverse)
     strided = {k: x.mT.contiguous().mT if x.dim() > 1 else torch.stack([x, x], 1)[:, 0]
-               for k, x in inputs.items()}  # fmt: skip
+               for k, x in inputs.items()}
     strided['u'] = torch.cat([inputs['u'][..., :1], inputs['u']], -1)[..., 1:]  # 4 bytes off
     strided['C'] = torch.cat([inputs['C'][:, :, :3], inputs['C']], 2)[:, :, 3:]
     strided['B'] = inputs['B']
     leaves = {k: x.detach().requires_grad_() for k, x in strided.items()}
     y, last = selective_scan(**leaves, delta_softplus=True, return_last_state=True,
-                             reverse=reverse, backend='mamba_ssm')  # fmt: skip
+                             reverse=reverse, backend='mamba_ssm')
     assert y.is_contiguous()
     assert_same({'y': y, 'last': last},
-                {'y': expected['y'], 'last': expected['last_state']}, 2e-5)  # fmt: skip
+                {'y': expected['y'], 'last': expected['last_state']}, 2e-5)
     y.sum().backward()  # its gradient has no stride at all
     plain = {k: x.detach().double().requires_grad_() for k, x in inputs.items()}
     selective_scan(**plain, delta_softplus=True, reverse=reverse,
-                   backend='reference').sum().backward()  # fmt: skip
+                   backend='reference').sum().backward()
     assert_same({k: x.grad for k, x in leaves.items()}, {k: x.grad for k, x in plain.items()}, 2e-5)
 
 
@@ -137,17 +137,17 @@ def test_any_strides(installed, length, reverse):
 def test_orders_are_copies(installed, reverse):
     inputs = make_inputs(2, 8, 12, 4, groups=2, gate=True)
     shaped = {k: x.unflatten(1, (2, 4)) if k in ('u', 'delta', 'z') else x
-              for k, x in inputs.items()}  # fmt: skip
+              for k, x in inputs.items()}
     order = torch.stack([torch.randperm(12), torch.randperm(12)])
     order = torch.cat([order[:, :5], torch.full((2, 2), -1), order[:, 5:]], 1)  # two empty places
     results = []
     for backend, dtype in (('reference', torch.float64), ('mamba_ssm', torch.float32)):
         leaves = {k: x.to(dtype).detach().requires_grad_() for k, x in shaped.items()}
         y, last = selective_scan_ordered(**leaves, delta_softplus=True, return_last_state=True,
-                                         order=order, reverse=reverse, backend=backend)  # fmt: skip
+                                         order=order, reverse=reverse, backend=backend)
         (y.square().sum() + last.sum()).backward()
         results.append({'y': y.detach(), 'last': last.detach()}
-                       | {k: x.grad for k, x in leaves.items()})  # fmt: skip
+                       | {k: x.grad for k, x in leaves.items()})
     assert_same(results[1], results[0], 2e-5)
 
 
@@ -174,7 +174,7 @@ def test_second_derivative_is_refused(installed):
 def test_operator_registration(installed, gate, dtype):
     inputs = make_inputs(1, 4, 30, gate=gate, groups=1)
     inputs = {k: x.to(dtype if k in TOKENS else torch.float32).requires_grad_()
-              for k, x in inputs.items()}  # fmt: skip
+              for k, x in inputs.items()}
     order = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
     arguments = (*(inputs.get(name) for name in order), True, False)
     found = torch.library.opcheck(torch.ops.mmhybrid.selective_scan_mamba_ssm.default, arguments)
@@ -187,7 +187,7 @@ def test_compiles_without_a_graph_break(installed):
 
     def scan(inputs):
         return selective_scan(**inputs, delta_softplus=True, reverse=True,
-                              backend='mamba_ssm').sin()  # fmt: skip
+                              backend='mamba_ssm').sin()
 
     results = []
     for function in (scan, torch.compile(scan, backend='aot_eager', fullgraph=True)):
@@ -247,7 +247,7 @@ def test_auto_takes_it_where_triton_cannot(fresh, caplog):
     ('cpu', torch.float32, 8, "run on a GPU and the tensors are on 'cpu'"),
     ('cuda', torch.float64, 8, 'compute in float32, not torch.float64'),
     ('cuda', torch.float32, 257, 'at most 256 states and this call has 257'),
-])  # fmt: skip
+])
 def test_what_it_does_not_take(fresh, device, dtype, state, reason):
     fresh.setitem(sys.modules, 'selective_scan_cuda', stand_in)
     with pytest.raises(RuntimeError, match=f"backend='mamba_ssm', but .*{reason}"):
@@ -277,7 +277,7 @@ def raising(error):
      r'cannot be imported \(ImportError: libc10_cuda.so: .*built for torch \d'),
     (ImportError('undefined symbol: _ZN3c10\nmore'), r'undefined symbol: _ZN3c10\); it has'),
     (ModuleNotFoundError("No module named 'other'", name='other'), "No module named 'other'"),
-])  # fmt: skip
+])
 def test_no_module(fresh, error, reason):
     fresh.delitem(sys.modules, 'selective_scan_cuda', raising=False)
     fresh.setattr(sys, 'meta_path', [raising(error), *sys.meta_path])
@@ -321,7 +321,7 @@ def test_kernels_for_another_gpu(fresh):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('case', [*CASES, (2, 8, 128, 8, 2, True, True, True, True, True),
                                   (1, 4, 4096, 16, None, True, True, True, True, False)],
-                         ids=lambda case: '-'.join(map(str, case)))  # fmt: skip
+                         ids=lambda case: '-'.join(map(str, case)))
 def test_the_real_one_on_a_gpu(case, dtype):
     if mamba_ssm_backend.unavailable_reason() is not None:
         pytest.skip(mamba_ssm_backend.unavailable_reason())
@@ -331,7 +331,7 @@ def test_the_real_one_on_a_gpu(case, dtype):
     settings = {'softplus': softplus, 'reverse': reverse}
     for use_state in (True, False):
         expected = run({k: x.double() for k, x in inputs.items()}, backend='reference',
-                       use_state=use_state, **settings)  # fmt: skip
+                       use_state=use_state, **settings)
         moved = {k: x.cuda() for k, x in inputs.items()}
         found = run(moved, backend='mamba_ssm', use_state=use_state, **settings)
         found = {k: None if x is None else x.cpu() for k, x in found.items()}

@@ -39,16 +39,16 @@ def test_directions_of_a_map(direction, reverse):
     y, last = selective_scan_ordered(
         **inputs, delta_softplus=True, return_last_state=True, order=order.order,
         reverse=reverse, backend='reference',
-    )  # fmt: skip
+    )
     copies = {
         name: order.take(x.flatten(1, 2) if name in ('u', 'delta', 'z') else x)
         if x.shape[-1] == 15 else x
         for name, x in inputs.items()
-    }  # fmt: skip
+    }
     y_copies, last_copies = selective_scan(
         **copies, delta_softplus=True, return_last_state=True, reverse=reverse,
         backend='reference',
-    )  # fmt: skip
+    )
     expected = order.restore(y_copies)
     assert torch.equal(y.flatten(1, 2), expected) and torch.equal(last, last_copies)
     wanted = list(inputs.values())

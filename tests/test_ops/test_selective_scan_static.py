@@ -15,7 +15,7 @@ from mmhybrid.ops.selective_scan import passes
 KERNELS = [
     'scan_forward_kernel', 'scan_carry_kernel', 'scan_backward_kernel',
     'scan_backward_aggregate_kernel', 'sum_gradients_kernel',
-]  # fmt: skip
+]
 DETECTION = dict(batch=2, group_dim=320, length=3136, state=8)
 
 
@@ -28,7 +28,7 @@ def kernels(tmp_path_factory):
 def launches(
     kernels, monkeypatch, *, batch, group_dim, length, state, groups=1, dtype=torch.bfloat16,
     token_major=True, gate=False, bias=False, softplus=False, order=False, reverse=False, last=False
-):  # fmt: skip
+):
     """The launches of one forward and backward pass: a list of (kernel, arguments)."""
     calls = []
 
@@ -52,7 +52,7 @@ def launches(
         u, u, parameter(groups * group_dim, state), B, B, parameter(groups * group_dim),
         u if gate else None, parameter(groups * group_dim) if bias else None,
         torch.zeros(1, length, dtype=torch.int32, device='meta') if order else None,
-    )  # fmt: skip
+    )
     flags = softplus, reverse, True
     out, state_last, states = passes.forward(inputs, *flags)
     dlast = state_last if last else None
@@ -94,7 +94,7 @@ VARIANTS = {
     'one launch': dict(batch=128, length=49, last=True, gate=True),
 }
 QUICK = {('plain', 90), ('everything', 90), ('one state', 90), ('one launch', 90),
-         ('softplus', 80), ('softplus', 100)}  # fmt: skip
+         ('softplus', 80), ('softplus', 100)}
 ALL = [
     pytest.param(name, capability, marks=() if (name, capability) in QUICK else pytest.mark.slow)
     for name in VARIANTS
@@ -185,7 +185,7 @@ def test_a_few_chunks_take_two_launches(kernels, monkeypatch, tmp_path):
     calls = launches(kernels, monkeypatch, **DETECTION | dict(length=256, softplus=True, bias=True))
     forward = [call for call in calls if call[0].fn.__name__ == 'scan_forward_kernel']
     assert [arguments['MODE'] for _, arguments in forward] == [
-        kernels.AGGREGATE.value, kernels.FEW.value]  # fmt: skip
+        kernels.AGGREGATE.value, kernels.FEW.value]
     assert [kernel.fn.__name__ for kernel, _ in calls[:2]] == ['scan_forward_kernel'] * 2
     program = build(*forward[1], 90, tmp_path)
     assert program.stack == 0 and program.registers <= 96
@@ -206,7 +206,7 @@ def test_launches_overlap_where_a_plan_says_so(kernels, monkeypatch):
     """All launches of a pass but its first may begin before the one before it has ended."""
     calls = overlapping(kernels, monkeypatch, **DETECTION)
     assert [arguments.get('launch_pdl', False) for _, arguments in calls] == [
-        False, True, True, False, True, True, True]  # fmt: skip
+        False, True, True, False, True, True, True]
     assert all(arguments['OVERLAP'] for _, arguments in calls)
     calls = launches(kernels, monkeypatch, **DETECTION)
     assert not any(x['OVERLAP'] or 'launch_pdl' in x for _, x in calls)
@@ -262,7 +262,7 @@ def test_no_recompilation_for_another_image_size(kernels, monkeypatch):
     # or 32 rows; forward there are more than 16 chunks.
     expected = dict.fromkeys(KERNELS, 1) | {
         'scan_forward_kernel': 4, 'scan_backward_kernel': 2, 'scan_carry_kernel': 5,
-    }  # fmt: skip
+    }
     assert programs(token_major=True) == expected
     # Channel-major strides are the length: its divisibility by sixteen matters, nothing else.
     for name, number in programs(token_major=False).items():

@@ -29,7 +29,7 @@ def test_full_product():
 def test_cases_draw_their_numbers_on_the_device():
     """A generator of the CPU makes nothing on a GPU, which a machine without one does not say."""
     found = [path.name for path in CASES.parent.glob('*_cases.py')
-             if 'torch.Generator' in path.read_text()]  # fmt: skip
+             if 'torch.Generator' in path.read_text()]
     assert not found, f"{found}: take interpreter.py's generator()"
 
 
@@ -78,7 +78,7 @@ def test_an_override_goes_around_every_kernel(gpu):
     from mmhybrid.ops.selective_scan.ordered import reads_tables
 
     x = SimpleNamespace(device=torch.device('cuda', 0), dtype=torch.float32, is_meta=False,
-                        numel=lambda: 32)  # fmt: skip
+                        numel=lambda: 32)
     assert MambaVisionMixer(8).path(x) == 'fused'
     assert MambaVisionMixer(8, lean=True).path(x) == 'fused'
     assert MambaVisionMixer(8, fused=False).path(x) == 'plain'

@@ -70,10 +70,10 @@ def a_kernel(p, N: tl.constexpr, FLAG: tl.constexpr):
         elif not FLAG:
             total = total * 2 if n == N - 1 else total
     tl.store(p, total)
-''', N=3, FLAG=True)  # fmt: skip
+''', N=3, FLAG=True)
     assert lines(source) == [
         'total = tl.load(p)', 'total = total + 6', 'total = total + 12', 'tl.store(p, total)',
-    ]  # fmt: skip
+    ]
     assert source.startswith('def a_kernel(p):')
 
 
@@ -89,13 +89,13 @@ def a_kernel(p, steps, N: tl.constexpr):
         x = x[1:] + (x[0],)
     for n in tl.static_range(N):
         tl.store(p + n, x[n])
-""", N=2)  # fmt: skip
+""", N=2)
     found = {}
     memory = [10, 20]
     language = type('tl', (), {
         'load': staticmethod(lambda at: memory[at]),
         'store': staticmethod(lambda at, x: memory.__setitem__(at, x)),
-    })  # fmt: skip
+    })
     exec(source, {'tl': language}, found)
     found['a_kernel'](0, 3)
     assert memory == [20, 10]
@@ -117,14 +117,14 @@ def a_kernel(p, TWICE: tl.constexpr):
     x = x + 1
     y, z = both(x, k, TWICE)
     tl.store(p, y[0] + y[1] + z + x)
-""", TWICE=True)  # fmt: skip
+""", TWICE=True)
     for x in (3, 7):
         memory = [x]
         found = {}
         language = type('tl', (), {
             'load': staticmethod(lambda at, memory=memory: memory[at]),
             'store': staticmethod(lambda at, x, memory=memory: memory.__setitem__(at, x)),
-        })  # fmt: skip
+        })
         exec(source, {'tl': language}, found)
         found['a_kernel'](0)
         twice = 2 * (x + 1)
@@ -139,7 +139,7 @@ def a_kernel(p, q):
         tl.store(q, 1)
     if p is not None:
         tl.store(p, 2)
-""", q=None)  # fmt: skip
+""", q=None)
     assert source.startswith('def a_kernel(p):') and lines(source) == ['tl.store(p, 2)']
 
 
@@ -175,7 +175,7 @@ def a_kernel(p, q):
     ('x = n + writes(p)', 'as it writes to memory'),
     ('x = leaves(p, n)', 'a return from within a loop or condition'),
     ('x = sorted((n, n))', None),
-], ids=lambda x: str(x).split('\n')[0][:20])  # fmt: skip
+], ids=lambda x: str(x).split('\n')[0][:20])
 def test_what_is_not_known_is_refused_by_name(written, body, problem):
     source = f"""
 @triton.jit
@@ -221,7 +221,7 @@ def test_constants_choose_the_kernel():
     arguments = dict(
         p_state=x, p_sum=x, p_A=x, p_first=None, channels=1, n_chunks=2, n_blocks=1,
         N=1, BLOCK=32, LOG_ROWS=1, UNROLL=2, HAS_FIRST=False, BACKWARD=False, num_warps=1,
-    )  # fmt: skip
+    )
     first, left = carry.of(arguments)
     assert set(left) == {
         'p_state', 'p_sum', 'p_A', 'channels', 'n_chunks', 'n_blocks', 'num_warps'
@@ -235,7 +235,7 @@ def test_constants_choose_the_kernel():
 
 @pytest.mark.parametrize(('version', 'ordinary'), [
     ('3.0.0', True), ('3.3.1', True), ('3.5.1', True), ('3.6.0', False), ('4.0.0', False),
-])  # fmt: skip
+])
 def test_launchers_of_older_tritons_are_not_called_directly(monkeypatch, version, ordinary):
     monkeypatch.setattr(triton, '__version__', version)
     monkeypatch.delenv(launch.VARIABLE, raising=False)

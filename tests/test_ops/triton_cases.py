@@ -137,7 +137,7 @@ def ordered_reference(inputs, order, softplus, reverse):
         y, last = selective_scan_reference(
             take(u[:, d]), take(delta[:, d]), A[d], take(B[:, g : g + 1]), take(C[:, g : g + 1]),
             pick(D), z_g, pick(bias), softplus, reverse,
-        )  # fmt: skip
+        )
         place = torch.full((tokens,), -1)
         place[row[row >= 0]] = torch.nonzero(row >= 0)[:, 0]
         ys.append(y[..., place])
@@ -220,7 +220,7 @@ SMALL = {
     'length': 13, 'state': 3, 'dtype': torch.float32, 'layout': 'token', 'order': None,
     'group_dim': 4, 'groups': 1, 'reverse': False, 'skip': True, 'gate': True, 'bias': True,
     'softplus': True, 'batch': 2,
-}  # fmt: skip
+}
 
 
 def gradients(case, chunk=0):
@@ -261,7 +261,7 @@ def test_carry(backward):
     numbers, rows = generator(6), set()
     for n_chunks, channels, state, first in (
         (1, 5, 2, False), (8, 33, 1, True), (23, 4, 3, False), (70, 33, 1, True),
-    ):  # fmt: skip
+    ):
         states = torch.randn(2, n_chunks, state, channels, generator=numbers)
         sums = 0.3 * torch.rand(2, n_chunks, channels, generator=numbers)
         last = 0 if backward else n_chunks - 1
@@ -278,7 +278,7 @@ def test_carry(backward):
         scan_carry_kernel[(2 * state * blocks,)](
             states, sums, A, given, channels, n_chunks, blocks, N=state, BLOCK=32, UNROLL=8,
             HAS_FIRST=first, BACKWARD=backward, OVERLAP=False, **options,
-        )  # fmt: skip
+        )
         torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
     assert rows == {1, 8, 32}
 
@@ -423,7 +423,7 @@ def test_what_makes_words_of_four_states():
     odd = torch.zeros(3, 5, 38, dtype=torch.bfloat16)[..., :8].mT
     assert passes.packs(odd[:1, :, :1], B)  # nobody steps along an axis of one element
     for other in (odd, B[:, :3], B[:, ::2], B[:, 1:5], B.float(), B.contiguous(),
-                  rows.view(-1)[2:74].view(1, 1, 72)[..., :8].mT):  # fmt: skip
+                  rows.view(-1)[2:74].view(1, 1, 72)[..., :8].mT):
         assert not passes.packs(B, other) and not passes.packs(other, B)
 
 
@@ -437,7 +437,7 @@ def test_public_function_with_an_order():
         y, last = selective_scan_ordered(
             **leaves, delta_softplus=True, return_last_state=True, order=make_order(case)[0],
             reverse=True, backend=backend,
-        )  # fmt: skip
+        )
         grads = torch.autograd.grad(y.square().sum() + last.sum(), list(leaves.values()))
         named = dict(zip(leaves, grads, strict=True))
         results.append({'y': y.detach(), 'last state': last.detach()} | named)

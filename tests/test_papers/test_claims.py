@@ -138,7 +138,7 @@ def test_the_file_may_be_written_again(tmp_path):
     (lambda claims: claims['table-1'].pop('about'), 'vim/table-1: without about; keys are id, '),
     (lambda claims: claims.update({'tabel-9': dict(about='x', state='drawing')}),
      'vim/tabel-9: expected a place such as table-2'),
-])  # fmt: skip
+])
 def test_faults_are_named(tmp_path, change, words):
     with pytest.raises(UserError) as error:
         read_papers(changed(tmp_path, change))

@@ -30,7 +30,7 @@ QUICK = 'localvmamba_spatial_attention_mini_ade20k'
 STEPS = ['train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2',
          'train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False',
          'val_dataloader.num_workers=0', 'val_dataloader.persistent_workers=False',
-         'train_dataloader.batch_size=2']  # fmt: skip
+         'train_dataloader.batch_size=2']
 
 
 def test_rows_that_run():
@@ -186,7 +186,7 @@ def test_small_ablations_train(name, ade20k, tmp_path, capfd):
             for word in shlex.split(command)[1:]]
     with quick():
         assert cli.main([*argv, '--work-dir', str(tmp_path), '--data-root', str(ade20k),
-                         '--cfg-options', *STEPS]) == 0  # fmt: skip
+                         '--cfg-options', *STEPS]) == 0
     assert (tmp_path / 'iter_2.pth').is_file()
     assert 'mIoU' in ''.join(capfd.readouterr())
 
@@ -201,8 +201,8 @@ def test_searches_run(name, tmp_path):
     if '_s_' in name:  # a thumbnail of the published search
         options += ['model.num_classes=5', 'model.backbone.arch.dim=8',
                     'train_dataloader.batch_size=4',
-                    'train_dataloader.dataset.pipeline.1.input_size=32']  # fmt: skip
+                    'train_dataloader.dataset.pipeline.1.input_size=32']
     with quick():
         assert cli.main(['search', str(ROOT / f'configs/classification/{name}.py'), '--data-root',
                          str(data), '--work-dir', str(tmp_path / 'work'), '--cfg-options',
-                         *options]) == 0  # fmt: skip
+                         *options]) == 0

@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[2] / 'tools' / 'benchmark'
 STAGED = dict(arch=dict(dim=8, depths=(1, 1, 1, 1)))
 SMALL = {'VMamba': STAGED, 'Vim': dict(arch=dict(dim=8, depth=2), out_indices=(1,))}
 QUICK = ['--device', 'cpu', '--size', '32', '48', '--batch', '1', '--turns', '2',
-         '--check-size', '32']  # fmt: skip
+         '--check-size', '32']
 
 
 @pytest.fixture

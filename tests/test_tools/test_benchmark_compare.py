@@ -78,7 +78,7 @@ def run(compare, tmp_path, capfd):
     def run(name, *more):
         code = run_command(compare.main, [
             '--factory', str(tmp_path / name) if ':' in name else name, '--size', '32', '48',
-            '--batch', '1', '--device', 'cpu', '--turns', '3', *more])  # fmt: skip
+            '--batch', '1', '--device', 'cpu', '--turns', '3', *more])
         said = capfd.readouterr()
         assert 'Traceback' not in said.err
         return code, said.out, said.err
@@ -131,7 +131,7 @@ def test_turns_alternate(compare, monkeypatch):
     ('nothing', "returned NoneType, expected a dictionary with 'module' and 'config'"),
     ('a_function', "'module' is a builtin_function_or_method, expected a torch.nn.Module"),
     ('number', 'has no function number'), ('absent', 'has no function absent'),
-])  # fmt: skip
+])
 def test_nothing_is_timed(run, name, message):
     code, out, err = run(f'mine.py:{name}')
     assert code == 1 and message in err and 'p50_ms' not in out, err

@@ -30,7 +30,7 @@ def run_stub(tmp_path, only):
     done = subprocess.run(
         [sys.executable, SCRIPT, '--stub', '--only', only], env=environment,
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout.strip().splitlines()
 
@@ -78,10 +78,10 @@ def test_a_missed_target_is_said():
     found = dict.fromkeys(('no grad', 'forward', 'backward', 'forward+backward'), good)
     assert host.verdict({'scan': found}) == (
         True, 'targets kept: scan: forward calls 60 (at most 60), forward+backward calls 60 '
-        '(at most 170), backward allocations 2 (at most 2)')  # fmt: skip
+        '(at most 170), backward allocations 2 (at most 2)')
     for kind, worse in (('no grad', good._replace(calls=61)), ('forward', good._replace(calls=61)),
                         ('forward+backward', good._replace(calls=171)),
-                        ('backward', good._replace(allocations=3))):  # fmt: skip
+                        ('backward', good._replace(allocations=3))):
         kept, line = host.verdict({'scan': found | {kind: worse}, 'SS2D': found})
         assert not kept and line.startswith('targets MISSED: scan: ') and '; SS2D: ' in line
         assert not host.verdict({'SS2D': found, 'scan': found | {kind: worse}})[0]

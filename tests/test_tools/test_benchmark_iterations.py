@@ -76,7 +76,7 @@ def test_rows(tool, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('lines', 'end'), [
     ([line(0.4)] * 10, 'failed, exit code 1'), ([line(0.4)] * 5, 'stopped'), ([], 'finished'),
-], ids=['failed', 'too few', 'none'])  # fmt: skip
+], ids=['failed', 'too few', 'none'])
 def test_a_run_that_says_nothing_costs_only_itself(tool, tmp_path, monkeypatch, capsys, lines, end):
     runs = dict(eager=(lines, end, 'what went wrong'), compile=([line(0.2)] * 10, 'finished', ''))
     code, rows, _ = measured(tool, monkeypatch, tmp_path, runs, '--ways', 'eager', 'compile')

@@ -28,7 +28,7 @@ _spec.loader.exec_module(script)
 
 TABLE = script.read_table()
 QUICK = ('mambavision_t_det', 'mambavision_t_tight_det', 'vmamba_t_seg', 'vim_ti_seg',
-         'localvim_t_seg', 'localvmamba_t_seg')  # fmt: skip
+         'localvim_t_seg', 'localvmamba_t_seg')
 
 
 def check(name, launches, columns):

@@ -124,7 +124,7 @@ class NoGpu:
         self.cuda = SimpleNamespace(
             Stream=Stream, stream=stream, CUDAGraph=Graph, graph=Capture,
             current_stream=lambda: Stream(),
-        )  # fmt: skip
+        )
 
     def call(self):
         self.seen.append(('captured' if self.capturing else 'warm', self.current))

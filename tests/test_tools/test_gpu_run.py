@@ -187,15 +187,15 @@ def test_targets_are_held_against_rows(gpu_run, tmp_path):
         ('segmentation MambaVision-T s4', 'forward', 'eager', '0.99'),
         ('VMamba-T 512 stage 4', 'forward+backward', 'graph', '1.90'),
         ('VMamba-T 512 stage 3', 'forward+backward', 'graph', '1.90'),
-    ]  # fmt: skip
+    ]
     write(tmp_path / 'ops.csv', [
         common | {'shape': shape, 'pass': what, 'mode': mode, 'cuda_over_this': ratio}
-        for shape, what, mode, ratio in rows])  # fmt: skip
+        for shape, what, mode, ratio in rows])
     lines = '\n'.join(gpu_run.target_lines(tmp_path))
     for said in ('s3 (bfloat16) 2.60x; detection MambaVision-T s4 (bfloat16) 2.40x **short**',
                  'classification MambaVision-T s4 (bfloat16) 4.00x **short**',
                  'segmentation MambaVision-T s4 (bfloat16) 0.99x **short**',
-                 'stage 4 (bfloat16) 1.90x **short**'):  # fmt: skip
+                 'stage 4 (bfloat16) 1.90x **short**'):
         assert said in lines, said
     assert 'stage 3 (bfloat16) 1.90x |' in lines
     (eager,) = (line for line in lines.splitlines() if '>= 0.9 of' in line and '2.30' in line)
@@ -222,7 +222,7 @@ def test_kernels_are_counted(gpu_run):
         event('Memcpy DtoD (Device -> Device)', DeviceType.CUDA, 5, 2.0),
         event('Memset (Device)', DeviceType.CUDA, 1, 1.0),
         event('aten::add', DeviceType.CPU, 2, 0.0),
-    ]) == (5, 11.5)  # fmt: skip
+    ]) == (5, 11.5)
 
 
 def test_tables_of_the_summary_have_only_what_was_timed(gpu_run, tmp_path):
@@ -244,7 +244,7 @@ def test_a_row_that_was_cut_off_is_left_out(gpu_run, tmp_path):
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['0', '--dry-run'], 'MINUTES is 0; expected more than 0'), (['nan', '--dry-run'], 'is nan'),
     ([], 'MINUTES'), (['ten'], 'invalid float'),
-])  # fmt: skip
+])
 def test_mistakes(gpu_run, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         gpu_run.main(arguments)
@@ -322,7 +322,7 @@ def test_a_sweep_has_the_planners_own_plans_and_is_read_again(gpu_run, monkeypat
         return {'device': 'NVIDIA H200', 'kernels': args.kernels, 'shape': shape.name,
                 'B': shape.batch, 'G': 1, 'H': shape.channels, 'L': shape.length,
                 'N': shape.state, 'plan': f'b{block} u{unroll} c{chunk}',
-                'forward_us': '10.00', 'backward_us': '20.00'}  # fmt: skip
+                'forward_us': '10.00', 'backward_us': '20.00'}
 
     monkeypatch.setattr(jobs, 'sweep_row', row)
     monkeypatch.setattr(jobs, 'sweep_shapes', lambda dry: iter(shapes))
@@ -349,7 +349,7 @@ def test_dry_run(tmp_path):
         ['bash', FOLDER / 'gpu_run.sh', '60', '--dry-run'], cwd=tmp_path,
         env=os.environ | {'OUT': str(out), 'PYTHON': sys.executable, 'WORK': str(work)},
         capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'all passed' in done.stdout
     summary = (out / 'summary.md').read_text()

@@ -59,7 +59,7 @@ def test_a_moved_cache_is_used(cache, tmp_path, monkeypatch):
     first, then, archive = tmp_path / 'first', tmp_path / 'then', tmp_path / 'kernels.tar.gz'
     names = launched(cache, source, first, monkeypatch)
     kept = ['__grp__copy_kernel.json', '__triton_launcher.so', 'copy_kernel.cubin',
-            'copy_kernel.json', 'cuda_utils.so']  # fmt: skip
+            'copy_kernel.json', 'cuda_utils.so']
     assert set(kept) < set(names) and 'copy_kernel.ptx' in names
     assert cache.pack(first, archive) == 3
     first.rename(tmp_path / 'away')
@@ -109,6 +109,6 @@ def test_a_scan_is_filled_in(tmp_path):
     done = subprocess.run(
         [sys.executable, FOLDER / 'kernel_cache.py', 'fill', archive, '--only',
          'scan segmentation MambaVision-T s4 torch.bfloat16'], capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'entries' in done.stdout and archive.stat().st_size > 10000

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ('tools/setup_env.sh', 'tools/run_tests.sh', 'setup.py', 'setup.cfg', 'pyproject.toml',
-          'requirements')  # fmt: skip
+          'requirements')
 SHELL_TOOLS = ('bash', 'cat', 'cksum', 'dirname', 'ls', 'rm', 'sed', 'sort', 'tail', 'env')
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +44,7 @@ def bash(script, *arguments, cwd, **environment):
     return subprocess.run(
         [shutil.which('bash'), script, *arguments], cwd=cwd, env=clean | environment,
         capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    )
 
 
 def script(path, text):
@@ -73,7 +73,7 @@ def test_no_python_at_all(clone, bare_path, tmp_path):
 def test_an_unsuitable_python_is_passed_over(clone, bare_path, tmp_path):
     script(bare_path / 'python3', 'echo 3.8')
     result = bash('tools/setup_env.sh', 'upstream', cwd=clone, PATH=str(bare_path),
-                  HOME=str(tmp_path))  # fmt: skip
+                  HOME=str(tmp_path))
     assert 'no Python 3.10 or 3.11 found' in refusal(result)
 
 
@@ -133,7 +133,7 @@ def test_changed_requirements_are_noticed(clone, tmp_path, bare_path):
     with open(clone / 'requirements' / 'tests.txt', 'a') as file:
         file.write('hypothesis\n')
     result = bash('tools/setup_env.sh', cwd=clone, CALLS=str(tmp_path / 'calls'),
-                  PATH=str(bare_path), HOME=str(tmp_path))  # fmt: skip
+                  PATH=str(bare_path), HOME=str(tmp_path))
     assert 'no Python' in refusal(result)  # it went on to install
 
 

@@ -388,7 +388,7 @@ def test_the_table_of_released_files():
      'v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_tiny_iter_160000.pth'),
     ('vmamba-v0-b-upernet-ade20k',
      'v0seg/vssmbase_upernet_4xb4-160k_ade20k-512x512_iter_128000.pth'),
-])  # fmt: skip
+])
 def test_addresses_of_vmamba_have_the_tag_of_their_release(name, end):
     """Its repository prints all 29 of them; '#' begins each tag and is escaped in an address."""
     assert RELEASED[name].address == (

@@ -71,7 +71,7 @@ PASSES = ('forward', 'forward+backward')
 COLUMNS = (
     *ENVIRONMENT, 'shape', 'B', 'L', 'heads', 'width', 'dtype', 'variant', 'pass', 'mode',
     *PERCENTILES, 'default_over_this', 'kernel', 'error_y', 'error_gradient',
-)  # fmt: skip
+)
 WRONG = 'wrong, not timed'
 REFUSED = 'refused'
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -119,7 +119,7 @@ def exact(qkv: torch.Tensor, heads: int = 1) -> torch.Tensor:
     rows = [
         (part @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
         for part in q.split(512, dim=2)
-    ]  # fmt: skip
+    ]
     return torch.cat(rows, 2).transpose(1, 2).flatten(2)
 
 
@@ -179,7 +179,7 @@ def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
         x = qkv.detach().requires_grad_(backward)
         calls = {
             name: (lambda n=name, x=x, b=backward: run(*everything[n], x, b)) for name in right
-        }  # fmt: skip
+        }
         kernels = {name: kernel_name(call, args.device) for name, call in calls.items()}
         for mode in args.modes:
             works = {}

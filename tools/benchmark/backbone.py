@@ -45,7 +45,7 @@ from mmhybrid.registry import MODELS
 COLUMNS = (
     *ENVIRONMENT, 'model', 'B', 'H', 'W', 'dtype', 'pass', 'mode', 'choice', *PERCENTILES,
     'images_per_s', 'saved_MB', 'peak_MB', 'error',
-)  # fmt: skip
+)
 MODELS_OF_INTEREST = ('MambaVision:tiny', 'VMamba:tiny', 'LocalVMamba:tiny', 'Vim:tiny',
                       'LocalVim:tiny')
 PASSES = ('forward', 'forward+backward')
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None, build_arguments: dict[str, dict] | 
                        else default_choices(args.device, model))
             for row in measure(args, model, choices, record, failures, own):
                 shown = ('model', 'pass', 'mode', 'choice', 'p20_ms', 'p50_ms', 'p80_ms',
-                         'images_per_s', 'saved_MB', 'peak_MB', 'error')  # fmt: skip
+                         'images_per_s', 'saved_MB', 'peak_MB', 'error')
                 print('  '.join(f'{key} {row[key]}' for key in shown if row.get(key)), flush=True)
                 if args.csv:
                     append_rows(args.csv, COLUMNS, [row])

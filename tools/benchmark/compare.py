@@ -55,7 +55,7 @@ from mmhybrid.errors import UserError
 COLUMNS = (
     *ENVIRONMENT, 'case', 'B', 'H', 'W', 'dtype', 'pass', 'mode', 'module', *PERCENTILES,
     'theirs_over_this', 'peak_MB', 'error',
-)  # fmt: skip
+)
 PASSES = ('forward', 'forward+backward')
 KEYS = ('module', 'config', 'options', 'keys')
 # RMS of the difference of two outputs over RMS of the outputs: two ways of rounding.
@@ -266,11 +266,11 @@ def main(arguments: list[str] | None = None) -> None:
     fixed = environment(args.device, args.clock) | {
         'case': args.factory.rpartition(':')[2], 'B': args.batch, 'H': args.size[0],
         'W': args.size[1], 'dtype': args.dtype, 'error': f'{error:.1e}',
-    }  # fmt: skip
+    }
     failures = Failures()
     for row in measure(args, modules, fixed, failures):
         shown = ('pass', 'mode', 'module', 'p20_ms', 'p50_ms', 'p80_ms', 'theirs_over_this',
-                 'peak_MB')  # fmt: skip
+                 'peak_MB')
         print('  '.join(f'{key} {row[key]}' for key in shown if row.get(key)), flush=True)
         if args.csv:
             append_rows(args.csv, COLUMNS, [row])

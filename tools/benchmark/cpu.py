@@ -40,7 +40,7 @@ from timing import (
 COLUMNS = (
     *ENVIRONMENT, 'against', 'model', 'B', 'H', 'W', 'dtype', 'pass', *PERCENTILES,
     'against_p50_ms', 'ratio', 'p20_ratio', 'p80_ratio', 'error',
-)  # fmt: skip
+)
 MODELS = ('VMamba:tiny', 'Vim:tiny', 'LocalVMamba:tiny', 'MambaVision:tiny')
 PASSES = ('forward', 'forward+backward')
 TOLERANCE = 1e-4  # RMS of the difference of two maps over that of one, float32
@@ -69,12 +69,12 @@ class Version:
     def __init__(self, folder: Path, model: str, what: str, args, maps: Path):
         self.maps = maps
         settings = [str(x) for x in (folder, model, what, args.clock, args.threads, args.batch,
-                                     *args.size, maps)]  # fmt: skip
+                                     *args.size, maps)]
         # Threads that wait must not count as work.
         variables = {'OMP_NUM_THREADS': str(args.threads), 'OMP_WAIT_POLICY': 'passive'}
         self.process = subprocess.Popen(
             [sys.executable, __file__, '--worker', *settings], env=os.environ | variables,
-            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def answer(self) -> float:
         """Seconds of the call that was asked for; of the first answer, of the warm-up."""
@@ -156,7 +156,7 @@ def measure(model: str, what: str, older: Path, args, scratch: Path) -> dict[str
     return percentiles(now) | {
         'against_p50_ms': f'{statistics.median(before) * 1e3:.4g}', 'ratio': ratios['p50_ms'],
         'p20_ratio': ratios['p20_ms'], 'p80_ratio': ratios['p80_ms'], 'error': f'{error:.1e}',
-    }  # fmt: skip
+    }
 
 
 def rows(args, failures: Failures) -> Iterator[dict[str, str]]:
@@ -168,7 +168,7 @@ def rows(args, failures: Failures) -> Iterator[dict[str, str]]:
         for model in args.models:
             for what in args.passes:
                 fixed = dict(against=args.against, model=model, B=args.batch, H=height, W=width,
-                             dtype='float32', **{'pass': what})  # fmt: skip
+                             dtype='float32', **{'pass': what})
                 with failures.noted(f'{model}: {what}'):
                     yield record | fixed | measure(model, what, older, args, Path(scratch))
 
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     failures = Failures()
     for row in rows(args, failures):
         shown = ('model', 'pass', 'threads', 'against_p50_ms', 'p50_ms', 'ratio', 'p20_ratio',
-                 'p80_ratio', 'error')  # fmt: skip
+                 'p80_ratio', 'error')
         print('  '.join(f'{key} {row[key]}' for key in shown), flush=True)
         if args.csv:
             append_rows(args.csv, COLUMNS, [row])

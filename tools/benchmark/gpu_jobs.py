@@ -43,7 +43,7 @@ from mmhybrid.ops.selective_scan import plan as plans
 from mmhybrid.ops.selective_scan.passes import processors
 
 COLUMNS = ('device', 'kernels', 'shape', 'B', 'G', 'H', 'L', 'N', 'plan', 'forward_us',
-           'backward_us')  # fmt: skip
+           'backward_us')
 BLOCKS, UNROLLS = (32, 64), (4, 8)
 CHUNKS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -54,7 +54,7 @@ def kernels_commit() -> str:
 
     def git(*arguments):
         done = subprocess.run(['git', '-C', folder, *arguments, '--', folder],
-                              capture_output=True, text=True)  # fmt: skip
+                              capture_output=True, text=True)
         return done.stdout.strip()
 
     found = git('log', '-1', '--format=%h')
@@ -85,7 +85,7 @@ IMPORTS = (
     'triton.compiler, triton.backends.nvidia.driver', 'torchvision', 'mmdet.apis', 'mmseg.apis',
     'pytest, xdist', 'timm', 'mamba_ssm', 'scipy.signal, matplotlib.pyplot',
     'cv2, pycocotools.mask', 'mmhybrid',
-)  # fmt: skip
+)
 
 
 def imports_part(args) -> int:
@@ -220,7 +220,7 @@ def own_cuts(shape, device: str) -> list[tuple[int, int, int]]:
             shape.batch, 1, shape.channels, shape.length, shape.state,
             processors(torch.device(device)),
             gradients=gradients,
-        )  # fmt: skip
+        )
         for cut in (plan.forward, plan.backward)[: 1 + gradients]:
             own = cut.block, cut.unroll, min(plan.chunk, shape.length)
             if own not in found:
@@ -239,7 +239,7 @@ def forced(block: int, unroll: int, chunk: int):
         return found._replace(
             chunk=whole, n_chunks=-(-length // whole), forward=found.forward._replace(**cut),
             backward=found.backward._replace(**cut),
-        )  # fmt: skip
+        )
 
     return mock.patch.object(plans, 'launch_plan', plan)
 
@@ -276,7 +276,7 @@ def forward_and_both(shape, args) -> tuple[float, float]:
             [lambda b=backward: ops.run(function, leaves, b)] * (1 if args.dry_run else 4)
         )
         for backward in (False, True)
-    }  # fmt: skip
+    }
     times = take_turns(works, 1 if args.dry_run else 7, default_clock(args.device), seconds=0.5)
     forward, both = (float(percentiles(times[backward])['p50_ms']) * 1e3 for backward in works)
     return forward, both
@@ -291,7 +291,7 @@ def sweep_row(shape, cut: tuple[int, int, int], args) -> dict:
         'B': shape.batch, 'G': 1, 'H': shape.channels, 'L': shape.length, 'N': shape.state,
         'plan': 'b{} u{} c{}'.format(*cut), 'forward_us': f'{forward:.2f}',
         'backward_us': f'{both - forward:.2f}',
-    }  # fmt: skip
+    }
 
 
 def sweep_part(args) -> int:
@@ -323,7 +323,7 @@ FORMS = {
     'launches overlap': dict(overlap=True),
     'forward with 96 registers': dict(forward=dict(registers=96)),
     'backward with 168 registers': dict(backward=dict(registers=168)),
-}  # fmt: skip
+}
 _FORM_COLUMNS = ('device', 'shape', 'form', 'forward_us', 'both_us')
 
 
@@ -367,7 +367,7 @@ def forms_part(args) -> int:
                 append_rows(args.csv, _FORM_COLUMNS, [{
                     'device': processor(args.device), 'shape': shape.name, 'form': form,
                     'forward_us': f'{forward:.2f}', 'both_us': f'{both:.2f}',
-                }])  # fmt: skip
+                }])
                 print(f'{shape.name}, {form}: {forward:.1f} / {both:.1f} us', flush=True)
     return int(bool(failures))
 
@@ -406,7 +406,7 @@ STEPS = {
     'LocalVMamba-T segmentation': Step('LocalVMamba:tiny', (512, 512)),
     'Vim-Ti segmentation': Step('Vim:tiny', (512, 512)),
     'LocalVim-T segmentation': Step('LocalVim:tiny', (512, 512)),
-}  # fmt: skip
+}
 LAUNCHES = ('device', 'step', 'dtype', 'launches', 'most', 'kernels_us')
 
 
@@ -445,7 +445,7 @@ def profile_part(args) -> int:
                     'device': processor(args.device), 'step': name, 'dtype': about.dtype,
                     'launches': launches, 'most': about.most or '',
                     'kernels_us': f'{microseconds:.0f}',
-                }])  # fmt: skip
+                }])
                 print(f'{what}: {launches} launches', flush=True)
             print(f'wrote {path}', flush=True)
     return int(bool(failures))
@@ -457,7 +457,7 @@ def kernels_of(averages) -> tuple[int, float]:
         event for event in averages
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.key.startswith(('Memcpy', 'Memset'))
-    ]  # fmt: skip
+    ]
     return (sum(event.count for event in kernels),
             sum(event.self_device_time_total for event in kernels))
 

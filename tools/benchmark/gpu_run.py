@@ -93,7 +93,7 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
                         '--batch', '1', '--turns', '1', '--counted-batch', '1'),
             'pareto': rows('pareto', *cpu, '--only', 'MambaVision-T$', '--size', '32',
                            '--batch', '1', '--turns', '1', limit=()),
-        }  # fmt: skip
+        }
     else:
         commands = {
             'tests': ['bash', 'tools/run_tests.sh', '--gpu'],
@@ -126,7 +126,7 @@ def parts_of(out: Path, dry: bool) -> list[Part]:
     return [
         Part(name, share, commands[name], {} if name in plain else interpreted)
         for name, share in shares.items() if name in commands
-    ]  # fmt: skip
+    ]
 
 
 class Stopped(Exception):
@@ -141,7 +141,7 @@ def run_part(part: Part, seconds: float, log: Path, environment: dict[str, str])
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment | part.environment, stdout=stream,
             stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -168,7 +168,7 @@ def run(parts: list[Part], minutes: float, out: Path) -> dict[str, str]:
         'PYTHON': sys.executable, 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1',
         'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]),
         'TRITON_CACHE_DIR': os.environ.get('TRITON_CACHE_DIR', str(out / 'triton')),
-    }  # fmt: skip
+    }
     try:
         for i, part in enumerate(parts):
             left = finish - time.monotonic()
@@ -227,9 +227,9 @@ TARGETS = (
     Target('ops', _LONG, 'forward+backward', 'eager', 0.9, of_graph=True),
     *(Target('mixer', '.', what, mode, 1.3)
       for mode in ('graph', 'eager') for what in ('forward', 'forward+backward')),
-)  # fmt: skip
+)
 _OURS = {'ops': ('backend', 'triton', 'cuda_over_this'),
-         'mixer': ('variant', 'fused', 'anchor_over_this')}  # fmt: skip
+         'mixer': ('variant', 'fused', 'anchor_over_this')}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -248,7 +248,7 @@ def against(target: Target, rows: list[dict]) -> list[tuple[str, str, float, flo
         for row in rows
         if row[column] == ours and row['pass'] == target.passes and row.get(ratio)
         and row.get('anchor', 'plain cuda') == 'plain cuda'
-    }  # fmt: skip
+    }
     found = []
     for (shape, dtype, mode), value in mine.items():
         if mode != target.mode or not re.search(target.shapes, shape):
@@ -274,10 +274,10 @@ def target_lines(out: Path) -> list[str]:
         said = '; '.join(
             f'{shape} ({dtype}) {value:.2f}x' + ('' if value >= least else ' **short**')
             for shape, dtype, value, least in rows
-        )  # fmt: skip
+        )
         name = {'ops': 'scan', 'mixer': 'mixer'}[target.file]
         lines.append(f'| {name}, {target.passes}, {target.mode}: {shapes} | {wanted} | '
-                     f'{said or "not measured"} |')  # fmt: skip
+                     f'{said or "not measured"} |')
     return lines
 
 
@@ -296,7 +296,7 @@ TABLES = (
     ('resolutions', 'Vim against DeiT', ('model', 'size', 'B', 'p50_ms', 'images_per_s')),
     ('pareto', 'Published accuracy against speed',
      ('model', 'size', 'B', 'dtype', 'published_top1', 'images_per_s')),
-)  # fmt: skip
+)
 
 
 # --- what survives --------------------------------------------------------------------------------
@@ -389,18 +389,18 @@ def write_summary(out: Path, parts: list[Part], found: dict[str, str]) -> None:
     lines += ['| part | what became of it |', '|---|---|']
     lines += [f'| {part.name} | {found.get(part.name, "not begun")} |' for part in parts]
     lines += ['', "## Against the targets (CUDA's scan over ours, same run)", '',
-              *target_lines(out)]  # fmt: skip
+              *target_lines(out)]
     for file, title, columns in TABLES:
         rows = [row for row in read_rows(out / f'{file}.csv') if row.get('p50_ms', 'none')]
         if rows:
             lines += ['', f'## {title}', '', f'| {" | ".join(columns)} |',
-                      '|---' * len(columns) + '|']  # fmt: skip
+                      '|---' * len(columns) + '|']
             lines += [f'| {" | ".join(row[key] for key in columns)} |' for row in rows]
     for name, title, count in (('tests', 'Tests', 12), ('host', 'Host', 12), ('plans', 'Plans', 9),
                                ('forms', 'Forms of plans', 60)):
         if tail(out / f'{name}.log', count):
             lines += ['', f'## {title}, end of the log', '', '```',
-                      *tail(out / f'{name}.log', count), '```']  # fmt: skip
+                      *tail(out / f'{name}.log', count), '```']
     part = out / 'summary.md.part'
     part.write_text('\n'.join(lines) + '\n')
     part.replace(out / 'summary.md')

@@ -105,7 +105,7 @@ class Stub:
                 names = (
                     'global_scratch_size', 'global_scratch_align', 'profile_scratch_size',
                     'profile_scratch_align', 'launch_cooperative_grid', 'launch_pdl',
-                )  # fmt: skip
+                )
                 for name in names:
                     setattr(self, name, getattr(metadata, name))
                 self.num_ctas = metadata.num_ctas
@@ -215,11 +215,11 @@ def ordered_scan(device) -> Work:
     u, delta = (
         tokens(device, batch, length, groups * group_dim).detach().unflatten(1, (groups, group_dim))
         .requires_grad_() for _ in range(2)
-    )  # fmt: skip
+    )
     B, C = (
         torch.randn(batch, groups, 1, length, device=device, dtype=torch.bfloat16)
         .requires_grad_() for _ in range(2)
-    )  # fmt: skip
+    )
     channels = groups * group_dim
     A, D, bias = parameters(device, (channels, 1), (channels,), (channels,))
     order = torch.stack([torch.randperm(length) for _ in range(groups)]).int().to(device)
@@ -228,7 +228,7 @@ def ordered_scan(device) -> Work:
         return selective_scan_ordered(
             u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True, order=order,
             backend='triton',
-        )  # fmt: skip
+        )
 
     return Work(run, [u, delta, A, B, C, D, bias])
 
@@ -330,7 +330,7 @@ def passes_of(work: Work) -> dict[str, Callable[[], None]]:
         torch.autograd.grad(y, work.leaves, dy, allow_unused=True, retain_graph=True)
 
     return {'no grad': work.run, 'forward': work.run, 'backward': backward,
-            'forward+backward': both}  # fmt: skip
+            'forward+backward': both}
 
 
 def mode(kind: str) -> torch.set_grad_enabled:
@@ -366,20 +366,20 @@ _BY_NAME = dict.fromkeys(
      '_wish_of_environment', 'is_scripting', 'is_tracing'), 'checks',
 ) | dict.fromkeys(('launch_plan', '_own_choice', 'find', 'remember'), 'planning') | dict.fromkeys(
     ('_direct', '_bind', 'launch', 'get_stream', 'get_device', 'device_of'), 'binding'
-) | dict.fromkeys(('grad', 'apply', 'backward'), 'autograd')  # fmt: skip
+) | dict.fromkeys(('grad', 'apply', 'backward'), 'autograd')
 _BY_FILE = {
     'plan.py': 'planning', 'launch.py': 'binding', 'passes.py': 'allocation',
     'graph.py': 'autograd', 'function.py': 'autograd', 'grad_mode.py': 'autograd',
     'module.py': 'modules', 'mambavision.py': 'modules', 'ss2d.py': 'modules', 'vim.py': 'modules',
     'localvim.py': 'modules', 'directional.py': 'modules',
-}  # fmt: skip
+}
 # Built-in functions, by their names.
 _BUILT_IN = dict.fromkeys(
     ('new_empty', 'new_empty_strided', 'empty', 'empty_like', 'as_strided', 'view', 'split',
      'split_with_sizes', 'unsqueeze', 'reshape', 't', 'expand', 'unflatten', 'flatten',
      'transpose', 'permute', 'chunk', 'unbind', 'detach'), 'allocation',
 ) | {'data_ptr': 'binding', 'save_for_backward': 'autograd', 'run_backward': 'autograd',
-     'apply': 'autograd'}  # fmt: skip
+     'apply': 'autograd'}
 _OF_TORCH = re.compile(r'torch\._C|built-in method torch')
 
 
@@ -501,7 +501,7 @@ def _measure(name: str, make, device, stub: Stub | None) -> dict[str, Count]:
                 run()
     print(f'\n{name}')
     print(f'  {"":18s} {"calls":>6s} {"operators":>10s} {"allocations":>12s} {"launches":>9s} '
-          f'{"as operator":>12s} {"host time":>10s}')  # fmt: skip
+          f'{"as operator":>12s} {"host time":>10s}')
     purposes = []
     for kind, run in runs.items():
         with mode(kind):
@@ -522,7 +522,7 @@ def _measure(name: str, make, device, stub: Stub | None) -> dict[str, Count]:
             if kind in slow:
                 purposes.append(f'  {kind}: {show(parts(run), adds)}')
         print(f'  {kind:18s} {count.calls:6d} {count.operators:10d} {count.allocations:12d} '
-              f'{count.launches:9d} {slower:>12} {ratio:>10s}')  # fmt: skip
+              f'{count.launches:9d} {slower:>12} {ratio:>10s}')
     print(*purposes, sep='\n')
     top = found['forward+backward'].where.most_common(12)
     print('  most of them: ' + ', '.join(f'{where} {n}' for where, n in top))
@@ -561,14 +561,14 @@ def verdict(found: dict[str, dict[str, Count]]) -> tuple[bool, str]:
         got = Target(
             max(counts[kind].calls for kind in forward_kinds(name)),
             counts['forward+backward'].calls, counts['backward'].allocations,
-        )  # fmt: skip
+        )
         most = TARGETS[name]
         kept &= all(n <= limit for n, limit in zip(got, most, strict=True))
         words = ('forward calls', 'forward+backward calls', 'backward allocations')
         lines.append(f'{name}: ' + ', '.join(
             f'{word} {n} (at most {limit})'
             for word, n, limit in zip(words, got, most, strict=True)
-        ))  # fmt: skip
+        ))
     return kept, f'targets {"kept" if kept else "MISSED"}: {"; ".join(lines)}'
 
 

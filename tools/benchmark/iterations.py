@@ -24,10 +24,10 @@ from timing import ENVIRONMENT, PERCENTILES, Failures, append_rows, environment,
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ('configs/cascade_mambavision_t_coco.py', 'configs/cascade_mambavision_t_tight_coco.py',
-           'configs/upernet_mambavision_t_ade20k.py')  # fmt: skip
+           'configs/upernet_mambavision_t_ade20k.py')
 WAYS = {'eager': (), 'graphs': ('--cuda-graphs',), 'compile': ('--compile',)}
 COLUMNS = (*ENVIRONMENT, 'config', 'way', 'batch', 'amp', *PERCENTILES, 'data_ms', 'peak_MB',
-           'eager_over_this', 'graphs', 'end')  # fmt: skip
+           'eager_over_this', 'graphs', 'end')
 _ENOUGH = 5  # iterations of which a median is told
 
 
@@ -51,12 +51,12 @@ def command_of(config: Path, way: str, data: Path, work: Path, args) -> list[str
     options = [
         'randomness.seed=0', 'default_hooks.logger.interval=1', 'log_processor.window_size=1',
         f'train_dataloader.batch_size={args.batch}', *args.cfg_options,
-    ]  # fmt: skip
+    ]
     return [
         sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--data-root', f'{data}/',
         '--work-dir', str(work), *WAYS[way], *(['--amp'] if args.amp else []),
         '--cfg-options', *options,
-    ]  # fmt: skip
+    ]
 
 
 def run(command: list[str], seconds: float, log: Path) -> str:
@@ -99,7 +99,7 @@ def row_of(rows: list[dict], said: str) -> dict[str, str]:
     data = percentiles([row['data_time'] for row in rows])['p50_ms']
     peak = max((row.get('memory', 0) for row in rows), default=0)
     return found | {'data_ms': data, 'peak_MB': str(peak or ''),
-                    'graphs': graphs[-1].strip() if graphs else ''}  # fmt: skip
+                    'graphs': graphs[-1].strip() if graphs else ''}
 
 
 def measure(config: Path, args, failures: Failures):

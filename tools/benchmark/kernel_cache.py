@@ -101,7 +101,7 @@ def launchers_built() -> Iterator[None]:
                 driver.compile_module_from_src(
                     src=(Path(driver.dirname) / 'driver.c').read_text(), name='cuda_utils',
                     library_dirs=driver.library_dirs(), include_dirs=driver.include_dirs,
-                    libraries=driver.libraries)  # fmt: skip
+                    libraries=driver.libraries)
                 yield
         finally:
             knobs.nvidia.libcuda_path = before
@@ -151,7 +151,7 @@ def only_shapes() -> Iterator[None]:
         mock.patch.object(F, 'conv2d', lambda x, w, b=None, *more, **options: conv.apply(
             dict(zip(names, more, strict=False)) | options, x, w, b)),
         mock.patch.object(F, 'scaled_dot_product_attention', lambda q, k, v: q.clone()),
-    ):  # fmt: skip
+    ):
         yield
 
 
@@ -163,7 +163,7 @@ def fill(args) -> int:
         folder = Path(args.folder or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, 'fill', str(args.archive), '--only', args.only,
-                   '--folder', str(folder)]  # fmt: skip
+                   '--folder', str(folder)]
         workers = [subprocess.Popen([*command, '--worker', f'{i}/{args.processes}'])
                    for i in range(args.processes)]
         codes = [worker.wait() for worker in workers]

@@ -66,7 +66,7 @@ CASES = {
     'vim_ti_seg': Case('Vim', {'img_size': 512}, (2, 3, 512, 512), 'bfloat16', 50),
     'localvim_t_seg': Case('LocalVim', {'img_size': 512}, (2, 3, 512, 512), 'bfloat16'),
     'localvmamba_t_seg': Case('LocalVMamba', {}, (2, 3, 512, 512), 'bfloat16', 50),
-}  # fmt: skip
+}
 
 
 def counted(case: Case, shallow: bool = False) -> list:
@@ -130,7 +130,7 @@ def sums(launches: list, by: str) -> dict[str, tuple[int, int]]:
     found = collections.defaultdict(lambda: [0, 0])
     for one in launches:
         key = {'kind': one['kind'], 'operator': f"{one['operator'].removeprefix('aten::')}",
-               'module': '.'.join(one['module'].split('.')[:4])}[by]  # fmt: skip
+               'module': '.'.join(one['module'].split('.')[:4])}[by]
         found[key][0] += one['launches']
         found[key][1] += one['bytes']
     return {key: tuple(value) for key, value in sorted(found.items(), key=lambda kv: -kv[1][0])}

@@ -63,7 +63,7 @@ GPU_SHAPES = tuple(
         ('detection', 3, 2, 12544), ('detection', 4, 2, 3136),
         ('segmentation', 3, 2, 4096), ('segmentation', 4, 2, 1024),
         ('classification', 3, 128, 196), ('classification', 4, 128, 49))
-) + (Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 384),)  # fmt: skip
+) + (Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 384),)
 CPU_SHAPES = (
     Shape('segmentation MambaVision-T s4', 2, 1024, 640),
     Shape('classification MambaVision-T s3', 8, 196, 320),
@@ -74,7 +74,7 @@ COLUMNS = (
     *ENVIRONMENT, 'shape', 'B', 'L', 'C', 'dtype', 'parameters', 'variant', 'pass', 'mode',
     *PERCENTILES, 'floor_ms', 'anchor', 'anchor_over_this', 'saved_bytes_per_token_and_channel',
     'error_y', 'worst_gradient', 'error_gradient',
-)  # fmt: skip
+)
 PASSES = ('forward', 'forward+backward')
 WRONG = 'wrong, not timed'
 FAILED = 'failed, not timed'
@@ -208,7 +208,7 @@ def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
     common = environment(args.device, args.clock) | {
         'shape': shape.name, 'B': shape.batch, 'L': shape.length, 'C': shape.dim,
         'dtype': args.dtype, 'parameters': str(held).removeprefix('torch.'),
-    }  # fmt: skip
+    }
     elements = shape.batch * shape.length * shape.dim
     generator = torch.Generator(args.device).manual_seed(1)
     sets = [torch.randn(shape[1:], generator=generator, device=args.device).to(held)
@@ -231,7 +231,7 @@ def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
         error_y = found.pop('y')
         worst = max(found, key=found.get)
         row |= {'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
-                'error_gradient': f'{found[worst]:.1e}'}  # fmt: skip
+                'error_gradient': f'{found[worst]:.1e}'}
         if max(error_y, found[worst]) <= TOLERANCE[dtype]:
             of_variant[name] = row
         else:
@@ -250,7 +250,7 @@ def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
                     continue  # a graph of the thousands of launches of these is no use
                 with failures.noted(f'{shape.name}: {name}: {what}, {mode}'):
                     work = build([lambda m=variants[name], x=x, b=backward: run(m, x, b, autocast)
-                                  for x in leaves])  # fmt: skip
+                                  for x in leaves])
                     seconds_per_call(work, args.clock)  # compiles, and fills caches
                     works[name] = work
             times = take_turns(works, args.rounds, args.clock, args.seconds)
@@ -262,7 +262,7 @@ def measure(shape: Shape, args, failures: Failures) -> Iterator[dict]:
                     ratio = {'anchor': anchor, 'anchor_over_this': f'{over:.2f}'}
                 yield of_variant[name] | stamp | ratio | {
                     'pass': what, 'mode': mode, 'floor_ms': '' if floor is None else f'{floor:.4f}',
-                }  # fmt: skip
+                }
 
 
 def run_forward(mixer, x, autocast):

@@ -68,7 +68,7 @@ GPU_SHAPES = (
         *([Shape('Vim-S 1248 one direction', 1, 6085, 768, 16, gate=True)] if m == 'T' else []),
     )),
     Shape('segmentation MambaVision-S s3 window 160', 2, 25600, 192, 8),
-)  # fmt: skip
+)
 CPU_SHAPES = (
     Shape('segmentation s3', 2, 4096, 160, 8),
     Shape('detection s3, one image', 1, 12544, 160, 8),
@@ -81,7 +81,7 @@ COLUMNS = (
     *ENVIRONMENT, 'shape', 'B', 'L', 'D', 'N', 'even', 'dtype', 'layout', 'backend', 'pass', 'mode',
     *PERCENTILES, 'floor_ms', 'reference_over_this', 'cuda_over_this', 'saved_MB', 'error_y',
     'worst_gradient', 'error_gradient',
-)  # fmt: skip
+)
 PASSES = ('forward', 'forward+backward')
 WRONG = 'wrong, not timed'
 FAILED = 'failed, not timed'
@@ -202,7 +202,7 @@ def measure(shape: Shape, functions: dict, args, failures: Failures) -> Iterator
         'N': shape.state, 'dtype': args.dtype,
         # whether L fills the chunks of the CUDA kernel
         'even': shape.length % 2048 == 0 or shape.length in (128, 256, 512, 1024),
-    }  # fmt: skip
+    }
     size = (3 + shape.gate) * shape.batch * shape.length * shape.channels * dtype.itemsize
     inputs, of_backend = {}, {}
     exact = exact_results(make_inputs(shape, dtype, args.device, 0, True))
@@ -220,7 +220,7 @@ def measure(shape: Shape, functions: dict, args, failures: Failures) -> Iterator
         error_y = found.pop('y')
         worst = max(found, key=found.get)
         row |= {'error_y': f'{error_y:.1e}', 'worst_gradient': worst,
-                'error_gradient': f'{found[worst]:.1e}'}  # fmt: skip
+                'error_gradient': f'{found[worst]:.1e}'}
         if max(error_y, found[worst]) <= TOLERANCE[dtype] * (1 if name == 'triton' else 4):
             inputs[name], of_backend[name] = sets, row
         else:
@@ -231,7 +231,7 @@ def measure(shape: Shape, functions: dict, args, failures: Failures) -> Iterator
         calls = {}
         for name, sets in inputs.items():
             leaves = [{k: x.detach().requires_grad_(backward) for k, x in one.items()}
-                      for one in sets]  # fmt: skip
+                      for one in sets]
             calls[name] = [
                 lambda x=x, f=functions[name], b=backward: run(f, x, b) for x in leaves
             ]
@@ -257,10 +257,10 @@ def measure(shape: Shape, functions: dict, args, failures: Failures) -> Iterator
                     f'{anchor}_over_this':
                         f"{float(stamps[anchor]['p50_ms']) / float(stamp['p50_ms']):.2f}"
                     for anchor in ('reference', 'cuda') if anchor in stamps
-                }  # fmt: skip
+                }
                 yield of_backend[name] | stamp | ratios | {
                     'pass': what, 'mode': mode, 'floor_ms': '' if floor is None else f'{floor:.4f}',
-                }  # fmt: skip
+                }
 
 
 def show(row: dict) -> str:

@@ -33,7 +33,7 @@ from mmhybrid.analysis.models.source import build_model, find_model
 from mmhybrid.papers import find_claim, read_papers
 
 COLUMNS = (*ENVIRONMENT, 'model', 'size', 'B', 'dtype', 'published_top1', 'published_images_per_s',
-           *PERCENTILES, 'images_per_s')  # fmt: skip
+           *PERCENTILES, 'images_per_s')
 CLAIM = 'mambavision/figure-1'
 TIMM = 'timm:'
 
@@ -77,7 +77,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
                    and row.get(column)]
             axis.plot([float(row[column]) for row in own],
                       [float(row['published_top1']) for row in own], marker='o', color=f'C{i}',
-                      label=family)  # fmt: skip
+                      label=family)
             for row in own:
                 axis.annotate(row['model'], (float(row[column]), float(row['published_top1'])),
                               fontsize=7, xytext=(4, 3), textcoords='offset points')

@@ -59,7 +59,7 @@ def read_rows(path=SWEEP, kernels=plans.KERNELS) -> dict[str, list[Row]]:
             shapes[line['shape']].append(Row(
                 line['shape'], sizes, PROCESSORS[line['device']], block, unroll,
                 min(chunk, sizes[3]), float(line['forward_us']), float(line['backward_us']),
-            ))  # fmt: skip
+            ))
     return dict(shapes)
 
 
@@ -137,7 +137,7 @@ def error_as_written(which: plans.Pass, rows: list[Row]) -> float:
     """RMS of the logarithm of model over row, with the figures that the planner has."""
     costs = [part[block] for part in (which.cut, which.whole) for block in (32, 64)]
     figures = [*which.launches, which.carry, *(x for cost in costs for x in cost.wait),
-               *(x for cost in costs for x in cost.work)]  # fmt: skip
+               *(x for cost in costs for x in cost.work)]
     return float((log_errors(figures, samples(which, rows)) ** 2).mean() ** 0.5)
 
 
@@ -150,13 +150,13 @@ def fit(which: plans.Pass, rows: list[Row]) -> tuple[plans.Pass, float]:
     start = np.log([6, 3, 0.05] + [0.5] * 8 + [0.05] * 8)
     lower = np.log([2, 1, 0.01] + [1e-5] * 16)
     found = least_squares(lambda logs: log_errors(np.exp(logs), data), start, loss='soft_l1',
-                          f_scale=0.1, bounds=(lower, 5))  # fmt: skip
+                          f_scale=0.1, bounds=(lower, 5))
     cut, whole, carry, *rest = (float(x) for x in np.exp(found.x))
     wait, work = rest[:8], rest[8:]
 
     def costs(first):
         return {block: plans.Cost((wait[i], wait[i + 1]), (work[i], work[i + 1]))
-                for block, i in ((32, first), (64, first + 2))}  # fmt: skip
+                for block, i in ((32, first), (64, first + 2))}
 
     fitted = which._replace(launches=(cut, whole), carry=carry, cut=costs(0), whole=costs(4))
     return fitted, float(np.sqrt((found.fun**2).mean()))
@@ -186,7 +186,7 @@ def expectations(shapes: dict[str, list[Row]]) -> list[str]:
                 plans.pass_time(which, cut.block, plan.chunk, batch * groups, group_dim, length,
                                 state, rows[0].processors)
                 for which, cut in zip(plans.EXPECTED, cuts, strict=False)
-            ))  # fmt: skip
+            ))
             blocks = '/'.join(f'b{cut.block}' for cut in cuts)
             named.append(f'{blocks} c{plan.chunk}' if plan.n_chunks > 1 else f'{blocks} whole')
         lines.append(f'| {shape} | {best[0]:.0f} / {best[1]:.0f} | {" / ".join(named)} | '

@@ -50,7 +50,7 @@ PATCH = 16
 COLUMNS = (
     *ENVIRONMENT, 'model', 'fpn', 'size', 'tokens', 'B', 'dtype', *PERCENTILES, 'images_per_s',
     'peak_MB', 'counted_B', 'counted_MB', 'counted_GMACs',
-)  # fmt: skip
+)
 
 
 class DeiT(nn.Module):
@@ -145,7 +145,7 @@ def measure(args, size: int, record: dict, failures: Failures) -> Iterator[dict]
     """The rows of one size."""
     side = size // PATCH * PATCH
     fixed = record | dict(fpn=int(args.fpn), size=size, tokens=(side // PATCH) ** 2,
-                          counted_B=args.counted_batch)  # fmt: skip
+                          counted_B=args.counted_batch)
     rows = {}
     for model in args.models:
         with failures.noted(f'{model} at {size}, counted'):
@@ -293,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         for row in measure(args, size, record, failures):
             shown = ('model', 'size', 'tokens', 'B', 'images_per_s', 'peak_MB', 'counted_MB',
-                     'counted_GMACs')  # fmt: skip
+                     'counted_GMACs')
             print('  '.join(f'{key} {row[key]}' for key in shown if row.get(key)), flush=True)
             rows.append(row)
             if args.csv:

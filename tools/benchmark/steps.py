@@ -43,7 +43,7 @@ from timing import (
 from mmhybrid.registry import MODELS
 
 COLUMNS = (*ENVIRONMENT, 'case', 'dtype', 'pass', 'way', *PERCENTILES, 'peak_MB', 'error',
-           'official_ms', 'official_over_this')  # fmt: skip
+           'official_ms', 'official_over_this')
 PASSES = ('forward', 'train step')
 WAYS = ('eager', 'graphs', 'graph')
 OFFICIAL = Path(__file__).parent / 'results' / 'official_gpu.csv'
@@ -147,7 +147,7 @@ def measure(name: str, what: str, args, failures: Failures) -> list[dict]:
     common = environment(args.device, args.clock) | {
         'case': name, 'dtype': str(dtype).removeprefix('torch.'), 'pass': what}
     return [common | about[way] | {'way': way} | percentiles(seconds)
-            for way, seconds in times.items()]  # fmt: skip
+            for way, seconds in times.items()]
 
 
 def against(row: dict, official_ms: float | None) -> dict:
@@ -195,7 +195,7 @@ def main(arguments=None) -> int:
         for what in args.passes:
             with failures.noted(f'{name}: {what}'):
                 rows = [against(row, times.get((name, what)))
-                        for row in measure(name, what, args, failures)]  # fmt: skip
+                        for row in measure(name, what, args, failures)]
                 for row in rows:
                     shown = ('case', 'pass', 'way', 'p50_ms', 'peak_MB', 'error',
                              'official_over_this')

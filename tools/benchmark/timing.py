@@ -339,7 +339,7 @@ def plot_rows(path: str, rows: Sequence[dict], series: str, title: str) -> None:
     figure, axes = pyplot.subplots(
         1, max(1, len(panels)), figsize=(3.5 + 4 * max(1, len(panels)), height), sharey=True,
         squeeze=False, layout='constrained',
-    )  # fmt: skip
+    )
     for axis, panel in zip(axes[0], panels, strict=False):
         for row in timed:
             if (row['pass'], row['mode']) != panel:
@@ -348,7 +348,7 @@ def plot_rows(path: str, rows: Sequence[dict], series: str, title: str) -> None:
             low, middle, high = (float(row[f'p{p}_ms']) for p in (20, 50, 80))
             at = group + (i + 0.5) / (len(names) + 1)
             axis.barh(at, middle, 0.9 / (len(names) + 1), color=f'C{i}',
-                      xerr=[[middle - low], [high - middle]], ecolor='0.3')  # fmt: skip
+                      xerr=[[middle - low], [high - middle]], ecolor='0.3')
             if row.get('floor_ms'):
                 floor = float(row['floor_ms'])
                 axis.plot([floor, floor], [group, group + 0.9], color='k', linewidth=1)

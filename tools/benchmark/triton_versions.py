@@ -36,13 +36,13 @@ RESULTS = Path(__file__).parent / 'results' / 'triton_versions.csv'
 OF_TORCH = {
     '3.0.0': '2.4', '3.1.0': '2.5', '3.2.0': '2.6', '3.3.1': '2.7', '3.4.0': '2.8',
     '3.5.1': '2.9', '3.6.0': '2.10, 2.11',
-}  # fmt: skip
+}
 MODULES = (
     'mmhybrid.ops.selective_scan.kernels', 'mmhybrid.ops.mambavision_mixer.triton_kernels',
     'mmhybrid.ops.walk_conv.triton_kernels', 'mmhybrid.ops.walk_scan.triton_kernels',
     'mmhybrid.ops.layer_norm.triton_kernels', 'mmhybrid.ops.map_conv.triton_kernels',
     'mmhybrid.ops.merge_norm.triton_kernels',
-)  # fmt: skip
+)
 CASES = {
     'triton_cases.py': 'L2-N5-G2 or same_bits',
     'mixer_cases.py': 'test_every_gradient and 21-12-True',
@@ -55,7 +55,7 @@ COLUMNS = (
     'triton', 'of_torch', 'form', 'passed', 'failed', 'first_failure',
     *(f'sm_{x}_{what}' for x in CAPABILITIES for what in ('compiled', 'refused', 'first_refusal')),
     'torch', 'numpy', 'python', 'commit', 'date',
-)  # fmt: skip
+)
 
 
 # One version --------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def attempt(folder: str | None, form: str, records: Path) -> dict:
         environment = os.environ | {
             'PYTHONPATH': os.pathsep.join(paths), 'OMP_NUM_THREADS': '1',
             'TRITON_CACHE_DIR': cache,
-        }  # fmt: skip
+        }
         found = {'form': form} | run_cases(form, environment)
         script = [sys.executable, __file__, '--form', form, '--compile', str(records)]
         done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -96,7 +96,7 @@ def run_cases(form: str, environment: dict[str, str]) -> dict:
         done = subprocess.run(
             script, env=environment | {'TRITON_INTERPRET': '1'}, cwd=ROOT, capture_output=True,
             text=True,
-        )  # fmt: skip
+        )
         summary = last_line(done.stdout)
         counts = {word: int(n) for n, word in re.findall(r'(\d+) (passed|failed|error)', summary)}
         passed += counts.get('passed', 0)
@@ -131,7 +131,7 @@ def cases(file: str, selection: str) -> int:
     path = ROOT / 'tests' / 'test_ops' / file
     return pytest.main([
         str(path), '-q', '-p', 'no:cacheprovider', '-m', 'not slow', '-k', selection,
-    ])  # fmt: skip
+    ])
 
 
 class Recorder:
@@ -181,7 +181,7 @@ def record(path: str) -> None:
     y, last = selective_scan(
         u, u, -torch.rand(64, 8), B, B, torch.ones(64), u, torch.ones(64), True, True,
         backend='triton',
-    )  # fmt: skip
+    )
     (y.sum() + last.sum()).backward()
     weight = torch.ones(64, requires_grad=True)
     total, normed = add_norm(tokens, tokens.bfloat16(), weight, weight, 1e-5, torch.bfloat16)
@@ -239,7 +239,7 @@ def compile_all(path: str) -> dict:
         found |= {
             f'sm_{capability}_compiled': len(made), f'sm_{capability}_refused': len(refused),
             f'sm_{capability}_first_refusal': refused[0] if refused else '',
-        }  # fmt: skip
+        }
     return found
 
 
@@ -277,7 +277,7 @@ def try_version(version: str | None, forms: list[str], records: Path, path: Path
         known |= {
             'of_torch': OF_TORCH.get(known['triton'], ''), 'commit': commit(),
             'date': datetime.date.today().isoformat(),
-        }  # fmt: skip
+        }
         for form in forms:
             row = known | attempt(folder, form, records)
             append(path, row)
@@ -315,7 +315,7 @@ def main() -> int:
         subprocess.run(
             [sys.executable, __file__, '--form', 'written', '--record', str(records)],
             env=environment, cwd=ROOT, check=True,
-        )  # fmt: skip
+        )
         versions = [None] if options.here else options.versions
         forms = [options.only] if options.only else list(FORMS)
         return not all([try_version(x, forms, records, options.csv) for x in versions])

@@ -30,7 +30,7 @@ GIB = 1 << 30
 CONTEXT, FRAGMENTS = GIB // 2, 0.06
 # Values that an optimizer keeps for each parameter.
 _STATES = {'AdamW': 2, 'Adam': 2, 'NAdam': 2, 'RAdam': 2, 'Adamax': 2, 'RMSprop': 1, 'Lion': 1,
-           'SGD': 0, 'Adagrad': 1}  # fmt: skip
+           'SGD': 0, 'Adagrad': 1}
 #: What bitsandbytes keeps in float32 all the same: smaller tensors.
 LEAST_EIGHT_BIT = 4096
 

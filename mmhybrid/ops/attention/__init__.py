@@ -32,7 +32,7 @@ class _Arguments(ctypes.Structure):
         [(name, ctypes.c_int64) for name in ('batch', 'heads', 'queries', 'keys', 'width',
                                              'threads')]
         + [(name, _View) for name in 'qkv'] + [('out', ctypes.c_void_p)]
-    )  # fmt: skip
+    )
 
 
 @functools.cache

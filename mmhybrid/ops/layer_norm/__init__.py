@@ -5,4 +5,4 @@ from .reference import norm_reference, sum_reference
 
 __all__ = [
     'add_norm', 'norm', 'norm_reference', 'promoted', 'sum_reference', 'unsupported_reason',
-]  # fmt: skip
+]

@@ -68,7 +68,7 @@ def _wanted() -> bool:
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float,
          dtype: torch.dtype | None = None, rms: bool = False,
-         channels_first: bool = False) -> Tensor:  # fmt: skip
+         channels_first: bool = False) -> Tensor:
     """Layer norm, or RMS norm, over the last axis, rounded once to the dtype of the result.
 
     Args:
@@ -236,7 +236,7 @@ class _Pass:
             i for i in present
             if (_steps(tensors[i].shape, tensors[i].stride()) is None if i in tokens
                 else not tensors[i].is_contiguous())
-        ]  # fmt: skip
+        ]
         self.steps = {i: self._steps(tensors[i], i) for i in tokens if i in present}
         size = tensors[tokens[-1]].shape
         self.batch, self.length, self.channels = size[0], math.prod(size[1:-1]), size[-1]
@@ -276,7 +276,7 @@ class _Pass:
         return dict(
             length=self.length, tiles=self.tiles, total=self.total, channels=self.channels,
             ROWS=self.rows, COLS=self.cols, WHOLE=self.whole, num_warps=self.warps,
-        )  # fmt: skip
+        )
 
     def copied(self, tensors, pointers):
         """The tensors as the kernels take them, with their addresses."""
@@ -314,12 +314,12 @@ class Forward(_Pass):
         places = _places(
             p_x=True, p_branch=branch, p_scale=scale, p_factor=factor, p_weight=True, p_bias=bias,
             p_sum=self.sum, p_out=True, p_stats=self.stats,
-        )  # fmt: skip
+        )
         constants = dict(EPS=eps, RMS=rms) | self.sizes()
         for name, steps in (
             ('x', self.steps[0]), ('branch', self.steps.get(1)),
             ('sum', self.sum and self.sum.steps), ('out', self.out.steps),
-        ):  # fmt: skip
+        ):
             constants |= self.strides(name, steps)
         grid = (self.batch * self.tiles,)
         self.program = Program(kernels, [Launch('add_norm_kernel', grid, places, constants)])
@@ -385,17 +385,17 @@ class Backward(_Pass):
             p_dout=True, p_dsum=dsum, p_sum=True, p_stats=True, p_branch=tensors[4], p_scale=scale,
             p_factor=factor, p_weight=True, p_dx=self.dx, p_dbranch=self.dbranch,
             p_dparameters=self.sums,
-        )  # fmt: skip
+        )
         kept = self.rows if self.rows * self.cols <= 32 * _THREAD * self.warps else 1
         constants = self.sizes() | dict(
             RMS=rms, WITH_BIAS=biased, WITH_SCALE=self.of_scale, KEPT=kept, repeat=repeat,
             programs=programs,
-        )  # fmt: skip
+        )
         for name, steps in (
             ('dout', self.steps[0]), ('dsum', self.steps.get(1)), ('sum', self.steps[2]),
             ('branch', self.steps.get(4)), ('dx', self.dx and self.dx.steps),
             ('dbranch', self.dbranch and self.dbranch.steps),
-        ):  # fmt: skip
+        ):
             constants |= self.strides(name, steps)
         one = Launch('add_norm_backward_kernel', (programs,), places, constants)
         self.program = Program(kernels, [one])
@@ -531,7 +531,7 @@ def _backward(*arguments):
     one, pointers = find(
         _BACKWARD, tensors, flags,
         lambda: Backward(tensors, needs, (x_dtype, branch_dtype), rms, biased),
-    )  # fmt: skip
+    )
     dx, dbranch, sums = one.run(tensors, pointers)
     nothing = tensors[2].new_empty
     return (
@@ -542,7 +542,7 @@ def _backward(*arguments):
 
 
 def _backward_fake(dout, dsum, total, stats, branch, scale, factor, weight, needs, x_dtype,
-                   branch_dtype, rms, biased):  # fmt: skip
+                   branch_dtype, rms, biased):
     dx, dbranch = total.new_empty(0), total.new_empty(0)
     sums = total.new_empty(0, dtype=torch.float32)
     shared = needs[1] and _shared(scale, factor, x_dtype, branch_dtype)

@@ -26,7 +26,7 @@ def sum_reference(
 def norm_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
     dtype: torch.dtype | None = None, rms: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Layer norm, or RMS norm, over the last axis in at least float32, then cast.
 
     Args:

@@ -34,7 +34,7 @@ def add_norm_kernel(
     out_sb, out_sl, out_sd, length, tiles, total, channels,
     EPS: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     WHOLE: tl.constexpr,
-):  # fmt: skip
+):
     """sum = x + factor_b * scale_d * branch, out = norm(sum); without a branch the norm of x.
 
     p_stats is (2, B * L), float32: mean (not with RMS) and inverse deviation of every token.
@@ -84,7 +84,7 @@ def add_norm_backward_kernel(
     length, tiles, total, repeat, programs, channels,
     RMS: tl.constexpr, WITH_BIAS: tl.constexpr, WITH_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr, KEPT: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of x and branch, and sums of those of weight, bias and scale over some tiles.
 
     p_dparameters is (1 to 3, programs, C), float32: weight, WITH_BIAS bias, WITH_SCALE scale. A

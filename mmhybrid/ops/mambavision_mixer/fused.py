@@ -96,7 +96,7 @@ class _Call:
         self.changes = [
             (i, dtypes.get(i, x.dtype), i in _DENSE) for i, x in enumerate(tensors)
             if dtypes.get(i, x.dtype) != x.dtype or (i in _DENSE and not x.is_contiguous())
-        ]  # fmt: skip
+        ]
         self.forward: Forward | None = None
         self.backward: dict[tuple, Backward] = {}
 
@@ -218,7 +218,7 @@ def _as_states(states: Tensor, x: Tensor, weights: Weights) -> Tensor:
 
 
 def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, states: Tensor,
-              *arguments):  # fmt: skip
+              *arguments):
     """Gradients of x and of the weights; those of both convolutions are one (C, K) tensor."""
     *weights, lean = arguments
     weights = Weights(*weights)
@@ -228,7 +228,7 @@ def _backward(dout: Tensor, x: Tensor, yz: Tensor, xz: Tensor, x_dbl: Tensor, st
         one, pointers = find(
             _BACKWARD, (*weights.read, x, *weights, *kept), (lean,),
             lambda: Backward(x, weights, kept, lean),
-        )  # fmt: skip
+        )
         dx, dw_in, dw_conv, *rest = one.run(dout, x, yz, *kept, weights, pointers[:5])
     return dx, dw_in, dw_conv.view(x.shape[-1], -1), *rest
 

@@ -122,13 +122,13 @@ class Convolutions:
             places |= dict(
                 p_A=Place(5), p_du=Place(6), p_dyz=Place(7), p_dxz=Place(8), p_dw=Place(9),
                 p_dlog=Place(10), p_dbias=Place(11),
-            )  # fmt: skip
+            )
         else:
             name = 'prescan_kernel'
             places |= dict(
                 p_log=Place(3), p_bias=Place(2), p_u=Place(5), p_yz=Place(8) if gate else None,
                 p_A=Place(6), p_step=Place(7),
-            )  # fmt: skip
+            )
             constants |= dict(WITH_Z=gate)
         grid = self.programs, -(-channels // tiles['BLOCK'])
         self.program = Program(kernels, [Launch(name, grid, places, constants)])
@@ -215,14 +215,14 @@ class Forward(_Pass):
             self.scan = scan.Forward(
                 self.views(u, delta, A, B, C, D, step_bias), self.halves(yz), True, False,
                 not self.lean, 0, last=False,
-            )  # fmt: skip
+            )
         # Kernels see addresses; that these are not the views they stand for makes no difference.
         states = self.scan.run(
             (u, delta, A, B, C, D, None, step_bias, None),
             (p_u, delta.data_ptr(), p_A, B.data_ptr(), C.data_ptr(), pointers[4], None, p_step,
              None),
             yz,
-        )[2]  # fmt: skip
+        )[2]
         out = linear(yz, weights.w_out)
         if self.lean:
             return out, yz, None, None, None
@@ -280,7 +280,7 @@ class Backward(_Pass):
         delta = linear(step, weights.w_dt)
         inputs = (u, delta, A, B, C, weights.D, None, step_bias, None)
         addresses = (p_u, delta.data_ptr(), p_A, B.data_ptr(), C.data_ptr(), pointers[4], None,
-                     p_step, None)  # fmt: skip
+                     p_step, None)
         if self.lean:
             states = self._states(inputs, addresses)
 
@@ -331,4 +331,4 @@ class Backward(_Pass):
         return scan.Backward(
             (*self.views(u, delta, A, B, C, D, step_bias), self.halves(dyz), None, states),
             (du, ddelta, dA, dB, dC, dD, None, dbias), True, False, True, self.shape.chunk,
-        )  # fmt: skip
+        )

@@ -36,7 +36,7 @@ def _taps(p_w, o_c, m_c, K: tl.constexpr):
 def _conv_silu(
     p_in, w_k, p_out, row, t, length, in_stride, out_stride, o_c, m_c,
     K: tl.constexpr, LEFT: tl.constexpr,
-):  # fmt: skip
+):
     """out[t] = silu(sum_k w[k] in[t + k - LEFT]), one filter per channel."""
     b_sum = tl.zeros([t.shape[0], o_c.shape[1]], tl.float32)
     for k in tl.static_range(K):
@@ -55,7 +55,7 @@ def prescan_kernel(
     length, channels, n_tiles, steps,
     N: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WITH_Z: tl.constexpr,
-):  # fmt: skip
+):
     """Convolve both halves of xz (B, L, C): the left one to u (B, L, E), the right one into yz.
 
     The right half of yz (B, L, C) is where the concatenation of the mixer wants it. On the way the
@@ -83,14 +83,14 @@ def prescan_kernel(
             _conv_silu(
                 p_xz + channels, wz_k, p_yz + channels, row, t, length, 2 * channels, 2 * channels,
                 o_c, m_c, K, LEFT,
-            )  # fmt: skip
+            )
 
 
 @triton.jit
 def _conv_silu_backward(
     p_in, w_k, p_dout, p_din, row, t, length, in_stride, dout_stride, o_c, m_c, dw_k,
     K: tl.constexpr, LEFT: tl.constexpr,
-):  # fmt: skip
+):
     """Write the gradient of the input at tokens t; add those tokens to the gradients of the taps.
 
     The gradient at token t needs that of the sums at t + LEFT - k, and those need the inputs at
@@ -127,7 +127,7 @@ def prescan_backward_kernel(
     length, channels, n_tiles, steps,
     N: tl.constexpr, K: tl.constexpr, LEFT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """dxz (B, L, C) from du (B, L, E) and the right half of dyz (B, L, C).
 
     A program takes ``steps`` tiles in turn and writes its share of the gradients of the taps to
@@ -153,11 +153,11 @@ def prescan_backward_kernel(
         dwx_k = _conv_silu_backward(
             p_xz, wx_k, p_du, p_dxz, row, t, length, 2 * channels, channels, o_c, m_c, dwx_k,
             K, LEFT,
-        )  # fmt: skip
+        )
         dwz_k = _conv_silu_backward(
             p_xz + channels, wz_k, p_dyz + channels, p_dxz + channels, row, t, length,
             2 * channels, 2 * channels, o_c, m_c, dwz_k, K, LEFT,
-        )  # fmt: skip
+        )
     p_dw += tl.program_id(0).to(tl.int64) * 2 * channels * K + o_c * K
     for k in tl.static_range(K):
         tl.store(p_dw + k, tl.sum(dwx_k[k], axis=0)[None, :], mask=m_c)

@@ -88,7 +88,7 @@ def _step(u: Tensor) -> int:
 def _sizes(u: Tensor, lines: int) -> dict[str, int]:
     _, height, width, channels = u.shape
     return dict(channels=channels, height=height, width=width, tiles=-(-height * width // lines),
-                blocks=-(-channels // _COLS), COLS=_COLS, num_warps=4)  # fmt: skip
+                blocks=-(-channels // _COLS), COLS=_COLS, num_warps=4)
 
 
 def _parts(u: Tensor) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class Forward(_Pass):
         places = dict(
             p_u=Place(0), p_weight=Place(1), p_bias=None if bias is None else Place(2),
             p_out=Place(3),
-        )  # fmt: skip
+        )
         constants = dict(u_sb=u.stride(0), u_sl=_step(u), u_sd=u.stride(3)) | sizes
         grid = (u.shape[0] * sizes['tiles'] * sizes['blocks'],)
         self.program = Program(kernels, [Launch('map_conv_kernel', grid, places, constants)])
@@ -176,7 +176,7 @@ class Backward(_Pass):
                 dout_sl=_step(dout), dout_sd=dout.stride(3), repeat=repeat, parts=parts,
                 ROWS=_SUM_ROWS,
             ) | common,
-        )  # fmt: skip
+        )
         common = _sizes(u, _ROWS)
         over_tiles = batch * common['tiles'] * common['blocks']
         inputs = Launch(
@@ -184,7 +184,7 @@ class Backward(_Pass):
             dict(p_g=Place(4), p_weight=Place(2), p_sums=Place(5), p_du=Place(6),
                  p_dweight=Place(7), p_dbias=None if bias is None else Place(8)),
             dict(rows=rows, over_tiles=over_tiles, ROWS=_ROWS) | common,
-        )  # fmt: skip
+        )
         self.program = Program(kernels, [sums, inputs])
 
     def run(self, tensors, pointers) -> tuple[Tensor, Tensor, Tensor | None]:

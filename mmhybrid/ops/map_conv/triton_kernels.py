@@ -35,7 +35,7 @@ def _neighbour(row, col, j: tl.constexpr, height, width):
 def _taps(
     p_u, p_weight, p_bias, u_sl, u_sd, row, col, o_d, m_d, height, width,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """The convolution at some pixels, and the values under its taps; zeros beyond the border."""
     b_c = tl.zeros([ROWS, COLS], tl.float32)
     if p_bias is not None:
@@ -55,7 +55,7 @@ def _taps(
 def map_conv_kernel(
     p_u, p_weight, p_bias, p_out, u_sb, u_sl, u_sd, channels, height, width, tiles, blocks,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """out = silu(bias + sum_j w_j u at the pixel under tap j); p_out is (B, L, E)."""
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % blocks
@@ -65,7 +65,7 @@ def map_conv_kernel(
     m_d = o_d < channels
     o_l, row, col = _place(i_tile, height, width, ROWS)
     b_c, _ = _taps(p_u + i_b * u_sb, p_weight, p_bias, u_sl, u_sd, row, col, o_d, m_d, height,
-                   width, ROWS, COLS)  # fmt: skip
+                   width, ROWS, COLS)
     p_out += (i_b * height * width + o_l)[:, None] * channels + o_d[None, :]
     m_y = (o_l < height * width)[:, None] & m_d[None, :]
     tl.store(p_out, (b_c * sigmoid(b_c)).to(p_out.dtype.element_ty), mask=m_y)
@@ -75,7 +75,7 @@ def map_conv_kernel(
 def map_conv_weights_kernel(
     p_u, p_weight, p_bias, p_dout, p_g, p_sums, u_sb, u_sl, u_sd, dout_sb, dout_sl, dout_sd,
     channels, height, width, tiles, repeat, parts, blocks, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient before the SiLU, (B, L, E), and its sums over ``repeat`` tiles for taps and bias.
 
     p_sums is (B * parts, 10, E), float32: a second pass adds it up in a fixed order.
@@ -95,7 +95,7 @@ def map_conv_weights_kernel(
     for r in range(0, repeat):
         o_l, row, col = _place((i_part * repeat + r).to(tl.int32), height, width, ROWS)
         b_c, x_j = _taps(p_u, p_weight, p_bias, u_sl, u_sd, row, col, o_d, m_d, height, width,
-                         ROWS, COLS)  # fmt: skip
+                         ROWS, COLS)
         m_y = (o_l < height * width)[:, None] & m_d[None, :]
         pixel = o_l.to(tl.int64)[:, None]
         p = p_dout + pixel * dout_sl + o_d[None, :] * dout_sd
@@ -135,7 +135,7 @@ def _sum_parts(p_sums, p_dweight, p_dbias, i, rows, channels, COLS: tl.constexpr
 
 @triton.jit
 def _gather(p_g, p_weight, p_du, pid, channels, height, width, tiles, blocks,
-            ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+            ROWS: tl.constexpr, COLS: tl.constexpr):
     """du (B, L, E): what the pixels around one took from it."""
     i_block = pid % blocks
     i_b = (pid // (blocks * tiles)).to(tl.int64)
@@ -159,7 +159,7 @@ def _gather(p_g, p_weight, p_du, pid, channels, height, width, tiles, blocks,
 def map_conv_input_kernel(
     p_g, p_weight, p_sums, p_du, p_dweight, p_dbias, channels, height, width, tiles, blocks,
     rows, over_tiles, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """The gradient of u in the first ``over_tiles`` programs; weights and bias in the others."""
     pid = tl.program_id(0)
     if pid < over_tiles:

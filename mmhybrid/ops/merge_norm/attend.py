@@ -41,7 +41,7 @@ class Attention(NamedTuple):
 def attend_norm(
     y: Tensor, attention: Attention, attention_eps: float, weight: Tensor, bias: Tensor, eps: float,
     gate: Tensor, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """norm(sum_k a_k y_k) silu(gate), where a_k are factors of channels, on a GPU with Triton.
 
     Channel attention of LocalMamba (arXiv 2403.09338), section 3.3::
@@ -85,7 +85,7 @@ class _AttendNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, w, b, reduce, reduce_bias, select, select_bias, weight, bias, gate,
-                attention_eps, eps, dtype):  # fmt: skip
+                attention_eps, eps, dtype):
         mean = _call('token_sums', y, None, None, attention_eps).flatten(0, 1)
         normed = torch.addcmul(b, mean, w)
         hidden = F.linear(normed, reduce, reduce_bias)
@@ -93,7 +93,7 @@ class _AttendNorm(torch.autograd.Function):
         logit = F.linear(active, select, select_bias).view(y.shape[:3])
         out, total, stats = _call('merge_attended', y, logit, weight, bias, gate, eps, dtype)
         ctx.save_for_backward(y, w, reduce, select, weight, bias, gate, mean, normed, hidden,
-                              active, logit, total, stats)  # fmt: skip
+                              active, logit, total, stats)
         ctx.eps = attention_eps
         return out
 
@@ -101,7 +101,7 @@ class _AttendNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         (y, w, reduce, select, weight, bias, gate, mean, normed, hidden, active, logit, total,
-         stats) = ctx.saved_tensors  # fmt: skip
+         stats) = ctx.saved_tensors
         dsum, sums, dgate = _call('merge_norm_backward', dout, total, stats, weight, bias, gate)
         dlogit = _call('token_sums', y, dsum, logit, ctx.eps).flatten(0, 1)
         dselect = dlogit.mT @ active
@@ -148,11 +148,11 @@ class _Sums:
         self.size = batch, parts, directions, channels
         later = dsum is not None
         places = dict(p_y=Place(0), p_dsum=Place(1) if later else None,
-                      p_logit=Place(2) if later else None, p_sums=Place(3))  # fmt: skip
+                      p_logit=Place(2) if later else None, p_sums=Place(3))
         grid = (batch * directions * parts,)
         self.program = Program(kernels, [
             Launch('token_sums_kernel', grid, places, common | dict(repeat=repeat, parts=parts))
-        ])  # fmt: skip
+        ])
 
     def run(self, tensors, pointers) -> Tensor:
         """The sums, (B, K, D), float32."""
@@ -177,7 +177,7 @@ class _Gradients:
         grid = (batch * directions * tiles,)
         self.program = Program(kernels, [
             Launch('direction_gradients_kernel', grid, places, common | dict(tiles=tiles))
-        ])  # fmt: skip
+        ])
 
     def run(self, tensors, pointers) -> Tensor:
         """The gradient of y."""
@@ -249,9 +249,9 @@ library.define(
     '(Tensor y, Tensor logit, Tensor weight, Tensor bias, Tensor gate, float eps, ScalarType dtype)'
     ' -> (Tensor, Tensor, Tensor)',
     _merged, _merged_fake,
-)  # fmt: skip
+)
 library.define(
     'direction_gradients',
     '(Tensor y, Tensor dsum, Tensor logit, Tensor dmean, float eps) -> Tensor',
     _gradients, _gradients_fake,
-)  # fmt: skip
+)

@@ -24,7 +24,7 @@ _MOST_REPEAT = 64
 def merge_norm(
     y: Tensor, weight: Tensor, bias: Tensor, eps: float, gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """norm(sum_k y_k) silu(gate): what follows the scan of a map, on a GPU with Triton.
 
     The sum and the norm are in float32 and rounded once, at the end. For the gradient the sum is
@@ -65,7 +65,7 @@ def merge_norm(
 def merge_norm_reference(
     y: Tensor, weight: Tensor, bias: Tensor, eps: float, gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The same in PyTorch, on any device."""
     wide = torch.promote_types(torch.promote_types(y.dtype, weight.dtype), torch.float32)
     with autocast_off(y.device):
@@ -80,7 +80,7 @@ def _check(y, weight, bias, gate) -> None:
     fits = (
         y.dim() == 4 and y.shape[1] > 0 and weight.shape == bias.shape == (channels,)
         and (gate is None or gate.shape == (batch, length, channels))
-    )  # fmt: skip
+    )
     if not fits:
         shapes = [None if x is None else tuple(x.shape) for x in (y, weight, bias, gate)]
         raise ValueError(
@@ -99,7 +99,7 @@ def sizes_of(length: int, total: int, channels: int) -> dict[str, int]:
     columns = 1 << max(channels - 1, 15).bit_length()
     rows = max(_TILE // columns, 1)
     return dict(length=length, total=total, channels=channels, ROWS=rows, COLS=columns,
-                num_warps=4 if columns <= 2 * _TILE else 8)  # fmt: skip
+                num_warps=4 if columns <= 2 * _TILE else 8)
 
 
 def _strides(name: str, x: Tensor | None) -> dict[str, int]:
@@ -124,7 +124,7 @@ class Forward:
             p_gate=None if gate is None else Place(3),
             p_logit=None if logit is None else Place(4), p_out=Place(5),
             p_sum=Place(6) if gradients else None, p_stats=Place(7) if gradients else None,
-        )  # fmt: skip
+        )
         steps = zip('bkdl', y.stride(), strict=True)
         constants = {f'y_s{axis}': step for axis, step in steps} | _strides('gate', gate)
         constants |= dict(eps=eps, K=directions) | sizes
@@ -166,7 +166,7 @@ class Backward:
             p_dout=Place(0), p_sum=Place(1), p_stats=Place(2), p_weight=Place(3), p_bias=Place(4),
             p_gate=gated, p_dsum=Place(6), p_dgate=None if gate is None else Place(7),
             p_dparameters=Place(8),
-        )  # fmt: skip
+        )
         constants = _strides('dout', dout) | _strides('gate', gate) | sizes
         constants |= dict(repeat=repeat, programs=programs)
         launch_ = Launch('merge_norm_backward_kernel', (programs,), places, constants)

@@ -26,7 +26,7 @@ def merge_norm_kernel(
     p_y, p_logit, p_weight, p_bias, p_gate, p_out, p_sum, p_stats,
     y_sb, y_sk, y_sl, y_sd, gate_sb, gate_sl, gate_sd, length, total, channels, eps,
     K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """out = norm(sum_k sigmoid(logit_k) y_k) silu(gate); out and the sum are (B, L, D).
 
     p_logit is (B, K, D); without it the sum is that of the y_k as they are.
@@ -68,7 +68,7 @@ def merge_norm_backward_kernel(
     dout_sb, dout_sl, dout_sd, gate_sb, gate_sl, gate_sd,
     length, total, repeat, programs, channels,
     ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of the sum and the gate, and those of weight and bias over ``repeat`` tiles.
 
     p_dparameters is (2, programs, D), float32; a second pass adds it up in a fixed order.
@@ -122,7 +122,7 @@ def token_sums_kernel(
     p_y, p_dsum, p_logit, p_sums, y_sb, y_sk, y_sl, y_sd,
     length, repeat, parts, channels, eps, share,
     K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """Sums over ``repeat`` tiles of tokens, (B, parts, K, D): what attention sees, or its gradient.
 
     Without p_dsum (B, L, D) it is the normed y_k times ``share``. With it, y_k times the gradient
@@ -161,7 +161,7 @@ def direction_gradients_kernel(
     p_y, p_dsum, p_logit, p_dmean, p_dy, y_sb, y_sk, y_sl, y_sd,
     length, tiles, channels, eps, share,
     K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """dy (B, L, K, D): through the merged map, and through what attention saw of y.
 
     p_dmean (B, K, D) is the gradient of the mean over the tokens of the normed y_k.

@@ -77,7 +77,7 @@ def _constants(stream, hidden, factor) -> tuple[tuple[int], dict]:
         tokens=batch * length, length=length, channels=channels, blocks=blocks,
         HAS_STREAM=stream is not None, HAS_FACTOR=factor is not None, ROWS=_ROWS, COLS=_COLS,
         num_warps=4,
-    )  # fmt: skip
+    )
 
 
 def _place(x, i: int) -> Place | None:
@@ -95,7 +95,7 @@ class Forward:
         places = dict(
             p_stream=_place(stream, 0), p_hidden=Place(1), p_factor=_place(factor, 2),
             p_cos=Place(3), p_sin=Place(4), p_out=Place(5),
-        )  # fmt: skip
+        )
         grid, constants = _constants(stream, hidden, factor)
         self.program = Program(kernels, [Launch('rotated_sum_kernel', grid, places, constants)])
 
@@ -122,7 +122,7 @@ class Backward:
         places = dict(
             p_dout=Place(0), p_factor=_place(factor, 1), p_cos=Place(2), p_sin=Place(3),
             p_dstream=_place(dtypes[0], 4), p_dhidden=Place(5),
-        )  # fmt: skip
+        )
         grid, constants = _constants(dtypes[0], dout, factor)
         launches = [Launch('rotated_sum_backward_kernel', grid, places, constants)]
         self.program = Program(kernels, launches)
@@ -180,7 +180,7 @@ class _RotatedSum(torch.autograd.Function):
         call = ctx.call
         tensors = (dout.contiguous(), *(
             x if x is None else x.contiguous() for x in ctx.saved_tensors
-        ))  # fmt: skip
+        ))
         watched = torch.is_grad_enabled() or launch.intercepted()
         found = None if watched else launch.describe(tensors)
         if found is None:  # the operator says no to a second derivative

@@ -42,7 +42,7 @@ def _put_pair(p, o, m, b_a, b_b, ROWS: tl.constexpr, COLS: tl.constexpr):
 def rotated_sum_kernel(
     p_stream, p_hidden, p_factor, p_cos, p_sin, p_out, tokens, length, channels, blocks,
     HAS_STREAM: tl.constexpr, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """p_out (M, C) = turned(stream + factor hidden); tables are (L, C), factors one a sample."""
     o, o_table, m, i_b, m_t = _tile(tokens, length, channels, blocks, ROWS, COLS)
     b_a, b_b = _pair(p_hidden, o, m, ROWS, COLS)
@@ -64,7 +64,7 @@ def rotated_sum_kernel(
 def rotated_sum_backward_kernel(
     p_dout, p_factor, p_cos, p_sin, p_dstream, p_dhidden, tokens, length, channels, blocks,
     HAS_STREAM: tl.constexpr, HAS_FACTOR: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """The gradients of the stream and of what is added to it."""
     o, o_table, m, i_b, m_t = _tile(tokens, length, channels, blocks, ROWS, COLS)
     b_a, b_b = _pair(p_dout, o, m, ROWS, COLS)

@@ -179,7 +179,7 @@ def _shape_error(name: str, got: Tensor, expected: str) -> ValueError:
 def _check(u, delta, A, B, C, D, z, delta_bias) -> torch.dtype:
     """Raise for anything that the backends do not handle; return the dtype of the state."""
     given = {'u': u, 'delta': delta, 'A': A, 'B': B, 'C': C, 'D': D, 'z': z,
-             'delta_bias': delta_bias}  # fmt: skip
+             'delta_bias': delta_bias}
     dtype = torch.float32
     for name, x in given.items():
         if x is None and name in ('D', 'z', 'delta_bias'):

@@ -121,7 +121,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     """Run a compiler, with all processes that it starts; gives its exit status and first error."""
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                                   stderr=subprocess.STDOUT, start_new_session=True)
     except OSError as error:
         raise BuildError(f'the compiler {command[0]} did not run ({error})') from error
     try:
@@ -152,7 +152,7 @@ def _compile(compiler: list[str], source: Path, folder: Path, stem: str) -> Path
             options = [x for x in flags if x.startswith('-')]
             libraries = [x for x in flags if not x.startswith('-')]
             status, said = _run([*compiler, *_FLAGS, *options, str(source), *libraries,
-                                 '-o', str(output)])  # fmt: skip
+                                 '-o', str(output)])
             if status == 0:
                 break
         else:
@@ -270,7 +270,7 @@ class _Arguments(ctypes.Structure):
         + [(name, _View) for name in ('grad_y', 'grad_u', 'grad_delta')]
         + [(name, ctypes.c_void_p) for name in ('grad_last', 'grad_A', 'grad_B', 'grad_C',
                                                 'grad_D', 'grad_bias')]
-    )  # fmt: skip
+    )
 
 
 class _Unsafe(str):
@@ -474,7 +474,7 @@ class _Problem:
     def backward(
         self, grad_y: Tensor, grad_last: Tensor | None, starts: Tensor, grad_u: Tensor,
         grad_delta: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> tuple[Tensor, ...]:
         """Fill grad_u and the grad_delta of all channels; give those of A, B, C, D and bias."""
         grad_A = torch.empty(self.batch, *self.A.shape)
         rows = self.batch, self.groups, self.tokens, self.padded
@@ -485,13 +485,13 @@ class _Problem:
             grad_last = _pack_state(grad_last, self.groups, self.padded)
         self.view(grad_y=grad_y, grad_u=grad_u, grad_delta=grad_delta)
         self.point(starts=starts.contiguous(), grad_last=grad_last, grad_A=grad_A, grad_B=grad_B,
-                   grad_C=grad_C, grad_D=grad_D, grad_bias=grad_bias)  # fmt: skip
+                   grad_C=grad_C, grad_D=grad_D, grad_bias=grad_bias)
         self.call('backward')
         grad_B, grad_C = (x[..., : self.state].transpose(-1, -2) for x in (grad_B, grad_C))
         return (
             _unpack_state(grad_A.sum(0), self.state), grad_B, grad_C, grad_D.sum(0),
             grad_bias.sum(0),
-        )  # fmt: skip
+        )
 
 
 def _rows(x: Tensor) -> _Rows:
@@ -517,7 +517,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
 def _backward(
     grad_y, grad_last_state, starts, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
-):  # fmt: skip
+):
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     p = _problem(u, delta, A, B, C, D, delta_bias, delta_softplus, reverse)
     grad_y = torch.zeros(u.shape) if grad_y is None else grad_y.float()
@@ -557,7 +557,7 @@ _INPUTS = (
 
 def _forward_ordered(
     u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse, merge, gradients
-):  # fmt: skip
+):
     fits = _library().mmhybrid_scan_order_fits
     if order is not None and not fits(order.data_ptr(), order.numel(), B.shape[3]):
         raise ValueError(
@@ -575,7 +575,7 @@ def _ordered_problem(
 ) -> _Problem:
     delta = delta if weight is not None else _side_by_side(delta)
     return _Problem(_side_by_side(u), delta, weight, A, B, C, D, delta_bias, softplus,
-                    order=order, reverse=reverse)  # fmt: skip
+                    order=order, reverse=reverse)
 
 
 def _y_shape(u: Tensor, B: Tensor, merge: bool) -> tuple[int, ...]:
@@ -601,7 +601,7 @@ def _backward_ordered(
             inputs, (grad_u, grad_delta, grad_weight, *sums), _gradient_strides(*inputs),
             strict=True,
         )
-    )  # fmt: skip
+    )
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -612,7 +612,7 @@ def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 def _gradient_strides(u, delta, weight, A, B, C, D, delta_bias) -> list[tuple[int, ...] | None]:
     """Of the gradients, None for those of absent tensors."""
     layouts = (_token_major, _token_major if weight is None else _state_major, None, None,
-               _state_major, _state_major, None, None)  # fmt: skip
+               _state_major, _state_major, None, None)
     return [
         None if x is None else layout(x.shape) if layout else _contiguous(x.shape)
         for x, layout in zip((u, delta, weight, A, B, C, D, delta_bias), layouts, strict=True)
@@ -629,7 +629,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _fake_ordered(
     u, delta, weight, A, B, C, D, delta_bias, order, softplus, reverse, merge, gradients
-):  # fmt: skip
+):
     batch, groups = B.shape[:2]
     shape = _y_shape(u, B, merge)
     length = u.shape[3] if order is None else order.shape[1]

@@ -18,7 +18,7 @@ from torch import Tensor
 __all__ = [
     'Launch', 'Place', 'Prepared', 'Program', 'describe', 'eager', 'fast_apply', 'intercepted',
     'prepared',
-]  # fmt: skip
+]
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def _as_bound(launch: Launch, kernel, arguments, compiled, seen, runtime) -> _Bo
     expected = (
         *launch.grid, *(1,) * (3 - len(launch.grid)),
         torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice()), compiled.function,
-    )  # fmt: skip
+    )
     hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
     # The grid, the stream, the function, two flags, two buffers of which the kernels need none,
     # the launch's metadata for the compiled code and for hooks, and the hooks.

@@ -154,7 +154,7 @@ def _last_state(states: Tensor) -> Tensor:
 def _backward(
     grad_y, grad_last_state, states, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
-):  # fmt: skip
+):
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if grad_last_state is None:
         grads = _gradients(grad_y, states, ungated, *inputs, delta_softplus)
@@ -174,7 +174,7 @@ def _gradients(grad_y, states, ungated, u, delta, A, B, C, D, z, delta_bias, del
     du, ddelta, dA, dB, dC, dD, dbias, *dz = _extension().bwd(
         u, delta, A, B, C, _rows(D), z, _rows(delta_bias), grad_y, states.contiguous(), ungated,
         None, delta_softplus, False,
-    )  # fmt: skip
+    )
     return du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, dbias
 
 
@@ -206,7 +206,7 @@ def _gradients_with_state(
     grads = _gradients(
         torch.cat([grad_y, grad_last_state], -1), states, ungated,
         u, longer_step, A, B, C, D, None, None, False,
-    )  # fmt: skip
+    )
     du, ddelta, dB, dC = (grads[i][..., :tokens] for i in (0, 1, 3, 4))
     if delta_softplus:  # its derivative, a sigmoid, written with its value
         ddelta = ddelta * -torch.expm1(-step)
@@ -241,5 +241,5 @@ def selective_scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias, delta_softplus
     y, last_state = _operator(
         prepared(u), prepared(delta), A, prepared(B), prepared(C), D, prepared(z), delta_bias,
         delta_softplus, False,
-    )  # fmt: skip
+    )
     return (y.flip(-1) if reverse else y).to(u.dtype), last_state

@@ -106,7 +106,7 @@ def _scan_compiled(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, r
 
 def _scan_copies(
     name, dtype, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, reverse
-):  # fmt: skip
+):
     """Tokens are reordered before the scan, and y is put back after it."""
     groups, group_dim, tokens = u.shape[1:]
     inverse = inverse_of(order, tokens)
@@ -120,7 +120,7 @@ def _scan_copies(
     y, last_state = run_backend(
         name, dtype, flat(take(u)), flat(take(delta)), A, take(B), take(C), D, flat(take(z)),
         delta_bias, delta_softplus, reverse,
-    )  # fmt: skip
+    )
     return reorder(y.unflatten(1, (groups, group_dim)), inverse, order, False, True), last_state
 
 
@@ -147,7 +147,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
     for name, x, shape in (
         ('B', B, (batch, groups, state, tokens)), ('C', C, (batch, groups, state, tokens)),
         ('A', A, (channels, state)), ('D', D, (channels,)), ('delta_bias', delta_bias, (channels,)),
-    ):  # fmt: skip
+    ):
         if x is not None and x.shape != shape:
             raise ValueError(
                 f'selective_scan_ordered expects {name} of shape {shape} with u of shape '
@@ -159,7 +159,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, order) -> None:
             f'got {tuple(B.shape)}.'
         )
     for name, x in (('u', u), ('delta', delta), ('A', A), ('B', B), ('C', C), ('D', D), ('z', z),
-                    ('delta_bias', delta_bias)):  # fmt: skip
+                    ('delta_bias', delta_bias)):
         if x is not None and not x.is_floating_point():
             raise TypeError(
                 f'selective_scan_ordered expects {name} of a real floating dtype, got {x.dtype}.'

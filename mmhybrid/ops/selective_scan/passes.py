@@ -17,7 +17,7 @@ from .launch import Launch, Place, Program, describe
 
 __all__ = [
     'Backward', 'Forward', 'backward', 'find', 'forget', 'forward', 'processors', 'remember',
-]  # fmt: skip
+]
 
 # Elements from which on a channel-major tensor is copied to token-major.
 _COPY_ABOVE = 1 << 18
@@ -53,7 +53,7 @@ class _Shape:
         self.plan = plans.launch_plan(
             self.batch, self.groups, self.group_dim, self.length, self.state, processors(u.device),
             gradients=gradients, chunk=chunk,
-        )  # fmt: skip
+        )
 
     @property
     def states(self) -> tuple[int, ...]:
@@ -116,7 +116,7 @@ class _Shape:
                 N=self.state, BLOCK=32, UNROLL=8, HAS_FIRST=first is not None,
                 BACKWARD=backward, **carry_rows(self.plan.n_chunks),
             ),
-        )  # fmt: skip
+        )
 
 
 def state_shape(
@@ -249,7 +249,7 @@ class Forward(_Pass):
     def __init__(
         self, inputs, out: Tensor | None, softplus: bool, reverse: bool, gradients: bool,
         chunk: int, *, last: bool = True, starts: bool = False,
-    ):  # fmt: skip
+    ):
         from . import kernels
 
         super().__init__(inputs, (0, 1, 6))
@@ -273,7 +273,7 @@ class Forward(_Pass):
             p_bias=None if bias is None else Place(7),
             p_order=None if order is None else Place(8), p_out=Place(9),
             p_last=Place(10) if last else last_state, p_state=added, p_sum=sums, p_start=states,
-        )  # fmt: skip
+        )
         self.passing = n_states + n_sums if few else 0
         self.work = n_states + (0 if few else n_sums) + (0 if last else shape.batch * A.numel())
         into, packed = self._out_strides(out), packs(B, C)
@@ -292,7 +292,7 @@ class Forward(_Pass):
             return Launch(
                 'scan_forward_kernel', grid, places,
                 constants | dict(MODE=mode.value) | registers,
-            )  # fmt: skip
+            )
 
         launches = []
         if plan.n_chunks > 1:
@@ -363,7 +363,7 @@ class Backward(_Pass):
         places = dict(
             p_delta=Place(1), p_A=Place(2), p_C=Place(4), p_z=present(z, Place(6)),
             p_bias=present(bias, Place(7)), p_order=ordered, p_dout=Place(9),
-        )  # fmt: skip
+        )
         common = shape.common(inputs, softplus, reverse, cut)
         constants = common | shape.strides(delta=delta, C=C, z=z, dout=dout)
         constants |= dict(K=plans.RUN, PACK=packs(B, C))
@@ -378,7 +378,7 @@ class Backward(_Pass):
                     places | dict(p_state=gstates, p_sum=sums), constants,
                 ),
                 shape.carry(kernels, gstates, sums, first, backward=True),
-            ]  # fmt: skip
+            ]
         over_blocks = -(-shape.length * shape.state // 256) * shape.batch * shape.groups
         launches += [
             Launch(
@@ -413,7 +413,7 @@ class Backward(_Pass):
                     HAS_BIAS=bias is not None, ORDER=common['ORDER'], REVERSE=reverse,
                 ),
             ),
-        ]  # fmt: skip
+        ]
         self.program = Program(kernels, in_turn(launches, plan.overlap))
         del self.laid
 
@@ -449,7 +449,7 @@ class Backward(_Pass):
                 batch, *inner, token = token_major(x.shape)
                 found[name] = (
                     batch, *(inner if len(inner) == 2 else (self.shape.group_dim, 1)), token
-                )  # fmt: skip
+                )
         return found
 
     def _reserve(self, buffer: int, numel: int, dtype: torch.dtype) -> Place:
@@ -491,7 +491,7 @@ _BACKWARD: dict[tuple, Backward] = {}
 def forward(
     inputs, softplus: bool, reverse: bool, gradients: bool, chunk: int = 0,
     out: Tensor | None = None, starts: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state (B, D, N) and states at the starts of the chunks (B, NC, N, D).
 
     Args:
@@ -517,7 +517,7 @@ def forward(
 def backward(
     dout: Tensor, dlast: Tensor | None, inputs, states: Tensor, softplus: bool, reverse: bool,
     gradients: bool, chunk: int = 0, given=(None,) * 8,
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """The eight gradients; those that have a place in ``given`` are written there.
 
     Args:

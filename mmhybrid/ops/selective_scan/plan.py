@@ -123,7 +123,7 @@ def _changed(
                   for values, factors in ((cost.wait, wait), (cost.work, work)))
             )
             for block, cost in part.items()
-        }  # fmt: skip
+        }
 
     return measured._replace(cut=scaled(measured.cut), whole=scaled(measured.whole), **figures)
 
@@ -148,7 +148,7 @@ EXPECTED = (
         BACKWARD, wait=(0.65, 0.4), work=(0.70, 0.615), launches=(4.0, 3.0), carry=0.007,
         resident={32: (16, 12, 16, 8), 64: (16, 8, 8, 8)}, widest=2,
     ),
-)  # fmt: skip
+)
 
 
 def waves(
@@ -199,7 +199,7 @@ def _block(which: Pass, whole: bool, group_dim: int, state: int) -> int:
 def pass_time(
     which: Pass, block: int, chunk: int, rows: int, group_dim: int, length: int, state: int,
     processors: int,
-) -> float:  # fmt: skip
+) -> float:
     """Microseconds of a pass over B x G rows in programs of ``block`` channels."""
     n_chunks = -(-length // chunk)
     cost = (which.cut if n_chunks > 1 else which.whole)[block]
@@ -212,7 +212,7 @@ def pass_time(
 def launch_plan(
     batch: int, groups: int, group_dim: int, length: int, state: int, processors: int, *,
     gradients: bool, chunk: int = 0,
-) -> LaunchPlan:  # fmt: skip
+) -> LaunchPlan:
     """The plan with the least expected time for B x G sequences of H channels and L tokens.
 
     Args:
@@ -241,7 +241,7 @@ def _own_choice(*arguments) -> LaunchPlan:
 def choose(
     passes: tuple[Pass, Pass], rows: int, group_dim: int, length: int, state: int, processors: int,
     chunk: int, gradients: bool, parts: int = 1,
-) -> LaunchPlan:  # fmt: skip
+) -> LaunchPlan:
     """:func:`launch_plan` for B x G rows with the given costs of both passes.
 
     Up to ``parts`` equal parts are weighed, too: they leave no small rest to a program of its own.

@@ -44,7 +44,7 @@ def make_plan(length: int, width: int) -> Plan:
         shapes = [(steps, 1) for steps in range(most // 2 + 1, most + 1)]
     else:
         shapes = [(steps, k) for k in range(chunks // 2, chunks + 1)
-                  for steps in range(most // (2 * k) + 1, -(-most // k) + 1)]  # fmt: skip
+                  for steps in range(most // (2 * k) + 1, -(-most // k) + 1)]
 
     def cost(shape):
         steps, k = shape
@@ -171,7 +171,7 @@ def _forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse):
 def _backward(
     grad_y, grad_last_state, chunk_states, ungated,
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse,
-):  # fmt: skip
+):
     """Sweep the adjoint g of the state from the last token to the first.
 
     g_t = C_t * dy_t + decay_{t+1} * g_{t+1}; a chunk's states are computed again from its

@@ -211,7 +211,7 @@ def _forward_fake(
 def _backward_fake(
     dout, dlast, u, delta, A, B, C, D, z, delta_bias, order, states, softplus, reverse, gradients,
     chunk,
-):  # fmt: skip
+):
     return _gradients_like(u, delta, A, B, C, D, z, delta_bias)
 
 
@@ -294,7 +294,7 @@ def scan_grouped(
         y, last = scan_grouped(
             u.float(), delta, A[:, part].contiguous(), B[:, :, part], C[:, :, part],
             D if n == 0 else None, None, delta_bias, order, *flags, chunk,
-        )  # fmt: skip
+        )
         total = y if total is None else total + y
         lasts.append(last)
     if z is not None:

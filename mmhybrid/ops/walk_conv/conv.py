@@ -73,7 +73,7 @@ def _sizes(u: Tensor, weight: Tensor, slots: Tensor, lines: int, rows: int = _RO
         batch=u.shape[0], walks=weight.shape[0], channels=u.shape[1], tokens=u.shape[2],
         steps=slots.shape[1], tiles=-(-lines // (rows * repeat)), blocks=-(-u.shape[1] // _COLS),
         T=weight.shape[2], ROWS=rows, COLS=_COLS, num_warps=4,
-    )  # fmt: skip
+    )
 
 
 def _strides(u: Tensor) -> dict[str, int]:
@@ -162,7 +162,7 @@ class Backward(_Pass):
         sizes = _sizes(u, weight, slots, length, _SUM_ROWS, _REPEAT)
         self.sums = walks, batch * sizes['tiles'], self.taps + 1, channels
         of_dout = dict(dout_sk=dout.stride(1), dout_sb=dout.stride(0), dout_sl=dout.stride(3),
-                       dout_sd=dout.stride(2))  # fmt: skip
+                       dout_sd=dout.stride(2))
         sums = Launch(
             'walk_conv_weights_kernel', (walks * batch * sizes['tiles'] * sizes['blocks'],),
             dict(
@@ -170,7 +170,7 @@ class Backward(_Pass):
                 p_dout=Place(0), p_g=Place(6), p_sums=Place(7),
             ),
             dict(REPEAT=_REPEAT) | _strides(u) | of_dout | sizes,
-        )  # fmt: skip
+        )
         sizes = _sizes(u, weight, slots, tokens)
         inputs = Launch(
             'walk_conv_input_kernel', (batch * sizes['tiles'] * sizes['blocks'],),
@@ -178,7 +178,7 @@ class Backward(_Pass):
                 p_g=Place(6), p_weight=Place(2), p_slots=Place(4), p_steps=Place(5), p_du=Place(8)
             ),
             dict(du_sl=row or channels) | sizes,
-        )  # fmt: skip
+        )
         self.program = Program(kernels, [sums, inputs])
 
     def run(self, tensors, pointers) -> tuple[Tensor, ...]:

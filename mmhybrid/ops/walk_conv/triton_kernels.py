@@ -23,7 +23,7 @@ def _visited(p_slots, o_s, steps):
 
 @triton.jit
 def _taps(p_u, p_weight, p_bias, p_slots, u_sl, u_sd, o_s, o_d, m_d, tokens, steps,
-          T: tl.constexpr):  # fmt: skip
+          T: tl.constexpr):
     """The convolution at steps o_s, and the values under its taps; no token reads as zero."""
     b_c = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     x_j = ()
@@ -42,7 +42,7 @@ def walk_conv_kernel(
     p_u, p_weight, p_bias, p_slots, p_out,
     u_sb, u_sl, u_sd, batch, walks, channels, tokens, steps, tiles, blocks,
     T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """out[slot(s)] = silu(bias + sum_j w_j u[slot(s - T + 1 + j)]); p_out is (K, B, S, E)."""
     pid = tl.program_id(0).to(tl.int64)
     i_block = pid % blocks
@@ -56,7 +56,7 @@ def walk_conv_kernel(
     b_c, _ = _taps(
         p_u + i_b * u_sb, p_weight + i_k * channels * T, p_bias + i_k * channels, p_slots, u_sl,
         u_sd, o_s, o_d, m_d, tokens, steps, T,
-    )  # fmt: skip
+    )
     slot = _visited(p_slots, o_s, steps)
     p_out += ((i_k * batch + i_b) * steps + slot)[:, None] * channels + o_d[None, :]
     b_y = b_c * sigmoid(b_c)
@@ -69,7 +69,7 @@ def walk_conv_weights_kernel(
     u_sb, u_sl, u_sd, dout_sk, dout_sb, dout_sl, dout_sd,
     batch, walks, channels, tokens, steps, tiles, blocks,
     T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
+):
     """Gradient before the SiLU, and its sums over REPEAT tiles for taps and bias.
 
     p_g is (K, B, S, E) like the output; p_sums is (K, B * tiles, T + 1, E), float32: a second pass
@@ -94,7 +94,7 @@ def walk_conv_weights_kernel(
     for r in range(0, REPEAT):
         o_s = (i_tile * REPEAT + r) * ROWS + tl.arange(0, ROWS)
         b_c, x_j = _taps(p_u, p_weight, p_bias, p_slots, u_sl, u_sd, o_s, o_d, m_d, tokens, steps,
-                         T)  # fmt: skip
+                         T)
         slot = _visited(p_slots, o_s, steps)
         m_y = (slot >= 0)[:, None] & m_d[None, :]
         o_dout = slot[:, None] * dout_sl + o_d[None, :] * dout_sd
@@ -117,7 +117,7 @@ def walk_conv_input_kernel(
     p_g, p_weight, p_slots, p_steps, p_du, du_sl,
     batch, walks, channels, tokens, steps, tiles, blocks,
     T: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """p_du (B, L, E): what every walk's later steps took from a token, summed over the walks.
 
     Rows of p_du are du_sl values apart.

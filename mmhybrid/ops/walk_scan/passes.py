@@ -44,7 +44,7 @@ def sizes_of(uz: Tensor, conv_weight: Tensor, w_dt: Tensor, A: Tensor, slots: Te
     """The sizes of a call."""
     walks, channels, taps = conv_weight.shape
     return Sizes(uz.shape[0], walks, channels, uz.shape[1], slots.shape[1], A.shape[1],
-                 w_dt.shape[2], taps)  # fmt: skip
+                 w_dt.shape[2], taps)
 
 
 def split(rows: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +100,7 @@ class _Pass:
         constants = dict(
             tokens=tokens, channels=sizes.channels, blocks=blocks, z_sl=2 * sizes.channels,
             FACTOR=self.factor, WALKS=sizes.walks, ROWS=_ROWS, COLS=_COLS, num_warps=4,
-        )  # fmt: skip
+        )
         return Program(kernels, [Launch(name, (-(-tokens // _ROWS) * blocks,), places, constants)])
 
 
@@ -134,14 +134,14 @@ class Forward(_Pass):
         z = None if self.factor else self.gate_of_walks(uz)
         inputs = x, delta, A, b, c, D, z, dt_bias, slots
         addresses = (x.data_ptr(), delta.data_ptr(), p_A, b.data_ptr(), c.data_ptr(), p_D,
-                     None if z is None else z.data_ptr(), p_step, p_slots)  # fmt: skip
+                     None if z is None else z.data_ptr(), p_step, p_slots)
         if self.scan is None:
             _, b, c = split(rows, self.sizes)
             self.scan = scan.Forward(
                 (_by_image(x, self.sizes), _by_image(delta, self.sizes), A, b, c, D,
                  None if z is None else self.spread(z), dt_bias, slots),
                 None, True, False, self.gradients, 0, last=False,
-            )  # fmt: skip
+            )
         # Kernels see addresses; that these are not the views they stand for makes no difference.
         y, _, states = self.scan.run(inputs, addresses)
         if z is not None:
@@ -182,7 +182,7 @@ class Backward(_Pass):
             if self.gate is None:
                 self.gate = self.gate_program('gate_backward_kernel', dict(
                     p_y=Place(0), p_z=Place(1), p_dout=Place(2), p_dy=Place(3), p_dz=Place(4)
-                ))  # fmt: skip
+                ))
             self.gate.run(
                 (y, uz[..., sizes.channels :], dout, dy, duz[..., sizes.channels :]),
                 (p_y, p_uz + self.offset, p_dout, dy.data_ptr(), duz.data_ptr() + self.offset),
@@ -202,7 +202,7 @@ class Backward(_Pass):
              p_states),
             (dx, ddelta, *(None,) * 6),
             (p_dx, p_ddelta, *(None,) * 6),
-        )  # fmt: skip
+        )
         dw_dt = torch.bmm(ddelta.mT, step)
         dstep = torch.bmm(ddelta, w_dt).view(sizes.walks, sizes.batch, sizes.steps, sizes.rank)
         drows = torch.cat([dstep, db.permute(1, 0, 3, 2), dc.permute(1, 0, 3, 2)], 3)
@@ -220,7 +220,7 @@ class Backward(_Pass):
         sums = self.convolution.run_into(
             duz, (dx, uz, conv_weight, conv_bias, slots, steps),
             (p_dx, p_uz, p_weight, p_bias, p_slots, p_steps),
-        )  # fmt: skip
+        )
         taps = sizes.taps
         return duz, sums[:, :taps].mT, sums[:, taps], dw_x, dw_dt, dbias, dA, dD
 
@@ -233,7 +233,7 @@ class Backward(_Pass):
             (*by_image[:2], A, b, c, D, None if z is None else self.spread(z), dt_bias, slots,
              self.spread(dy) if z is None else dy, None, states),
             (*by_image[2:], *(None,) * 6), True, False, True, 0,
-        )  # fmt: skip
+        )
 
 
 def number_of_states(shape: tuple[int, ...]) -> int:

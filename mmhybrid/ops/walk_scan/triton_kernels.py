@@ -24,7 +24,7 @@ def _tile(tokens, channels, blocks, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _sum_of_walks(p_y, o_t, o_d, m, channels, WALKS: tl.constexpr, ROWS: tl.constexpr,
-                  COLS: tl.constexpr):  # fmt: skip
+                  COLS: tl.constexpr):
     """What the walks left at a token, p_y (M, K, E), summed."""
     b_y = tl.zeros([ROWS, COLS], tl.float32)
     for k in tl.static_range(WALKS):
@@ -37,7 +37,7 @@ def _sum_of_walks(p_y, o_t, o_d, m, channels, WALKS: tl.constexpr, ROWS: tl.cons
 def gate_kernel(
     p_y, p_z, p_out, tokens, channels, blocks, z_sl,
     FACTOR: tl.constexpr, WALKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """p_out (M, E) = FACTOR silu(z) sum_k y_k; rows of z are z_sl values apart."""
     o_t, o_d, m = _tile(tokens, channels, blocks, ROWS, COLS)
     b_y = _sum_of_walks(p_y, o_t, o_d, m, channels, WALKS, ROWS, COLS)
@@ -50,7 +50,7 @@ def gate_kernel(
 def gate_backward_kernel(
     p_y, p_z, p_dout, p_dy, p_dz, tokens, channels, blocks, z_sl,
     FACTOR: tl.constexpr, WALKS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+):
     """p_dy (M, E), the same for every walk, and p_dz, whose rows are z_sl apart like those of z."""
     o_t, o_d, m = _tile(tokens, channels, blocks, ROWS, COLS)
     b_y = _sum_of_walks(p_y, o_t, o_d, m, channels, WALKS, ROWS, COLS)

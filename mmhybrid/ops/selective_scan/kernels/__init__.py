@@ -21,6 +21,6 @@ from .forward import AGGREGATE, FEW, FINAL, SINGLE, scan_forward_kernel
 __all__ = [
     'AGGREGATE', 'FEW', 'FINAL', 'SINGLE', 'scan_backward_aggregate_kernel',
     'scan_backward_kernel', 'scan_carry_kernel', 'scan_forward_kernel', 'sum_gradients_kernel',
-]  # fmt: skip
+]
 
 globals().update(for_this_triton(globals()))

@@ -48,7 +48,7 @@ def load_parameters(
 def load_run(
     p, stride, entry_k, s0, length, m_d,
     K: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """The channels of a run of tokens, as they lie in memory."""
     raw_k = ()
     for k in tl.static_range(K):
@@ -62,7 +62,7 @@ def load_inputs(
     p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, entry_k, s0, length, m_d,
     K: tl.constexpr, HAS_Z: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """u, delta, the gradient of the output and the gate of a run, as they lie in memory."""
     u_raw = load_run(p_u, u_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
     delta_raw = load_run(p_delta, delta_sl, entry_k, s0, length, m_d, K, ORDER, REVERSE, EVEN)
@@ -79,7 +79,7 @@ def load_run_states(
     p, step, stride, entry_k, s0, length,
     K: tl.constexpr, N: tl.constexpr, PACK: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
+):
     """N values of B or C for each token of a run, as they lie in memory."""
     words_k = ()
     for k in tl.static_range(K):
@@ -92,7 +92,7 @@ def load_run_states(
 def steps_of_run(
     raw_k, entry_k, b_bias, s0, length, K: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, ORDER: tl.constexpr,
-):  # fmt: skip
+):
     """Step sizes of a run. Behind the end the step is zero, which leaves the state alone."""
     delta_k = ()
     for k in tl.static_range(K):
@@ -120,7 +120,7 @@ def inputs_of_run(raw_k, entry_k, K: tl.constexpr, ORDER: tl.constexpr):
 def slopes_of_run(
     dout_k, z_k, entry_k, s0, length,
     K: tl.constexpr, HAS_Z: tl.constexpr, ORDER: tl.constexpr,
-):  # fmt: skip
+):
     """Gradients of y, which is the output before the gate, for a run."""
     dy_k = ()
     for k in tl.static_range(K):
@@ -144,7 +144,7 @@ def scan_backward_aggregate_kernel(
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr, WIDE: tl.constexpr,
     HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """What each chunk but the first adds to the gradient of the state before it, and its step.
 
     The mirror of the forward AGGREGATE: g_t = exp(dt_t A) (g_{t+1} + dy_t C_t), from the right.
@@ -227,7 +227,7 @@ def note_states(
     N: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, PACK: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """Go forwards through a chunk from the states b_h, note those before every run in p_scratch."""
     entry_k = entries_at(p_order, first, length, K, ORDER, REVERSE)
     u_raw = load_run(p_u, u_sl, entry_k, first, length, m_d, K, ORDER, REVERSE, EVEN)
@@ -267,7 +267,7 @@ def note_states(
 def adjoint_at_end(
     p_gstate, p_dlast, o_chunk, o_channel, channels, m_d,
     N: tl.constexpr, CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+):
     """The gradient of the state that leaves a chunk, for every state."""
     b_g = ()
     for n in tl.static_range(N):
@@ -332,7 +332,7 @@ def slope_of_softplus(y):
 def gradients_of_state(
     b_A, b_state, b_g, b_dA, B_k, C_k, delta_k, x_k, dy_k, dx_k, dd_k, y_k,
     K: tl.constexpr, HAS_Z: tl.constexpr,
-):  # fmt: skip
+):
     """One state of a run: its values again from the left, then all its gradients from the right.
 
     Returns the gradients of the state before the run and of A, what is summed over the states (the
@@ -383,7 +383,7 @@ def scan_backward_kernel(
     CHUNKED: tl.constexpr, HAS_DLAST: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """All gradients of one chunk.
 
     A first sweep stores the state at every K-th token in p_scratch, (B, G, blocks, ceil(L / K), N,
@@ -445,19 +445,19 @@ def scan_backward_kernel(
         b_g = adjoint_at_end(
             p_gstate, p_dlast, o_chunk, i_b * channels + o_d, channels, m_d,
             N, CHUNKED, HAS_DLAST, EVEN,
-        )  # fmt: skip
+        )
     note_states(
         b_h, p_u, p_delta, p_B, p_order, p_scratch, u_sl, delta_sl, B_sn, B_sl,
         b_A, b_bias, m_d, first, n_runs, length,
         N, BLOCK, K, PACK, HAS_BIAS, SOFTPLUS, ORDER, REVERSE, EVEN,
-    )  # fmt: skip
+    )
 
     if OVERLAP:
         wait_for_previous(CHUNKED)
         b_g = adjoint_at_end(
             p_gstate, p_dlast, o_chunk, i_b * channels + o_d, channels, m_d,
             N, CHUNKED, HAS_DLAST, EVEN,
-        )  # fmt: skip
+        )
     b_dA = ()
     for _ in tl.static_range(N):
         b_dA = b_dA + (tl.zeros([BLOCK], tl.float32),)
@@ -471,7 +471,7 @@ def scan_backward_kernel(
     u_raw, delta_raw, dout_raw, z_raw = load_inputs(
         p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, entry_k, s0, length, m_d,
         K, HAS_Z, ORDER, REVERSE, EVEN,
-    )  # fmt: skip
+    )
     B_raw = load_run_states(p_B, B_sn, B_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
     C_raw = load_run_states(p_C, C_sn, C_sl, entry_k, s0, length, K, SOME, PACK, ORDER, REVERSE)
     b_h = ()
@@ -488,7 +488,7 @@ def scan_backward_kernel(
             u_next, delta_next, dout_next, z_next = load_inputs(
                 p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, ahead_k, s1, length, m_d,
                 K, HAS_Z, ORDER, REVERSE, EVEN,
-            )  # fmt: skip
+            )
         delta_k = steps_of_run(
             delta_raw, entry_k, b_bias, s0, length, K, HAS_BIAS, SOFTPLUS, ORDER
         )
@@ -536,7 +536,7 @@ def scan_backward_kernel(
                 b_gn, b_dAn, dx_k, dd_k, y_k, sums_k = gradients_of_state(
                     b_A[n], b_h[n], b_g[n], b_dA[n], B_k, C_k, delta_k, x_k, dy_k,
                     dx_k, dd_k, y_k, K, HAS_Z,
-                )  # fmt: skip
+                )
                 h_next = h_next + (tl.load(p_noted + n * BLOCK),)
                 g_done = g_done + (b_gn,)
                 dA_done = dA_done + (b_dAn,)
@@ -553,7 +553,7 @@ def scan_backward_kernel(
             u_next, delta_next, dout_next, z_next = load_inputs(
                 p_u, p_delta, p_dout, p_z, u_sl, delta_sl, dout_sl, z_sl, ahead_k, s1, length, m_d,
                 K, HAS_Z, ORDER, REVERSE, EVEN,
-            )  # fmt: skip
+            )
 
         for k in tl.static_range(K):
             token, live = token_of(entry_k[k], s0 + k, length, ORDER, REVERSE)
@@ -594,7 +594,7 @@ def sum_over_blocks(
     p_dbc, p_dB, p_dC, p_order, order_sg, i, groups, length, tokens, n_blocks, row,
     N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
+):
     """dB and dC (B, G, L, N): the sum of p_dbc over the blocks, moved from positions to tokens.
 
     Program i sums COLS of the L N values of one sequence and group. The rows of a token may be
@@ -630,7 +630,7 @@ def sum_over_chunks(
     p_dchannel, p_dA, p_dD, p_dbias, i, channels, rows,
     N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+):
     """dA (D, N), dD and dbias (D,): the sum of p_dchannel (rows, N + 2, D) over its rows.
 
     Program i sums COLS channels of one of the N + 2.
@@ -661,7 +661,7 @@ def sum_gradients_kernel(
     groups, length, tokens, n_blocks, row, channels, rows, over_blocks,
     N: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, HAS_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, ORDER: tl.constexpr, REVERSE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """The second pass over what the chunks left: sums of fixed order, without atomics.
 
     The first ``over_blocks`` programs sum over the blocks of channels, the others over the chunks.
@@ -672,10 +672,10 @@ def sum_gradients_kernel(
         sum_over_blocks(
             p_dbc, p_dB, p_dC, p_order, order_sg, i, groups, length, tokens, n_blocks, row,
             N, K, COLS, ORDER, REVERSE,
-        )  # fmt: skip
+        )
     else:
         sum_over_chunks(
             p_dchannel, p_dA, p_dD, p_dbias, i - over_blocks,
             tl.cast(channels, tl.int64),  # a constant when there is one channel
             rows, N, 32, 32, HAS_D, HAS_BIAS,
-        )  # fmt: skip
+        )

@@ -18,7 +18,7 @@ HOLES = tl.constexpr(2)
 SIZES = [
     'batch', 'groups', 'length', 'chunk', 'n_chunks', 'n_blocks', 'order_sg',
     'B_sb', 'B_sg', 'B_sl', 'C_sb', 'C_sg', 'C_sl',
-]  # fmt: skip
+]
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def scan_carry_kernel(
     channels, n_chunks, n_blocks,
     N: tl.constexpr, BLOCK: tl.constexpr, LOG_ROWS: tl.constexpr, UNROLL: tl.constexpr,
     HAS_FIRST: tl.constexpr, BACKWARD: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """Replace what each chunk adds to the state by the state that enters it, in place.
 
     p_state (B, NC, N, D); the decay of a chunk is exp(A p_sum), p_sum (B, NC, D). BACKWARD runs

@@ -41,7 +41,7 @@ def scan_forward_kernel(
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     ORDER: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr,
     PACK: tl.constexpr, AHEAD: tl.constexpr, WIDE: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+):
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t, y_t = sum_n C_t h_t + D u_t, out = y silu(z).
 
     p_state (B, NC, N, D) and p_sum (B, NC, D) are float32: AGGREGATE writes the end states of the
