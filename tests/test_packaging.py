@@ -160,7 +160,7 @@ def test_wheel_names_no_distribution_of_the_mm_packages(wheel):
     assert any(requirement.startswith('torch>=2.4') for requirement in always)
     assert not [r for r in always if r.startswith(('mm', 'onedl'))]
     extras = {x.split(':')[1].strip() for x in lines if x.startswith('Provides-Extra:')}
-    assert extras == {'runtime', 'mminstall', 'optional', 'tests'}
+    assert extras == {'runtime', 'mminstall', 'optional', 'onnx', 'tests'}
     assert any(r.startswith('onedl-mmcv') and 'mminstall' in r for r in required)
     assert 'License-File: LICENSE' in lines
 

@@ -2,7 +2,7 @@
 
 from mmhybrid import config_scheme, mmcv_ops
 
-from . import checkpoint_loader, pipelines, whole_checkpoints
+from . import checkpoint_loader, metrics_file, pipelines, whole_checkpoints
 from .patch import Patch
 
 __all__ = ['PATCHES']
@@ -56,5 +56,13 @@ PATCHES = (
         ('mmengine.dataset.Compose.__init__', 'mmcv.transforms.Compose.__init__'),
         pipelines.install,
         pipelines.is_installed,
+    ),
+    Patch(
+        'test-metrics',
+        'Several processes write the metrics of a test into one file at once, which may damage '
+        'it; the first does alone.',
+        ('mmengine.hooks.LoggerHook.after_test_epoch',),
+        metrics_file.install,
+        metrics_file.is_installed,
     ),
 )

@@ -9,7 +9,7 @@ __all__ = ['NAMES', 'VARIABLE', 'Patch', 'apply', 'switched_off']
 VARIABLE = 'MMHYBRID_WITHOUT'
 #: The last one is applied by our commands alone, all others when the plugin is imported.
 NAMES = ('mmcv-operators', 'config-prefix', 'checkpoint-loader', 'whole-checkpoints', 'pipelines',
-         'image-files')
+         'test-metrics', 'image-files')
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def for_export(model: nn.Module) -> Iterator[None]:
     """Let all scans of a model in evaluation mode take the form for export."""
     before = [(module, name, getattr(module, name)) for module in model.modules()
               for name in ('backend', 'fused', 'with_cp') if hasattr(module, name)]
-    for module, name, _ in before:
-        setattr(module, name, 'export' if name == 'backend' else False)
+    for module, name, value in before:
+        off = (False,) * len(value) if isinstance(value, tuple) else False
+        setattr(module, name, 'export' if name == 'backend' else off)
     try:
         yield
     finally:

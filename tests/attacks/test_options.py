@@ -318,8 +318,8 @@ def test_a_metric_that_there_is_not(config, capfd):
     text = small_runs.run(capfd, run_train, config, '--cfg-options',
                           'default_hooks.checkpoint.save_best=toy/men',
                           'default_hooks.checkpoint.rule=greater').error
-    assert ("default_hooks.checkpoint.save_best names 'toy/men', but the validation gives "
-            'toy/mean, toy/noise' in text)
+    assert ('--save-best toy/men (default_hooks.checkpoint.save_best) is not a metric of the '
+            'validation, which gives toy/mean, toy/noise. Set it to one of these' in text)
 
 
 def test_faults_of_the_training_keep_their_traceback(config, capfd, monkeypatch):

@@ -320,7 +320,7 @@ def broken(reason):
 
 def test_every_backend_is_reported():
     found = available_backends()
-    assert set(found) == {'triton', 'mamba_ssm', 'cpp', 'torch', 'reference'}
+    assert set(found) == {'triton', 'mamba_ssm', 'cpp', 'torch', 'reference', 'export'}
     assert found['torch'].usable and found['reference'].usable
     for status in found.values():
         assert status.usable == (status.reason == '')

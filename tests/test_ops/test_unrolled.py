@@ -220,7 +220,8 @@ def test_constants_choose_the_kernel():
     x = torch.zeros(4)
     arguments = dict(
         p_state=x, p_sum=x, p_A=x, p_first=None, channels=1, n_chunks=2, n_blocks=1,
-        N=1, BLOCK=32, LOG_ROWS=1, UNROLL=2, HAS_FIRST=False, BACKWARD=False, num_warps=1,
+        N=1, BLOCK=32, LOG_ROWS=1, UNROLL=2, HAS_FIRST=False, BACKWARD=False, OVERLAP=False,
+        num_warps=1,
     )
     first, left = carry.of(arguments)
     assert set(left) == {

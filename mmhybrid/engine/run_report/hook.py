@@ -126,7 +126,7 @@ def _check_best(runner, metrics: dict) -> None:
     missing = [name for name in wanted if name != 'auto' and name not in metrics]
     if metrics and missing and saving.save_best:
         raise UserError(
-            f'--save-best {missing[0]} (default_hooks.checkpoint.save_best) is no metric of the '
+            f'--save-best {missing[0]} (default_hooks.checkpoint.save_best) is not a metric of the '
             f'validation, which gives {", ".join(metrics)}. Set it to one of these and go on with '
             '--resume.')
 
