@@ -84,11 +84,16 @@ def class_scores(count):
 
 def test_the_table_in_the_log():
     lines = report.scores_table(class_scores(3)).splitlines()
-    assert lines[2:] == ['| class 2 |      3 | 1.000 |', '| class 1 |      2 | 0.500 |',
-                         '| class 0 |      0 |     - |']
+    assert lines[2:] == ['| class 2             |      3 | 1.000 |',
+                         '| class 1             |      2 | 0.500 |',
+                         '| 1 not in the images |        |       |']
     lines = report.scores_table(class_scores(150)).splitlines()
-    assert len(lines) == 33 and '... 120 more' in lines[17]
-    assert 'class 149' in lines[2] and 'class 0 ' in lines[-1]
+    assert len(lines) == 34 and '... 119 more' in lines[17]
+    assert 'class 149' in lines[2] and 'class 1 ' in lines[-2]
+    assert '1 not in the images' in lines[-1]
+    none = class_scores(2)
+    none.table[:] = np.nan
+    assert 'class 1' in report.scores_table(none)  # of no class anything is known
 
 
 def is_drawn(picture):

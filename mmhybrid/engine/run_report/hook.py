@@ -171,15 +171,18 @@ def _metrics(validations: list[dict]) -> Iterator[tuple[str, list[tuple[int, flo
 # --- tables ---------------------------------------------------------------------------------------
 
 def scores_table(scores: ClassScores) -> str:
-    """Scores of each class; of many, the best and the worst."""
+    """Scores of the classes that were there; of many, the best and the worst."""
     key = scores.heads.index('IoU') if 'IoU' in scores.heads else len(scores.heads) - 1
     order = np.argsort(-np.nan_to_num(scores.table[:, key], nan=-1), kind='stable')
+    scored = [index for index in order if np.isfinite(scores.table[index, key])] or order
     cells = [[scores.classes[index], *map(_cell, scores.heads, scores.table[index])]
-             for index in order]
+             for index in scored]
+    blank = ['' for _ in scores.heads]
     if len(cells) > ROWS:
         half = ROWS // 2
-        cells = [*cells[:half], [f'... {len(cells) - 2 * half} more', *('' for _ in scores.heads)],
-                 *cells[-half:]]
+        cells = [*cells[:half], [f'... {len(cells) - 2 * half} more', *blank], *cells[-half:]]
+    if len(scored) < len(order):
+        cells.append([f'{len(order) - len(scored)} not in the images', *blank])
     heads = ['class', *scores.heads]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     lines = [heads, ['-' * width for width in widths], *cells]
